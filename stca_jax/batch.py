@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -263,7 +264,8 @@ def validate_batch(batch: RequestBatch, schema: Schema) -> None:
     )
     _check(mask & (batch.num_request_targets < 1), "a request has at least one target",
            num_request_targets=batch.num_request_targets)  # fmt: skip
-    covered = covered_tokens(np.where(mask, start, 0), np.where(mask, end, 0), batch.row_length)
+    masked_ranges = np.where(mask, start, 0), np.where(mask, end, 0)
+    covered = np.asarray(covered_tokens(*masked_ranges, batch.row_length))
     for level, features, used in (
         ("history", batch.history, covered),
         ("target", batch.target, mask),
@@ -287,11 +289,11 @@ def _check_shapes(batch: RequestBatch, schema: Schema) -> None:
         expected[name] = (R, M)
     expected["label"] = (R, M, len(schema.tasks))
     found = {name: getattr(batch, name).shape for name in expected}
-    for level, shape in (("history", (R, L)), ("target", (R, M)), ("request", (R, M))):
+    for level, width in (("history", L), ("target", M), ("request", M)):
         names, features = set(getattr(schema, level)), getattr(batch, level)
         if set(features) != names:
             raise ValueError(f"{level} has features {sorted(features)}, expected {sorted(names)}")
-        expected |= {f"{level}[{n!r}]": shape for n in names}
+        expected |= {f"{level}[{n!r}]": (R, width) for n in names}
         found |= {f"{level}[{n!r}]": features[n].shape for n in names}
     for name, shape in expected.items():
         if found[name] != shape:
@@ -332,16 +334,9 @@ def covered_tokens(
 ) -> Bool[Array, "R L"]:
     """Which tokens at least one range covers; the others are padding.
 
-    Works on NumPy arrays and, traced, on JAX arrays, in O(M + L).  Every range must satisfy
-    0 <= start <= end <= row_length.
+    O(M + L).  Every range must satisfy 0 <= start <= end <= row_length.
     """
-    if isinstance(history_start, np.ndarray):
-        rows = np.arange(history_start.shape[0])[:, None]
-        steps = np.zeros((history_start.shape[0], row_length + 1), np.int32)
-        np.add.at(steps, (rows, history_start), 1)
-        np.add.at(steps, (rows, history_end), -1)
-        return np.cumsum(steps, axis=1)[:, :-1] > 0
-    rows = jax.numpy.arange(history_start.shape[0])[:, None]
-    steps = jax.numpy.zeros((history_start.shape[0], row_length + 1), "int32")
+    rows = jnp.arange(history_start.shape[0])[:, None]
+    steps = jnp.zeros((history_start.shape[0], row_length + 1), jnp.int32)
     steps = steps.at[rows, history_start].add(1).at[rows, history_end].add(-1)
-    return jax.numpy.cumsum(steps, axis=1)[:, :-1] > 0
+    return jnp.cumsum(steps, axis=1)[:, :-1] > 0

@@ -17,13 +17,13 @@ class MatchStatistics(NamedTuple):
     """Statistics of the events of a target's range that carry the target's id.
 
     Attributes:
-      count: How many events match, per id field in the order given.
-      decayed_count: Matches of the first field, each weighing exp(-age / decay).
+      matches: How many events match, per id field in the order given.
+      decayed_matches: Matches of the first field, each weighing exp(-age / decay).
       last_age: Age in seconds of the latest match of the first field; +inf if none.
     """
 
-    count: Float[Array, "R M fields"]
-    decayed_count: Float[Array, "R M"]
+    matches: Float[Array, "R M fields"]
+    decayed_matches: Float[Array, "R M"]
     last_age: Float[Array, "R M"]
 
 
@@ -52,14 +52,14 @@ def match_statistics(
     """
     position = jnp.arange(history_time.shape[1])
     in_range = (position >= history_start[..., None]) & (position < history_end[..., None])
-    matches = [
+    hits = [
         in_range & (ids[..., None] == history_ids[name][:, None])
         for name, ids in target_ids.items()
     ]
     age = (request_time[..., None] - history_time[:, None]).astype(jnp.float32)
-    first = matches[0]
+    first = hits[0]
     return MatchStatistics(
-        count=jnp.stack([m.sum(-1, dtype=jnp.float32) for m in matches], -1),
-        decayed_count=jnp.where(first, jnp.exp(-age / decay_seconds), 0).sum(-1),
+        matches=jnp.stack([m.sum(-1, dtype=jnp.float32) for m in hits], -1),
+        decayed_matches=jnp.where(first, jnp.exp(-age / decay_seconds), 0).sum(-1),
         last_age=jnp.where(first, age, jnp.inf).min(-1),
     )

@@ -1,0 +1,176 @@
+"""From ids to tokens: embedding tables, and the fusion of features into one token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from stca_jax.batch import RequestBatch
+from stca_jax.models.layers import Linear, SwiGLU, parameter
+from stca_jax.schema import Schema
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingConfig:
+    """Widths of the tables, and which features of time a history token has.
+
+    Attributes:
+      item_width: Width of the item table; None is the model's width, which needs no projection.
+      feature_width: Width of every other table.
+      time_delta: Embed request time - event time (log-spaced buckets). Needs rows of exclusive
+        history, since the feature depends on the request.
+      recency_index: Embed the number of events between the event and the request (log-spaced
+        buckets). Needs rows of exclusive history.
+    """
+
+    item_width: int | None = None
+    feature_width: int = 16
+    time_delta: bool = False
+    recency_index: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for widths below 1."""
+        for name in ("item_width", "feature_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+class EmbeddingTable(nnx.Module):
+    """Rows of one vocabulary."""
+
+    def __init__(self, num_rows: int, width: int, *, rngs: nnx.Rngs):
+        # Rows of unit expected norm: at step 0 an item is as similar to itself as queries need.
+        def init(key: Array, shape: tuple[int, ...]) -> Array:
+            return jax.random.normal(key, shape) / jnp.sqrt(width)
+
+        self.rows = parameter(rngs, (num_rows, width), ("table_row", "table_width"), init)
+
+    def __call__(self, ids: Int[Array, ...]) -> Float[Array, "... width"]:
+        """Looks rows up, in the table's own dtype."""
+        return self.rows[...][ids]
+
+
+class FeatureEmbedding(nnx.Module):
+    """One table per vocabulary, shared by all levels that have a feature of that name."""
+
+    def __init__(self, config: EmbeddingConfig, schema: Schema, width: int, *, rngs: nnx.Rngs):
+        self.schema = schema
+        self.widths = {
+            name: (config.item_width or width) if name == schema.item else config.feature_width
+            for name in schema.vocabularies
+        }
+        self.tables = nnx.Dict(
+            {
+                name: EmbeddingTable(rows, self.widths[name], rngs=rngs)
+                for name, rows in schema.vocabularies.items()
+            }
+        )
+
+    def __call__(self, features: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+        """Embeddings of the categorical features and [..., 1] columns of the numeric ones."""
+        return [
+            self.tables[n](features[n]) if self.schema.is_categorical(n) else features[n][..., None]
+            for n in names
+        ]
+
+    def width_of(self, names: Sequence[str]) -> int:
+        """Total width of what `__call__` returns for `names`."""
+        return sum(self.widths.get(n, 1) for n in names)
+
+
+class TokenFusion(nnx.Module):
+    """x = e_item + SwiGLU([e_item | e_feature | ...]): item and side features become one token.
+
+    The paper does not say how they are fused; this is SequenceO1's form.  An item table of another
+    width than the model's is projected first.
+    """
+
+    def __init__(
+        self, item_width: int, in_width: int, width: int, ffn_ratio: int, *, rngs: nnx.Rngs
+    ):
+        self.project = None if item_width == width else Linear(item_width, width, rngs=rngs)
+        self.ffn = SwiGLU(in_width, ffn_ratio * width, width, rngs=rngs)
+
+    def __call__(self, parts: Sequence[Float[Array, "... part"]]) -> Float[Array, "... width"]:
+        """Fuses features; `parts[0]` is the item's embedding."""
+        item = parts[0] if self.project is None else self.project(parts[0])
+        return item + self.ffn(jnp.concatenate(parts, axis=-1))
+
+
+_BUCKETS_PER_OCTAVE = 2
+_NUM_BUCKETS = 64  # covers 2^31 seconds, or any row length, twice an octave
+
+
+def log_bucket(value: Int[Array, ...]) -> Int[Array, ...]:
+    """Log-spaced buckets of non-negative integers, two per octave, the last one open-ended.
+
+    A length or an age never seen in training still falls into a bucket near those that were.
+    """
+    octave = jnp.log2(jnp.maximum(value, 1).astype(jnp.float32))
+    bucket = 1 + (octave * _BUCKETS_PER_OCTAVE).astype(jnp.int32)
+    return jnp.where(value < 1, 0, jnp.minimum(bucket, _NUM_BUCKETS - 1))
+
+
+class TimeFeatures(nnx.Module):
+    """Embeddings of how old a history token is, in seconds and in events."""
+
+    def __init__(self, config: EmbeddingConfig, *, rngs: nnx.Rngs):
+        def table(used: bool) -> EmbeddingTable | None:
+            return EmbeddingTable(_NUM_BUCKETS, config.feature_width, rngs=rngs) if used else None
+
+        self.time_delta = table(config.time_delta)
+        self.recency_index = table(config.recency_index)
+        self.width = config.feature_width * (config.time_delta + config.recency_index)
+
+    def __call__(self, batch: RequestBatch) -> list[Float[Array, "R L width"]]:
+        """Embeds the features that are configured.
+
+        Raises:
+          ValueError: the batch shares tokens between requests of different times.
+        """
+        if not self.width:
+            return []
+        if batch.shared_history:
+            raise ValueError(
+                "time_delta and recency_index depend on the request, but this batch shares history "
+                "tokens between requests: use input.rows='request', or the model's recency_score"
+            )
+        request_time, history_end = _owner_values(batch)
+        position = jnp.arange(batch.row_length)
+        parts = []
+        if self.time_delta is not None:
+            parts.append(self.time_delta(log_bucket(request_time - batch.history_time)))
+        if self.recency_index is not None:
+            parts.append(self.recency_index(log_bucket(history_end - 1 - position)))
+        return parts
+
+
+def _owner_values(batch: RequestBatch) -> tuple[Int[Array, "R L"], Int[Array, "R L"]]:
+    """Request time and history end of the one request that reads each token.
+
+    Ranges of different requests are disjoint here, so the owner is the latest range begun.
+    """
+    rows = jnp.arange(batch.num_rows)[:, None]
+    used = batch.target_mask & (batch.history_end > batch.history_start)
+    start = jnp.where(used, batch.history_start, batch.row_length)  # dropped by the scatter
+    slot = jnp.broadcast_to(jnp.arange(batch.targets_per_row), start.shape)
+    begun = jnp.full((batch.num_rows, batch.row_length), -1, jnp.int32)
+    begun = begun.at[rows, start].max(slot.astype(jnp.int32), mode="drop")
+    begun_at = jnp.where(begun >= 0, jnp.arange(batch.row_length), -1)
+    latest = jnp.maximum(jax.lax.cummax(begun_at, axis=1), 0)
+    owner = jnp.maximum(jnp.take_along_axis(begun, latest, axis=1), 0)
+    return (
+        jnp.take_along_axis(batch.request_time, owner, axis=1),
+        jnp.take_along_axis(batch.history_end, owner, axis=1),
+    )
+
+
+def clear_padding(features: Mapping[str, Array], used: Bool[Array, "R N"]) -> dict[str, Array]:
+    """Features with padding set to zero, so that garbage there reaches no value or gradient."""
+    return {name: jnp.where(used, values, 0) for name, values in features.items()}

@@ -1,0 +1,195 @@
+"""The ranker: embed, read the history, mix with side features, score (E1-E10)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from stca_jax.batch import RequestBatch, covered_tokens
+from stca_jax.models.embedding import (
+    EmbeddingConfig,
+    FeatureEmbedding,
+    TimeFeatures,
+    TokenFusion,
+    clear_padding,
+)
+from stca_jax.models.layers import Linear
+from stca_jax.models.rankmixer import RankMixer, RankMixerConfig
+from stca_jax.models.sequence import SequenceInput
+from stca_jax.models.stca import Stca, StcaConfig, log_count
+from stca_jax.ops.match import match_statistics
+from stca_jax.schema import Schema
+
+_SECONDS_PER_DAY = 86_400.0
+_AGE_OF_NO_MATCH = 3_650.0  # days
+
+
+@dataclasses.dataclass(frozen=True)
+class RankerConfig:
+    """The whole model.
+
+    Attributes:
+      sequence: The sequence module.
+      embedding: Tables and token features.
+      backbone: RankMixer.
+      match_channel: Give the target and the backbone exact-match statistics of the target's ids
+        over its own range: what feature stores call user-item cross counts.
+      match_decay_days: Time constant of the decayed match count.
+      dtype: Compute dtype. Parameters, softmax, statistics and losses are float32 in any case.
+    """
+
+    sequence: StcaConfig = StcaConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    backbone: RankMixerConfig = RankMixerConfig()
+    match_channel: bool = True
+    match_decay_days: float = 28.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a decay that is not positive."""
+        if self.match_decay_days <= 0:
+            raise ValueError(f"match_decay_days is {self.match_decay_days}; it must be positive")
+
+
+def paper_config(sequence: StcaConfig | None = None) -> RankerConfig:
+    """The preset `paper`: E1-E9 with time-delta and recency tokens, without our three additions.
+
+    Args:
+      sequence: Shape of the sequence module; its additions are switched off.
+    """
+    return RankerConfig(
+        sequence=dataclasses.replace(
+            sequence or StcaConfig(), initialization="independent", count_channel=False
+        ),
+        embedding=EmbeddingConfig(time_delta=True, recency_index=True),
+        match_channel=False,
+    )
+
+
+class Ranker(nnx.Module):
+    """Scores every target of a batch; one logit per task."""
+
+    def __init__(self, config: RankerConfig, schema: Schema, *, rngs: nnx.Rngs):
+        self.config, self.schema = config, schema
+        d, ratio = config.sequence.width, config.sequence.ffn_ratio
+        self.embedding = FeatureEmbedding(config.embedding, schema, d, rngs=rngs)
+        self.time_features = TimeFeatures(config.embedding, rngs=rngs)
+        # The item first: it is what TokenFusion adds.
+        self.history_names = _item_first(schema, schema.history)
+        self.target_names = _item_first(schema, schema.target)
+        item_width = self.embedding.widths[schema.item]
+        num_statistics = self._num_statistics()
+        history_width = self.embedding.width_of(self.history_names) + self.time_features.width
+        target_width = self.embedding.width_of(self.target_names) + num_statistics
+        self.history_fusion = TokenFusion(item_width, history_width, d, ratio, rngs=rngs)
+        self.target_fusion = TokenFusion(item_width, target_width, d, ratio, rngs=rngs)
+        self.sequence = Stca(config.sequence, rngs=rngs)
+        # Tokens of E8: z, the user's, the candidate's.
+        widths = {"summary": d, "target": d}
+        if schema.request:
+            widths["request"] = self.embedding.width_of(schema.request)
+        numbers = [n for n in schema.target if not schema.is_categorical(n)]
+        self.number_names = tuple(numbers)
+        num_numbers = len(numbers) + num_statistics + config.sequence.num_counts
+        if num_numbers:
+            widths["numbers"] = num_numbers
+        mixer_width = -(-d // len(widths)) * len(widths)
+        self.token_maps = nnx.Dict(
+            {n: Linear(w, mixer_width, rngs=rngs, use_bias=True) for n, w in widths.items()}
+        )
+        self.backbone = RankMixer(config.backbone, len(widths), mixer_width, rngs=rngs)
+        self.head = Linear(
+            mixer_width, len(schema.tasks), rngs=rngs, logical_axes=("embed", None), use_bias=True
+        )
+
+    def __call__(self, batch: RequestBatch) -> Float[Array, "R M tasks"]:
+        """Logits in float32; padding slots hold finite numbers without meaning.
+
+        Raises:
+          ValueError: token features need rows of exclusive history and the batch shares it.
+        """
+        batch = _without_garbage(batch)
+        dtype = jnp.dtype(self.config.dtype)
+        statistics = self._match_statistics(batch)
+        target_parts = self.embedding(batch.target, self.target_names) + statistics
+        history_parts = self.embedding(batch.history, self.history_names)
+        tokens = self.history_fusion(_cast(history_parts + self.time_features(batch), dtype))
+        targets = self.target_fusion(_cast(target_parts, dtype))
+        gathered = self.sequence(
+            SequenceInput(
+                tokens,
+                targets,
+                batch.history_time,
+                batch.request_time,
+                batch.history_start,
+                batch.history_end,
+            )
+        )
+        numbers = [batch.target[n][..., None] for n in self.number_names]
+        sources: Mapping[str, list[Array]] = {
+            "summary": [gathered.summary],
+            "target": [targets],
+            "request": self.embedding(batch.request, self.schema.request),
+            "numbers": [*numbers, *statistics, gathered.counts],
+        }
+        mixed = self.backbone(
+            jnp.stack(
+                [
+                    token_map(jnp.concatenate(_cast(sources[name], dtype), -1))
+                    for name, token_map in self.token_maps.items()
+                ],
+                axis=-2,
+            )
+        )
+        return self.head(mixed.astype(jnp.float32))
+
+    def _num_statistics(self) -> int:
+        return len(self.schema.match_fields) + 2 if self.config.match_channel else 0
+
+    def _match_statistics(self, batch: RequestBatch) -> list[Float[Array, "R M 1"]]:
+        """The match channel, in logs: counts per id field, decayed count, age of the last match."""
+        if not self.config.match_channel:
+            return []
+        fields = self.schema.match_fields
+        match = match_statistics(
+            {n: batch.target[n] for n in fields},
+            {n: batch.history[n] for n in fields},
+            batch.history_time,
+            batch.request_time,
+            batch.history_start,
+            batch.history_end,
+            decay_seconds=self.config.match_decay_days * _SECONDS_PER_DAY,
+        )
+        age_days = jnp.minimum(match.last_age / _SECONDS_PER_DAY, _AGE_OF_NO_MATCH)
+        columns = [match.matches[..., i] for i in range(len(fields))]
+        columns += [match.decayed_matches, age_days]
+        return [log_count(c)[..., None] for c in columns]
+
+
+def _item_first(schema: Schema, names: tuple[str, ...]) -> tuple[str, ...]:
+    return (schema.item, *(n for n in names if n != schema.item))
+
+
+def _cast(parts: list[Array], dtype: jnp.dtype) -> list[Array]:
+    return [p.astype(dtype) for p in parts]
+
+
+def _without_garbage(batch: RequestBatch) -> RequestBatch:
+    """Zeroes whatever stands in padding, before it can meet a product."""
+    mask = batch.target_mask
+    start, end = (jnp.where(mask, x, 0) for x in (batch.history_start, batch.history_end))
+    covered = covered_tokens(start, end, batch.row_length)
+    return batch.replace(
+        history=clear_padding(batch.history, covered),
+        history_time=jnp.where(covered, batch.history_time, 0),
+        target=clear_padding(batch.target, mask),
+        request=clear_padding(batch.request, mask),
+        request_time=jnp.where(mask, batch.request_time, 0),
+        history_start=start,
+        history_end=end,
+    )

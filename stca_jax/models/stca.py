@@ -1,0 +1,214 @@
+"""Stacked Target-to-History Cross Attention: E1-E7 of arXiv 2511.06077, and three additions.
+
+History tokens never interact and targets never interact, so the cost is linear in the history and a
+target's output does not depend on its row-mates.  There is no residual: concatenation is the skip
+path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from stca_jax.models.layers import LayerNorm, Linear, SwiGLU, parameter
+from stca_jax.models.sequence import SequenceInput, SequenceOutput
+from stca_jax.ops.attention import target_to_history_attention
+
+_SECONDS_PER_DAY = 86_400.0
+# Log-sum-exps and log counts over 10,000 events are of order 10; the tokens they join, of order 1.
+_COUNT_SCALE = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class StcaConfig:
+    """Shape of the sequence module.
+
+    Attributes:
+      width: d.
+      num_layers: N.
+      num_heads: h; must divide `width`.
+      ffn_ratio: r.
+      initialization: "matched" starts target side and history side equal, so that at step 0 an
+        event's score is the similarity of its item to the target; "independent" draws every weight
+        on its own, as the paper presumably does.
+      count_channel: Give query fusion (E6) and output (E7) the log-sum-exp of each head's scores
+        and the log of the number of events. Softmax averages; it cannot say how much matched.
+      recency_score: Add to each head's scores a learned rate times the event's time, exact for
+        ranges that requests of different times share.
+    """
+
+    width: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    ffn_ratio: int = 2
+    initialization: Literal["matched", "independent"] = "matched"
+    count_channel: bool = True
+    recency_score: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for impossible shapes."""
+        for name in ("width", "num_layers", "num_heads", "ffn_ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} does not divide width {self.width}; "
+                "heads split the width evenly"
+            )
+
+    @property
+    def head_width(self) -> int:
+        """d_h."""
+        return self.width // self.num_heads
+
+    def counts_after(self, num_layers: int) -> int:
+        """Size of the count channel after that many layers."""
+        return num_layers * self.num_heads + 1 if self.count_channel else 0
+
+    @property
+    def num_counts(self) -> int:
+        """Size of `SequenceOutput.counts`."""
+        return self.counts_after(self.num_layers)
+
+
+class Fusion(nnx.Module):
+    """[o^1 | ... | o^i | x_t] W of E6 and E7, plus the count channel through weights of its own."""
+
+    def __init__(self, config: StcaConfig, num_layers: int, *, rngs: nnx.Rngs):
+        d = config.width
+        self.weight = parameter(rngs, ((num_layers + 1) * d, d), ("embed", "embed_out"))
+        num_counts = config.counts_after(num_layers)
+        shape = (num_counts, d)
+        self.count_weight = parameter(rngs, shape, (None, "embed_out")) if num_counts else None
+
+    def __call__(
+        self, outputs: list[Array], targets: Float[Array, "R M D"], counts: list[Array]
+    ) -> Float[Array, "R M D"]:
+        """Fuses what the layers so far have gathered with the target."""
+        x = jnp.concatenate([*outputs, targets], -1)
+        y = x @ self.weight[...].astype(x.dtype)
+        if self.count_weight is not None:
+            y += jnp.concatenate(counts, -1) @ self.count_weight[...].astype(x.dtype)
+        return y
+
+    def pass_target_through(self, width: int) -> None:
+        """Starts as the identity on x_t, with a tenth of the usual weight on everything else."""
+        weight = 0.1 * self.weight[...]
+        self.weight[...] = weight.at[-width:].set(jnp.eye(width))
+
+
+class StcaLayer(nnx.Module):
+    """One layer: history encoder (E1), query encoder (E2, E6) and attention (E3-E5)."""
+
+    def __init__(self, config: StcaConfig, index: int, *, rngs: nnx.Rngs):
+        d, H, K = config.width, config.num_heads, config.head_width
+        hidden_width = config.ffn_ratio * d
+        self.history_ffn = SwiGLU(d, hidden_width, d, rngs=rngs)
+        self.history_norm = LayerNorm(d, rngs=rngs)
+        self.fusion = Fusion(config, index, rngs=rngs) if index else None
+        self.query_ffn = SwiGLU(d, hidden_width, d, rngs=rngs)
+        self.query_norm = LayerNorm(d, rngs=rngs)
+        axes = ("embed", "head", "head_width")
+        self.w_query = parameter(rngs, (d, H, K), axes)
+        self.w_key = parameter(rngs, (d, H, K), axes)
+        self.w_value = parameter(rngs, (d, H, K), axes)
+        self.w_output = Linear(d, d, rngs=rngs)
+        self.recency_rate = (
+            parameter(rngs, (H,), ("head",), _recency_rates) if config.recency_score else None
+        )
+        if config.initialization == "matched":
+            self._match(config, rngs)
+
+    def _match(self, config: StcaConfig, rngs: nnx.Rngs) -> None:
+        for name in ("up", "gate", "out"):
+            getattr(self.query_ffn, name)[...] = getattr(self.history_ffn, name)[...]
+        square = jax.random.orthogonal(rngs.params(), config.width)
+        self.w_query[...] = square.reshape(self.w_query[...].shape)
+        self.w_key[...] = self.w_query[...]
+        if self.fusion is not None:
+            self.fusion.pass_target_through(config.width)
+
+    def __call__(
+        self, inputs: SequenceInput, outputs: list[Array], counts: list[Array]
+    ) -> tuple[Float[Array, "R M D"], Float[Array, "R M H"]]:
+        """Returns o^i (E5) and the log-sum-exps of the scores, relative to the request's time."""
+        query = inputs.targets
+        if self.fusion is not None:
+            query = self.fusion(outputs, inputs.targets, counts)
+        query = self.query_norm(self.query_ffn(query))
+        w_query, w_key, w_value = (
+            w[...].astype(query.dtype) for w in (self.w_query, self.w_key, self.w_value)
+        )
+        history_score, request_score = self._recency(inputs)
+        attended = target_to_history_attention(
+            jnp.einsum("rmd,dhk->rmhk", query, w_query),
+            self.history_norm(self.history_ffn(inputs.tokens)),
+            w_key,
+            w_value,
+            inputs.history_start,
+            inputs.history_end,
+            history_score=history_score,
+        )
+        heads = attended.output.reshape(query.shape)
+        return self.w_output(heads), attended.log_sum_exp - request_score
+
+    def _recency(self, inputs: SequenceInput) -> tuple[Array | None, Array | float]:
+        """Scores rate * (event time - t0) of tokens and rate * (request time - t0) of requests.
+
+        Softmax cancels t0 and the request's time; the log-sum-exp does not, hence the second value.
+        """
+        if self.recency_rate is None:
+            return None, 0.0
+        rate = self.recency_rate[...]
+        origin = inputs.request_time.max(-1, keepdims=True)
+
+        def score(time: Array) -> Array:
+            days = (time - origin).astype(jnp.float32) / _SECONDS_PER_DAY
+            return days[..., None] * rate
+
+        return score(inputs.history_time), score(inputs.request_time)
+
+
+def _recency_rates(key: Array, shape: tuple[int, ...]) -> Array:
+    """Per day, one time scale a head: none, a year, a quarter, a month, and so on."""
+    del key
+    return 0.03 * 3.0 ** -jnp.arange(shape[0], dtype=jnp.float32) * (jnp.arange(shape[0]) > 0)
+
+
+class Stca(nnx.Module):
+    """The sequence module: N layers and the output z."""
+
+    def __init__(self, config: StcaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.layers = nnx.List([StcaLayer(config, i, rngs=rngs) for i in range(config.num_layers)])
+        self.output_fusion = Fusion(config, config.num_layers, rngs=rngs)
+        d = config.width
+        self.output_ffn = SwiGLU(d, config.ffn_ratio * d, d, rngs=rngs)
+
+    def __call__(self, inputs: SequenceInput) -> SequenceOutput:
+        """E1-E7 for every target of every row."""
+        num_events = inputs.history_end - inputs.history_start
+        dtype = inputs.targets.dtype
+        outputs: list[Array] = []
+        counts: list[Array] = []
+        if self.config.count_channel:
+            counts.append(log_count(num_events)[..., None].astype(dtype))
+        for layer in self.layers:
+            output, log_sum_exp = layer(inputs, outputs, counts)
+            outputs.append(output)
+            if self.config.count_channel:
+                matched = jnp.where(num_events[..., None] > 0, log_sum_exp, 0) * _COUNT_SCALE
+                counts.append(matched.astype(dtype))
+        summary = self.output_ffn(self.output_fusion(outputs, inputs.targets, counts))
+        empty = summary[..., :0]
+        return SequenceOutput(summary, jnp.concatenate(counts, -1) if counts else empty)
+
+
+def log_count(count: Array) -> Float[Array, ...]:
+    """log(1 + count), scaled to the order of a token's entries."""
+    return jnp.log1p(count.astype(jnp.float32)) * _COUNT_SCALE
