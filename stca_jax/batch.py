@@ -181,7 +181,9 @@ def from_requests(
     """
     if not requests:
         raise ValueError("from_requests needs at least one request, got none")
-    kept = [min(len(r.history_time), max_history or len(r.history_time)) for r in requests]
+    kept = [len(r.history_time) for r in requests]
+    if max_history is not None:
+        kept = [min(n, max_history) for n in kept]
     sizes = [len(r.labels) for r in requests]
     row_length = max(1, *kept) if row_length is None else row_length
     targets_per_row = max(1, *sizes) if targets_per_row is None else targets_per_row
@@ -194,6 +196,8 @@ def from_requests(
 
 def _fill_row(batch: RequestBatch, schema: Schema, i: int, request: Request, kept: int) -> None:
     n, m = len(request.history_time), len(request.labels)
+    if m < 1:
+        raise ValueError(f"request {i} has no labels; it needs at least one target")
     if kept > batch.row_length:
         raise ValueError(
             f"request {i} has {kept} events but row_length is {batch.row_length}; "
@@ -204,36 +208,57 @@ def _fill_row(batch: RequestBatch, schema: Schema, i: int, request: Request, kep
             f"request {i} has {m} targets but targets_per_row is {batch.targets_per_row}"
         )
 
-    def column(given: Mapping[str, Any], name: str, size: int, level: str) -> np.ndarray:
+    def feature(
+        given: Mapping[str, Any], name: str, shape: tuple[int, ...], level: str
+    ) -> np.ndarray:
         if name not in given:
             raise ValueError(f"request {i}: {level} lacks {name!r}; it has {sorted(given)}")
-        values = np.asarray(given[name])
-        if values.shape != (size,):
-            raise ValueError(
-                f"request {i}: {level} {name!r} has shape {values.shape}, not {(size,)}"
-            )
-        return values
+        dtype = np.int32 if schema.is_categorical(name) else np.float32
+        return _as_array(given[name], shape, dtype, f"request {i}: {level} {name!r}")
+
+    def integers(field: str, shape: tuple[int, ...] = ()) -> np.ndarray:
+        return _as_array(getattr(request, field), shape, np.int32, f"request {i}: {field}")
 
     tokens, slots = np.s_[i, :kept], np.s_[i, :m]
-    batch.history_time[tokens] = np.asarray(request.history_time)[n - kept :]
+    batch.history_time[tokens] = integers("history_time", (n,))[n - kept :]
     for name in schema.history:
-        batch.history[name][tokens] = column(request.history, name, n, "history")[n - kept :]
+        batch.history[name][tokens] = feature(request.history, name, (n,), "history")[n - kept :]
     for name in schema.target:
-        batch.target[name][slots] = column(request.targets, name, m, "targets")
+        batch.target[name][slots] = feature(request.targets, name, (m,), "targets")
     for name in schema.request:
-        if name not in request.features:
-            raise ValueError(f"request {i}: features lacks {name!r}")
-        batch.request[name][slots] = request.features[name]
-    batch.label[slots] = np.reshape(np.asarray(request.labels, np.float32), (m, len(schema.tasks)))
+        batch.request[name][slots] = feature(request.features, name, (), "features")
+    num_tasks = len(schema.tasks)
+    shape = (m,) if num_tasks == 1 and np.ndim(request.labels) == 1 else (m, num_tasks)
+    labels = _as_array(request.labels, shape, np.float32, f"request {i}: labels")
+    batch.label[slots] = labels.reshape(m, num_tasks)
     batch.history_end[slots] = kept
     for name, value in {
-        "request_time": request.time,
+        "request_time": integers("time"),
         "target_mask": True,
         "request_id": i,
-        "user_id": request.user_id,
+        "user_id": integers("user_id"),
         "num_request_targets": m,
     }.items():
         getattr(batch, name)[slots] = value
+
+
+def _as_array(values: Any, shape: tuple[int, ...], dtype: Any, what: str) -> np.ndarray:
+    """Converts numbers that users wrote down, unless that would change a whole number.
+
+    Raises:
+      ValueError: another shape, not numbers, or not int32 where int32 is needed.
+    """
+    array = np.asarray(values)
+    if array.shape != shape:
+        raise ValueError(f"{what} has shape {array.shape}, expected {shape}")
+    if array.size and array.dtype.kind not in "biuf":
+        raise ValueError(f"{what} has dtype {array.dtype}, expected numbers")
+    with np.errstate(invalid="ignore", over="ignore"):
+        converted = array.astype(dtype)
+    if np.issubdtype(dtype, np.integer) and (converted != array).any():
+        wrong = array[converted != array].flat[0]
+        raise ValueError(f"{what} must be whole numbers that fit int32; found {wrong}")
+    return converted
 
 
 def validate_batch(batch: RequestBatch, schema: Schema) -> None:
@@ -246,12 +271,14 @@ def validate_batch(batch: RequestBatch, schema: Schema) -> None:
     Raises:
       ValueError: naming the field, the row and slot, the value found, and what was expected.
     """
-    _check_shapes(batch, schema)
+    _check_arrays(batch, schema)
     batch = jax.tree.map(np.asarray, batch)
     mask = batch.target_mask
-    start, end = batch.history_start, batch.history_end
+    # Padding slots may hold anything; here they hold empty ranges.
+    start, end = (np.where(mask, x, 0) for x in (batch.history_start, batch.history_end))
+    batch = batch.replace(history_start=start, history_end=end)
     _check(
-        mask & ~((start >= 0) & (start <= end) & (end <= batch.row_length)),
+        ~((start >= 0) & (start <= end) & (end <= batch.row_length)),
         f"a target's range must satisfy 0 <= start <= end <= row length {batch.row_length}",
         history_start=start,
         history_end=end,
@@ -264,8 +291,7 @@ def validate_batch(batch: RequestBatch, schema: Schema) -> None:
     )
     _check(mask & (batch.num_request_targets < 1), "a request has at least one target",
            num_request_targets=batch.num_request_targets)  # fmt: skip
-    masked_ranges = np.where(mask, start, 0), np.where(mask, end, 0)
-    covered = np.asarray(covered_tokens(*masked_ranges, batch.row_length))
+    covered = np.asarray(covered_tokens(start, end, batch.row_length))
     for level, features, used in (
         ("history", batch.history, covered),
         ("target", batch.target, mask),
@@ -279,25 +305,33 @@ def validate_batch(batch: RequestBatch, schema: Schema) -> None:
                 bad, rule = ~np.isfinite(values), "numbers must be finite"
             _check(used & bad, f"{level} feature {name!r}: {rule}", **{name: values})
     _check_times(batch, covered)
+    if not batch.shared_history:
+        _check_exclusive(batch)
 
 
-def _check_shapes(batch: RequestBatch, schema: Schema) -> None:
+def _check_arrays(batch: RequestBatch, schema: Schema) -> None:
+    """Names, shapes and dtypes."""
     R, L, M = batch.num_rows, batch.row_length, batch.targets_per_row
     expected: dict[str, tuple[int, ...]] = {"history_time": (R, L)}
     for name in ("request_time", "history_start", "history_end", "target_mask", "request_id",
                  "user_id", "num_request_targets"):  # fmt: skip
         expected[name] = (R, M)
     expected["label"] = (R, M, len(schema.tasks))
-    found = {name: getattr(batch, name).shape for name in expected}
+    dtypes: dict[str, Any] = {"label": np.float32, "target_mask": np.bool_}
+    found = {name: getattr(batch, name) for name in expected}
     for level, width in (("history", L), ("target", M), ("request", M)):
         names, features = set(getattr(schema, level)), getattr(batch, level)
         if set(features) != names:
             raise ValueError(f"{level} has features {sorted(features)}, expected {sorted(names)}")
         expected |= {f"{level}[{n!r}]": (R, width) for n in names}
-        found |= {f"{level}[{n!r}]": features[n].shape for n in names}
+        found |= {f"{level}[{n!r}]": features[n] for n in names}
+        dtypes |= {f"{level}[{n!r}]": np.float32 for n in names if not schema.is_categorical(n)}
     for name, shape in expected.items():
-        if found[name] != shape:
-            raise ValueError(f"{name} has shape {found[name]}, expected {shape}")
+        if found[name].shape != shape:
+            raise ValueError(f"{name} has shape {found[name].shape}, expected {shape}")
+        dtype = dtypes.get(name, np.int32)
+        if found[name].dtype != dtype:
+            raise ValueError(f"{name} has dtype {found[name].dtype}, expected {np.dtype(dtype)}")
 
 
 def _check_times(batch: RequestBatch, covered: np.ndarray) -> None:
@@ -319,6 +353,20 @@ def _check_times(batch: RequestBatch, covered: np.ndarray) -> None:
     _check(nonempty & (last_time >= batch.request_time),
            "a history must end strictly before its request",
            last_event_time=last_time, request_time=batch.request_time)  # fmt: skip
+
+
+def _check_exclusive(batch: RequestBatch) -> None:
+    """Ranges that share a token belong to one request time and one end."""
+
+    def pairs(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return x[:, :, None], x[:, None]
+
+    start, end, time = batch.history_start, batch.history_end, batch.request_time
+    overlap = np.maximum(*pairs(start)) < np.minimum(*pairs(end))
+    same = np.equal(*pairs(time)) & np.equal(*pairs(end))
+    _check((overlap & ~same).any(-1),
+           "shared_history is False, but another request reads tokens of this range",
+           history_start=start, history_end=end)  # fmt: skip
 
 
 def _check(bad: np.ndarray, rule: str, **values: np.ndarray) -> None:

@@ -20,11 +20,12 @@ from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 
 from stca_jax.schema import Schema
 
 SPLITS = ("train", "validation", "test")
-_REQUEST_COLUMNS = 5
+REQUEST_COLUMNS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +66,25 @@ def validate_record(record: UserRecord, schema: Schema) -> None:
       ValueError: naming the user, the column, the first offending position and the rule.
     """
 
-    def require(ok: np.ndarray | bool, column: str, rule: str) -> None:
+    def require(ok: ArrayLike, column: str, rule: str) -> None:
         bad = np.flatnonzero(~np.asarray(ok))
         if bad.size:
             raise ValueError(f"user {record.user_id}: {column} {rule} (first at index {bad[0]})")
 
     n, q = len(record.event_time), len(record.request_time)
     t = len(record.label)
+    for column, size in (
+        ("event_time", n),
+        ("request_id", q),
+        ("request_time", q),
+        ("request_split", q),
+        ("history_end", q),
+        ("target_offset", q + 1),
+    ):
+        values = np.asarray(getattr(record, column))
+        require(values.shape == (size,), column, f"has shape {values.shape}, not {(size,)}")
+        require(not size or values.dtype.kind in "iu", column, f"has dtype {values.dtype}")
+        require(values <= np.iinfo(np.int32).max, column, "does not fit int32")
     time = np.asarray(record.event_time)
     require(time >= 0, "event_time", "is negative; times are seconds since the dataset's origin")
     require(np.diff(time) >= 0, "event_time", "decreases; sort the log by time")
@@ -85,10 +98,12 @@ def validate_record(record: UserRecord, schema: Schema) -> None:
         np.isin(record.request_split, range(len(SPLITS))), "request_split", f"is not in {SPLITS}"
     )
     offset = np.asarray(record.target_offset)
-    require(offset.shape == (q + 1,), "target_offset", f"has shape {offset.shape}, not {(q + 1,)}")
     require(offset[0] == 0 and offset[-1] == t, "target_offset", f"must run from 0 to {t}")
     require(np.diff(offset) >= 1, "target_offset", "gives a request no target")
-    require(np.isin(record.label, (0, 1)).all(-1), "label", "is not 0 or 1")
+    label = np.asarray(record.label)
+    shape = (t, len(schema.tasks))
+    require(label.shape == shape, "label", f"has shape {label.shape}, not {shape}")
+    require(np.isin(label, (0, 1)).all(-1), "label", "is not 0 or 1")
     for level, size in (("history", n), ("request", q), ("target", t)):
         for name in getattr(schema, level):
             values = np.asarray(getattr(record, level)[name])
@@ -96,6 +111,7 @@ def validate_record(record: UserRecord, schema: Schema) -> None:
             require(values.shape == (size,), column, f"has shape {values.shape}, not {(size,)}")
             if schema.is_categorical(name):
                 rows = schema.vocabularies[name]
+                require(not size or values.dtype.kind in "iu", column, f"has dtype {values.dtype}")
                 require((values >= 0) & (values < rows), column, f"has an id outside [0, {rows})")
             else:
                 require(np.isfinite(values), column, "is not finite")
@@ -103,21 +119,27 @@ def validate_record(record: UserRecord, schema: Schema) -> None:
 
 def encode_record(record: UserRecord, schema: Schema) -> dict[str, np.ndarray | int]:
     """The matrices of the module's drawing, keyed as the builders' TFDS features."""
-    events = [record.event_time, *(record.history[n] for n in schema.history)]
-    requests = [
+
+    def features(names: tuple[str, ...], columns: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        return [
+            _int32(columns[n]) if schema.is_categorical(n) else _float32_bits(columns[n])
+            for n in names
+        ]
+
+    request_columns = (
         record.request_id,
         record.request_time,
         record.request_split,
         record.history_end,
         record.target_offset[:-1],
-        *(record.request[n] for n in schema.request),
-    ]
-    targets = [*(record.target[n] for n in schema.target), *np.asarray(record.label).T]
+    )
+    requests = [_int32(c) for c in request_columns] + features(schema.request, record.request)
+    labels = [_float32_bits(task) for task in np.asarray(record.label).T]
     return {
         "user_id": int(record.user_id),
-        "events": np.stack([_to_int32(c) for c in events]),
-        "requests": np.stack([_to_int32(c) for c in requests]),
-        "targets": np.stack([_to_int32(c) for c in targets]),
+        "events": np.stack([_int32(record.event_time), *features(schema.history, record.history)]),
+        "requests": np.stack(requests),
+        "targets": np.stack([*features(schema.target, record.target), *labels]),
     }
 
 
@@ -141,14 +163,15 @@ def decode_record(example: Mapping[str, np.ndarray], schema: Schema) -> UserReco
         request_split=requests[2],
         history_end=requests[3],
         target_offset=np.append(requests[4], np.int32(num_targets)),
-        request=features(schema.request, requests[_REQUEST_COLUMNS:]),
+        request=features(schema.request, requests[REQUEST_COLUMNS:]),
         target=features(schema.target, targets),
         label=targets[len(schema.target) :].view(np.float32).T,
     )
 
 
-def _to_int32(column: np.ndarray) -> np.ndarray:
-    column = np.asarray(column)
-    if column.dtype.kind == "f":
-        return np.ascontiguousarray(column, np.float32).view(np.int32)
-    return column.astype(np.int32)
+def _int32(column: np.ndarray) -> np.ndarray:
+    return np.asarray(column).astype(np.int32)
+
+
+def _float32_bits(column: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(column, np.float32).view(np.int32)

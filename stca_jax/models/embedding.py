@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -103,18 +104,19 @@ class TokenFusion(nnx.Module):
         return item + self.ffn(jnp.concatenate(parts, axis=-1))
 
 
-_BUCKETS_PER_OCTAVE = 2
-_NUM_BUCKETS = 64  # covers 2^31 seconds, or any row length, twice an octave
+_NUM_BUCKETS = 1 + 2 * 31  # zero, and two for each octave of int32
+# The first integer in the upper half of each octave.
+_UPPER_HALF = np.ceil(2.0 ** (np.arange(31) + 0.5)).astype(np.int32)
 
 
 def log_bucket(value: Int[Array, ...]) -> Int[Array, ...]:
-    """Log-spaced buckets of non-negative integers, two per octave, the last one open-ended.
+    """1 + floor(2 log2 value) for positive int32, else 0: log-spaced buckets, two per octave.
 
-    A length or an age never seen in training still falls into a bucket near those that were.
+    Integer arithmetic gives the same buckets on every device; a floating-point logarithm would not.
     """
-    octave = jnp.log2(jnp.maximum(value, 1).astype(jnp.float32))
-    bucket = 1 + (octave * _BUCKETS_PER_OCTAVE).astype(jnp.int32)
-    return jnp.where(value < 1, 0, jnp.minimum(bucket, _NUM_BUCKETS - 1))
+    octave = 31 - jax.lax.clz(jnp.maximum(value, 1))
+    upper = value >= jnp.asarray(_UPPER_HALF)[octave]
+    return jnp.where(value < 1, 0, 1 + 2 * octave + upper)
 
 
 class TimeFeatures(nnx.Module):

@@ -64,7 +64,10 @@ def paper_config(sequence: StcaConfig | None = None) -> RankerConfig:
     """
     return RankerConfig(
         sequence=dataclasses.replace(
-            sequence or StcaConfig(), initialization="independent", count_channel=False
+            sequence or StcaConfig(),
+            initialization="independent",
+            count_channel=False,
+            recency_score=False,
         ),
         embedding=EmbeddingConfig(time_delta=True, recency_index=True),
         match_channel=False,
@@ -98,6 +101,7 @@ class Ranker(nnx.Module):
         num_numbers = len(numbers) + num_statistics + config.sequence.num_counts
         if num_numbers:
             widths["numbers"] = num_numbers
+        self.token_names = tuple(widths)  # the order of RankMixer's tokens; nnx.Dict keeps none
         mixer_width = -(-d // len(widths)) * len(widths)
         self.token_maps = nnx.Dict(
             {n: Linear(w, mixer_width, rngs=rngs, use_bias=True) for n, w in widths.items()}
@@ -137,16 +141,13 @@ class Ranker(nnx.Module):
             "request": self.embedding(batch.request, self.schema.request),
             "numbers": [*numbers, *statistics, gathered.counts],
         }
-        mixed = self.backbone(
-            jnp.stack(
-                [
-                    token_map(jnp.concatenate(_cast(sources[name], dtype), -1))
-                    for name, token_map in self.token_maps.items()
-                ],
-                axis=-2,
-            )
-        )
-        return self.head(mixed.astype(jnp.float32))
+        mixer_tokens = [
+            token_map(jnp.concatenate(_cast(sources[name], dtype), -1))
+            for name, token_map in self.token_maps.items()
+        ]
+        R, M, W = mixer_tokens[0].shape
+        mixed = self.backbone(jnp.stack(mixer_tokens).reshape(-1, R * M, W))
+        return self.head(mixed.reshape(R, M, W).astype(jnp.float32))
 
     def _num_statistics(self) -> int:
         return len(self.schema.match_fields) + 2 if self.config.match_channel else 0

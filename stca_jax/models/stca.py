@@ -17,7 +17,8 @@ from jaxtyping import Array, Float
 
 from stca_jax.models.layers import LayerNorm, Linear, SwiGLU, parameter
 from stca_jax.models.sequence import SequenceInput, SequenceOutput
-from stca_jax.ops.attention import target_to_history_attention
+from stca_jax.ops.attention import history_layer
+from stca_jax.ops.encoder import HistoryEncoder
 
 _SECONDS_PER_DAY = 86_400.0
 # Log-sum-exps and log counts over 10,000 events are of order 10; the tokens they join, of order 1.
@@ -145,9 +146,16 @@ class StcaLayer(nnx.Module):
             w[...].astype(query.dtype) for w in (self.w_query, self.w_key, self.w_value)
         )
         history_score, request_score = self._recency(inputs)
-        attended = target_to_history_attention(
+        attended = history_layer(
             jnp.einsum("rmd,dhk->rmhk", query, w_query),
-            self.history_norm(self.history_ffn(inputs.tokens)),
+            inputs.tokens,
+            HistoryEncoder(
+                self.history_ffn.up[...],
+                self.history_ffn.gate[...],
+                self.history_ffn.out[...],
+                self.history_norm.scale[...],
+                self.history_norm.bias[...],
+            ),
             w_key,
             w_value,
             inputs.history_start,

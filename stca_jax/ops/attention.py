@@ -1,7 +1,8 @@
 """Target-to-history attention: m targets attend to contiguous ranges of one flat row of history.
 
-The op is E3 and E4 of the paper.  History tokens never interact, so a range is only a mask on
-scores: targets of several requests, users and windows share a row exactly.
+The op is E3 and E4 of the paper, and with `history_layer` E1 as well.  History tokens never
+interact, so a range is only a mask on scores: targets of several requests, users and windows share
+a row exactly.
 
 Two orders of the same algebra (`order`):
 
@@ -13,16 +14,20 @@ Dimensions: R rows, L history tokens per row, M targets per row, H heads, K head
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import functools
+from typing import Literal, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from stca_jax.batch import covered_tokens
+from stca_jax.ops.encoder import HistoryEncoder, encode_history
+from stca_jax.ops.reference import Order, reference_attention
+from stca_jax.ops.sharded import merge_softmax, on_mesh
+from stca_jax.ops.tiled import Weights, tiled_attention
+from stca_jax.ops.tiles import BlockSizes
 
-Order = Literal["absorbed", "projected"]
-Implementation = Literal["reference"]
+Implementation = Literal["reference", "xla"]
 
 
 class AttentionOutput(NamedTuple):
@@ -49,6 +54,7 @@ def target_to_history_attention(
     history_score: Float[Array, "R L H"] | None = None,
     order: Order | None = None,
     implementation: Implementation | None = None,
+    block_sizes: BlockSizes | None = None,
 ) -> AttentionOutput:
     """Softmax attention of each target over its own range of the row (E3, E4).
 
@@ -65,25 +71,64 @@ def target_to_history_attention(
       history_end: One past its last token; `start == end` is an empty history.
       history_score: Optional additive score of each token and head, the same for every target.
       order: "absorbed" or "projected"; None takes the one with fewer FLOPs.
-      implementation: "reference"; None takes the fastest that works here.
+      implementation: "reference" (einsums) or "xla" (tiles that follow the ranges); None is "xla".
+      block_sizes: Tile sizes of "xla".
 
     Returns:
       `AttentionOutput`; `output` has the dtype of `query`.
+
+    Raises:
+      ValueError: shapes that do not fit together, or an unknown `order` or `implementation`.
     """
-    del implementation  # one so far
-    M, H = query.shape[1:3]
-    order = order or cheaper_order(M, H, history.shape[-1])
-    covered = covered_tokens(history_start, history_end, history.shape[1])
-    history = jnp.where(covered[..., None], history, 0)
-    position = jnp.arange(history.shape[1])
-    in_range = (position >= history_start[..., None]) & (position < history_end[..., None])
-    score = _scores(query, history, w_key, order) / jnp.sqrt(jnp.float32(query.shape[-1]))
-    if history_score is not None:
-        score += jnp.where(covered[..., None], history_score, 0).astype(jnp.float32)[:, None]
-    weight, log_sum_exp = _masked_softmax(score, in_range)
-    return AttentionOutput(
-        _weighted_values(weight, history, w_value, order).astype(query.dtype), log_sum_exp
-    )
+    return _attention(
+        query, history, None, w_key, w_value, history_start, history_end,
+        history_score, order, implementation, block_sizes,
+    )  # fmt: skip
+
+
+def history_layer(
+    query: Float[Array, "R M H K"],
+    tokens: Float[Array, "R L D"],
+    encoder: HistoryEncoder,
+    w_key: Float[Array, "D H K"],
+    w_value: Float[Array, "D H K"],
+    history_start: Int[Array, "R M"],
+    history_end: Int[Array, "R M"],
+    *,
+    history_score: Float[Array, "R L H"] | None = None,
+    order: Order | None = None,
+    implementation: Implementation | None = None,
+    block_sizes: BlockSizes | None = None,
+) -> AttentionOutput:
+    """The history path of a layer in one pass: encode the tokens (E1) and attend to them (E3, E4).
+
+    Equals `target_to_history_attention(query, encode_history(encoder, tokens), ...)`, but encoded
+    tokens exist one block at a time, in the backward pass too, and blocks that no range touches are
+    not encoded.  Differentiable in the weights as well.
+
+    Args:
+      query: Queries after W_Q, not yet scaled.
+      tokens: Tokens X; those that no range covers may hold anything.
+      encoder: Weights of the history FFN and LayerNorm.
+      w_key: W_K of E3 for all heads.
+      w_value: W_V of E4 for all heads.
+      history_start: First token of each target's range.
+      history_end: One past its last token; `start == end` is an empty history.
+      history_score: Optional additive score of each token and head, the same for every target.
+      order: See `target_to_history_attention`.
+      implementation: See `target_to_history_attention`.
+      block_sizes: See `target_to_history_attention`.
+
+    Returns:
+      `AttentionOutput`; `output` has the dtype of `query`.
+
+    Raises:
+      ValueError: shapes that do not fit together, or an unknown `order` or `implementation`.
+    """
+    return _attention(
+        query, tokens, encoder, w_key, w_value, history_start, history_end,
+        history_score, order, implementation, block_sizes,
+    )  # fmt: skip
 
 
 def cheaper_order(num_targets: int, num_heads: int, width: int) -> Order:
@@ -91,34 +136,111 @@ def cheaper_order(num_targets: int, num_heads: int, width: int) -> Order:
     return "projected" if num_targets * (num_heads - 1) > width else "absorbed"
 
 
-def _scores(query: Array, history: Array, w_key: Array, order: Order) -> Float[Array, "R M L H"]:
+def _attention(
+    query: Array,
+    tokens: Array,
+    encoder: HistoryEncoder | None,
+    w_key: Array,
+    w_value: Array,
+    history_start: Array,
+    history_end: Array,
+    history_score: Array | None,
+    order: Order | None,
+    implementation: Implementation | None,
+    block_sizes: BlockSizes | None,
+) -> AttentionOutput:
+    """Both public functions: `encoder` is None where the tokens are encoded already."""
+    _check(query, tokens, w_key, w_value, history_start, history_end, history_score,
+           order, implementation)  # fmt: skip
+    order = order or cheaper_order(query.shape[1], query.shape[2], tokens.shape[-1])
+    weights = (encoder, w_key.astype(query.dtype), w_value.astype(query.dtype))
+    single_device = functools.partial(
+        _reference if implementation == "reference" else _tiled,
+        order=order,
+        sizes=block_sizes or BlockSizes(),
+    )
+    output, log_sum_exp = on_mesh(
+        single_device, merge_softmax, weights, query, (tokens, history_score),
+        history_start, history_end,
+    )  # fmt: skip
+    return AttentionOutput(output.astype(query.dtype), log_sum_exp)
+
+
+_Weights = tuple[HistoryEncoder | None, Array, Array]
+_Tokens = tuple[Array, Array | None]
+
+
+def _reference(
+    weights: _Weights, query: Array, per_token: _Tokens, start: Array, end: Array,
+    *, order: Order, sizes: BlockSizes,
+) -> tuple[Array, Array]:  # fmt: skip
+    del sizes  # no tiles
+    encoder, w_key, w_value = weights
+    covered = covered_tokens(start, end, per_token[0].shape[1])[..., None]
+    history, history_score = (None if x is None else jnp.where(covered, x, 0) for x in per_token)
+    if encoder is not None:
+        history = encode_history(encoder, history)
+    return reference_attention(query, history, w_key, w_value, start, end, history_score, order)
+
+
+def _tiled(
+    weights: _Weights, query: Array, per_token: _Tokens, start: Array, end: Array,
+    *, order: Order, sizes: BlockSizes,
+) -> tuple[Array, Array]:  # fmt: skip
+    encoder, w_key, w_value = weights
+    tokens, history_score = per_token
+    covered = covered_tokens(start, end, tokens.shape[1])
+    scaled = query.astype(jnp.float32) / jnp.sqrt(jnp.float32(query.shape[-1]))
     if order == "projected":
-        key = jnp.einsum("rld,dhk->rlhk", history, w_key)
-        return jnp.einsum("rmhk,rlhk->rmlh", query, key, preferred_element_type=jnp.float32)
-    absorbed = jnp.einsum("rmhk,dhk->rmhd", query, w_key)
-    return jnp.einsum("rmhd,rld->rmlh", absorbed, history, preferred_element_type=jnp.float32)
-
-
-def _masked_softmax(
-    score: Float[Array, "R M L H"], in_range: Bool[Array, "R M L"]
-) -> tuple[Float[Array, "R M L H"], Float[Array, "R M H"]]:
-    """Softmax over the range and its log-sum-exp; zero and -inf, without NaN gradients, if empty."""
-    mask = in_range[..., None]
-    score = jnp.where(mask, score, -jnp.inf)
-    nonempty = mask.any(-2)
-    peak = jax.lax.stop_gradient(jnp.where(nonempty, score.max(-2), 0))
-    weight = jnp.where(mask, jnp.exp(jnp.where(mask, score - peak[:, :, None], 0)), 0)
-    total = weight.sum(-2)
-    safe_total = jnp.where(nonempty, total, 1)
-    log_sum_exp = jnp.where(nonempty, jnp.log(safe_total) + peak, -jnp.inf)
-    return weight / safe_total[:, :, None], log_sum_exp
-
-
-def _weighted_values(
-    weight: Array, history: Array, w_value: Array, order: Order
-) -> Float[Array, "R M H K"]:
+        grouped, tile_weights = scaled[:, :, :, None], Weights(encoder, w_key, w_value)
+    else:
+        grouped = jnp.einsum("rmhk,dhk->rmhd", scaled, w_key)[:, :, None]
+        tile_weights = Weights(encoder, None, None)
+    output, log_sum_exp = tiled_attention(
+        grouped.astype(tokens.dtype), tokens, tile_weights, covered, start, end, history_score, sizes
+    )
     if order == "projected":
-        value = jnp.einsum("rld,dhk->rlhk", history, w_value)
-        return jnp.einsum("rmlh,rlhk->rmhk", weight, value, preferred_element_type=jnp.float32)
-    summed = jnp.einsum("rmlh,rld->rmhd", weight, history, preferred_element_type=jnp.float32)
-    return jnp.einsum("rmhd,dhk->rmhk", summed, w_value, preferred_element_type=jnp.float32)
+        output = output[:, :, :, 0]
+    else:
+        output = jnp.einsum("rmhd,dhk->rmhk", output[:, :, 0], w_value)
+    return output, log_sum_exp.reshape(query.shape[:3])
+
+
+def _check(
+    query: Array,
+    tokens: Array,
+    w_key: Array,
+    w_value: Array,
+    history_start: Array,
+    history_end: Array,
+    history_score: Array | None,
+    order: Order | None,
+    implementation: Implementation | None,
+) -> None:
+    if query.ndim != 4 or tokens.ndim != 3:
+        raise ValueError(
+            f"query has shape {query.shape} and tokens {tokens.shape}; expected [R, M, H, K] and "
+            "[R, L, D]"
+        )
+    R, M, H, K = query.shape
+    L, D = tokens.shape[1:]
+    expected: dict[str, tuple[Array | None, tuple[int, ...]]] = {
+        "tokens": (tokens, (R, L, D)),
+        "w_key": (w_key, (D, H, K)),
+        "w_value": (w_value, (D, H, K)),
+        "history_start": (history_start, (R, M)),
+        "history_end": (history_end, (R, M)),
+        "history_score": (history_score, (R, L, H)),
+    }
+    for name, (value, shape) in expected.items():
+        if value is not None and value.shape != shape:
+            raise ValueError(
+                f"{name} has shape {value.shape}, expected {shape} beside query {query.shape} and "
+                f"tokens {tokens.shape}"
+            )
+    for name, choice, choices in (
+        ("order", order, get_args(Order)),
+        ("implementation", implementation, get_args(Implementation)),
+    ):
+        if choice is not None and choice not in choices:
+            raise ValueError(f"{name} is {choice!r}; it must be one of {choices} or None")

@@ -6,11 +6,27 @@ attention, so exact for every window, without leakage and without skew between t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
+
+from stca_jax.ops.sharded import on_mesh
+from stca_jax.ops.tiles import (
+    BlockSizes,
+    make_tiling,
+    tile_targets,
+    tile_tokens,
+    touched_pairs,
+    untile_targets,
+)
+
+# Nothing is encoded here, so a block is one tile; comparisons are cheap, so tiles are large.
+_BLOCK_SIZES = BlockSizes(tokens=1, history=512, targets=64)
 
 
 class MatchStatistics(NamedTuple):
@@ -37,9 +53,9 @@ def match_statistics(
     *,
     decay_seconds: float,
 ) -> MatchStatistics:
-    """Counts exact matches of each target's ids within its range, in m x L integer comparisons.
+    """Counts exact matches of each target's ids within its range.
 
-    Not differentiable, and it needs no gradient: nothing in it is learned.
+    Integer comparisons over the tiles that ranges touch: the cost follows the ranges.  Not differentiable, and it needs no gradient: nothing in it is learned.
 
     Args:
       target_ids: Id fields of the targets; the first one also gets decayed count and age.
@@ -50,16 +66,62 @@ def match_statistics(
       history_end: One past its last token.
       decay_seconds: Time constant of the decayed count.
     """
-    position = jnp.arange(history_time.shape[1])
-    in_range = (position >= history_start[..., None]) & (position < history_end[..., None])
-    hits = [
-        in_range & (ids[..., None] == history_ids[name][:, None])
-        for name, ids in target_ids.items()
-    ]
-    age = (request_time[..., None] - history_time[:, None]).astype(jnp.float32)
-    first = hits[0]
-    return MatchStatistics(
-        matches=jnp.stack([m.sum(-1, dtype=jnp.float32) for m in hits], -1),
-        decayed_matches=jnp.where(first, jnp.exp(-age / decay_seconds), 0).sum(-1),
-        last_age=jnp.where(first, age, jnp.inf).min(-1),
+    fields = list(target_ids)
+    found = on_mesh(
+        functools.partial(_tiled_statistics, decay_seconds=decay_seconds),
+        _merge,
+        (),
+        (jnp.stack([target_ids[f] for f in fields], -1), request_time),
+        (jnp.stack([history_ids[f] for f in fields], -1), history_time),
+        history_start,
+        history_end,
     )
+    return jax.tree.map(lax.stop_gradient, found)
+
+
+def _merge(parts: MatchStatistics, axis: str) -> MatchStatistics:
+    matches, decayed_matches = lax.psum(parts[:2], axis)
+    return MatchStatistics(matches, decayed_matches, lax.pmin(parts.last_age, axis))
+
+
+def _tiled_statistics(
+    weights: tuple[()],
+    per_target: tuple[Int[Array, "R M fields"], Int[Array, "R M"]],
+    per_token: tuple[Int[Array, "R L fields"], Int[Array, "R L"]],
+    history_start: Int[Array, "R M"],
+    history_end: Int[Array, "R M"],
+    *,
+    decay_seconds: float,
+) -> MatchStatistics:
+    del weights  # nothing is learned
+    M = history_start.shape[1]
+    tiling = make_tiling(*per_token[1].shape, M, _BLOCK_SIZES)
+    pairs = touched_pairs(history_start, history_end, tiling)
+    target_ids, now = (tile_targets(x, tiling) for x in per_target)
+    token_ids, time = (tile_tokens(x, tiling) for x in per_token)
+    start, end = (tile_targets(x, tiling) for x in (history_start, history_end))
+
+    def block_step(i: Array, state: MatchStatistics) -> MatchStatistics:
+        block = pairs.blocks[i]
+        position = (block % tiling.tiles_per_row) * tiling.history + jnp.arange(tiling.history)
+        ids = token_ids[block].T[..., None]  # [fields, t, 1]
+
+        def pair_step(p: Array, state: MatchStatistics) -> MatchStatistics:
+            j = pairs.target_tile[block, p]
+            in_range = (position[:, None] >= start[j]) & (position[:, None] < end[j])
+            hits = in_range & (ids == target_ids[j].T[:, None])  # [fields, t, m]
+            age = (now[j] - time[block][:, None]).astype(jnp.float32)
+            decayed = jnp.where(hits[0], jnp.exp(-age / decay_seconds), 0).sum(0)
+            return MatchStatistics(
+                state.matches.at[j].add(hits.sum(1, dtype=jnp.float32).T),
+                state.decayed_matches.at[j].add(decayed),
+                state.last_age.at[j].min(jnp.where(hits[0], age, jnp.inf).min(0)),
+            )
+
+        return lax.fori_loop(0, pairs.num_pairs[block], pair_step, state)
+
+    zeros = jnp.zeros(start.shape, jnp.float32)
+    matches = jnp.zeros(target_ids.shape, jnp.float32)
+    state = MatchStatistics(matches, zeros, zeros + jnp.inf)
+    state = lax.fori_loop(0, pairs.num_blocks, block_step, state)
+    return MatchStatistics(*(untile_targets(x, tiling, M) for x in state))

@@ -35,9 +35,10 @@ def binary_cross_entropy(
     A batch without a valid target has loss 0.
     """
     logits = logits.astype(jnp.float32)
-    # log(1 + exp(logit)) - label * logit, without overflow; padding is selected away, not
-    # multiplied, so that no garbage there reaches a gradient.
-    losses = jnp.logaddexp(0.0, logits) - batch.label * logits
+    # Padding is selected away, not multiplied, so that no garbage there reaches a gradient: on the
+    # way in for the derivative in the logit, which is a label, and on the way out for the value.
+    label = jnp.where(batch.target_mask[..., None], batch.label, 0)
+    losses = jnp.logaddexp(0.0, logits) - label * logits  # -log p(label), without overflow
     losses = jnp.where(batch.target_mask[..., None], losses, 0).mean(-1)
     weights = target_weights(batch, weighting)
     return (losses * weights).sum() / jnp.maximum(weights.sum(), jnp.finfo(jnp.float32).tiny)

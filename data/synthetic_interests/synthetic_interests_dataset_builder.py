@@ -1,0 +1,61 @@
+"""Generated users with a known function of their whole history behind the labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import tensorflow_datasets as tfds
+
+from data.base import UserData, UserDatasetBuilder
+from data.synthetic_interests.generator import (
+    CONFIGS,
+    FEATURES,
+    GeneratorConfig,
+    generate_users,
+    make_schema,
+)
+
+
+@dataclasses.dataclass
+class SyntheticInterestsConfig(tfds.core.BuilderConfig):
+    """A size of the dataset.
+
+    Attributes:
+      generator: How many users, how long their logs are, and the seed.
+    """
+
+    generator: GeneratorConfig = CONFIGS["default"]
+
+
+class Builder(UserDatasetBuilder):
+    """Users with drifting interests; see README.md."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        SyntheticInterestsConfig(
+            name=name,
+            description=f"{config.num_users} users of up to {config.max_events:,} events.",
+            generator=config,
+        )
+        for name, config in CONFIGS.items()
+    ]
+
+    @property
+    def feature_names(self) -> Mapping[str, tuple[str, ...]]:
+        """Features by level."""
+        return FEATURES
+
+    def user_data(self, dl_manager: tfds.download.DownloadManager) -> UserData:
+        """Generates the users while they are written; nothing is downloaded."""
+        config = self.builder_config.generator
+        return UserData(
+            schema=make_schema(config),
+            time_origin=0,
+            validation_start=config.validation_start,
+            test_start=config.test_start,
+            num_users=config.num_users,
+            shards=[lambda: generate_users(config)],
+            notes={"generator": dataclasses.asdict(config)},
+        )

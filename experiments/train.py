@@ -1,0 +1,56 @@
+"""Trains one experiment, or goes on with it.
+
+python -m experiments.train --config=experiments/configs/tiny.py --workdir=/path/to/run
+    [--config.NAME=VALUE ...] [--data_dir=DIR]
+
+The same command, run again after an interruption, continues from the latest checkpoint. With
+--config=FILE --help it lists every value of the config.
+
+Exit status: 0 finished, 1 an error, 143 after SIGTERM and 130 after Ctrl-C, both with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+
+from absl import flags
+
+from data import prepare
+from experiments import launch
+from stca_jax.input.dataset import RequestDataset
+from stca_jax.training.trainer import train
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run: checkpoints, metrics, config.", required=True
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where prepared datasets lie; by default in the user's cache directory."
+)
+
+
+_log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Prepares the dataset on first use, then trains."""
+    config = launch.load_config()
+    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    dataset = RequestDataset(prepare(config.dataset, _DATA_DIR.value))
+    result = train(config, dataset, workdir)
+    if result.signal is not None:
+        _log.warning(
+            "stopped by %s at step %d of %d; the checkpoint is in %s, run the same command to go on",
+            result.signal.name,
+            result.step,
+            result.num_steps,
+            workdir,
+        )
+        return 128 + result.signal
+    _log.info("finished %d steps; evaluate with", result.step)
+    _log.info("  python -m experiments.evaluate --workdir=%s", workdir)
+    return 0
+
+
+if __name__ == "__main__":
+    launch.run(main, takes_config=True)

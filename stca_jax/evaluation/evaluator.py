@@ -1,0 +1,109 @@
+"""Scores a split of a dataset with one state of a model, at any history length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from stca_jax.batch import RequestBatch
+from stca_jax.evaluation.metrics import ranking_metrics
+from stca_jax.experiment import ExperimentConfig
+from stca_jax.input.dataset import RequestDataset
+from stca_jax.input.pipeline import make_input
+from stca_jax.training.sharding import device_batch
+from stca_jax.training.train_step import Predictions, Program, TrainState
+
+Row = dict[str, Any]
+
+
+def evaluate_split(
+    program: Program,
+    state: TrainState,
+    dataset: RequestDataset,
+    config: ExperimentConfig,
+    *,
+    split: str,
+    length: int,
+) -> Predictions:
+    """Predictions of a split's requests at one history length.
+
+    Args:
+      program: The model's compiled functions; one compilation per length.
+      state: Its parameters.
+      dataset: A prepared dataset.
+      config: How its requests are packed, and which of them are evaluated.
+      split: "train", "validation" or "test".
+      length: Events that each request may read, the most recent ones.
+    """
+    settings = config.evaluation
+    batches = make_input(
+        dataset,
+        config.input.for_evaluation(
+            split,
+            length,
+            min_history=settings.min_history,
+            max_requests=settings.max_requests,
+        ),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return predict_all(program, state, (element.batch for element in batches))
+
+
+def predict_all(
+    program: Program, state: TrainState, batches: Iterable[RequestBatch]
+) -> Predictions:
+    """Predictions of every valid target, one batch in flight while the next is prepared.
+
+    Args:
+      program: The model's compiled functions.
+      state: Its parameters.
+      batches: Host batches of this process, all of one shape.
+
+    Returns:
+      NumPy arrays over the N valid targets: logit and label [N, tasks], the others [N].
+    """
+    fetched = [
+        Predictions(*(values[p.target_mask] for values in p))
+        for p in _fetched(program, state, batches)
+    ]
+    if not fetched:
+        raise ValueError("there are no requests to evaluate: relax the split or min_history")
+    return Predictions(*(np.concatenate(values) for values in zip(*fetched, strict=True)))
+
+
+def _fetched(
+    program: Program, state: TrainState, batches: Iterable[RequestBatch]
+) -> Iterator[Predictions]:
+    running: Predictions | None = None
+    for batch in batches:
+        started = program.predict(state, device_batch(batch, program.batch_shardings))
+        if running is not None:
+            yield jax.device_get(running)
+        running = started
+    if running is not None:
+        yield jax.device_get(running)
+
+
+def metric_rows(predictions: Predictions, tasks: tuple[str, ...], **columns: Any) -> list[Row]:
+    """One row of ranking metrics per task.
+
+    Args:
+      predictions: From `predict_all`.
+      tasks: Names of the tasks; a column "task" is added if there are several.
+      **columns: Put first in each row, such as `model="stca"`.
+    """
+    rows = []
+    for k, task in enumerate(tasks):
+        metrics = ranking_metrics(
+            predictions.label[:, k],
+            predictions.logit[:, k],
+            predictions.user_id,
+            predictions.request_id,
+        )
+        named = {"task": task} if len(tasks) > 1 else {}
+        rows.append({**columns, **named, **metrics})
+    return rows

@@ -1,0 +1,128 @@
+"""Result rows as a table to read, CSV or JSON lines.
+
+A row is a flat dictionary such as `{"model": "stca", "length": 512, "auc": 0.807}`. Rows may lack
+columns: the cell stays empty.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def format_table(rows: Sequence[Row], digits: int = 4) -> str:
+    """Lays rows out as an aligned table, to print in a terminal or to paste into Markdown.
+
+    Args:
+      rows: cells by column name; columns appear in the order in which rows first name them.
+      digits: decimals of floats; integers are written in full.
+
+    Returns:
+      Lines joined by newlines, numbers to the right, text to the left; "" without rows.
+    """
+    columns = _columns(rows)
+    if not columns:
+        return ""
+    cells = [[_text(row.get(column), digits) for column in columns] for row in rows]
+    headings = [_text(column, digits) for column in columns]
+    widths = [max(3, *map(len, column)) for column in zip(headings, *cells, strict=True)]
+    to_right = [not any(isinstance(row.get(column), str) for row in rows) for column in columns]
+
+    def line(texts: Sequence[str]) -> str:
+        aligned = zip(texts, widths, to_right, strict=True)
+        return "| " + " | ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in aligned) + " |"
+
+    rule = ["-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, to_right, strict=True)]
+    return "\n".join([line(headings), line(rule), *map(line, cells)])
+
+
+def write_table(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
+    """Writes rows in the format that the file's suffix names, replacing the file in one step.
+
+    A reader never sees half a file, and an interrupted write leaves the old one. Floats keep full
+    precision in CSV and JSON lines. JSON has no NaN or infinity: they become null.
+
+    Args:
+      path: file ending in `.csv`, `.jsonl` or `.md`, in an existing directory.
+      rows: cells by column name: text, numbers, booleans or None.
+
+    Raises:
+      ValueError: if the suffix is another.
+    """
+    path = pathlib.Path(path)
+    if path.suffix not in _FORMATS:
+        raise ValueError(
+            f"{path.name} ends in {path.suffix!r}, expected one of {', '.join(_FORMATS)}: rename "
+            "it to choose the format."
+        )
+    _replace(path, _FORMATS[path.suffix](rows))
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """Returns all column names, in the order of first appearance."""
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def _text(value: Any, digits: int) -> str:
+    """Returns one cell of a Markdown table."""
+    value = _plain(value)
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.{digits}f}"
+    return " ".join(str(value).split()).replace("|", r"\|")
+
+
+def _plain(value: Any) -> Any:
+    """Returns the Python number of a NumPy or JAX scalar, anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    return format_table(rows) + "\n"
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, _columns(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({column: _plain(value) for column, value in row.items()} for row in rows)
+    return file.getvalue()
+
+
+def _json_lines(rows: Sequence[Row]) -> str:
+    def finite(value: Any) -> Any:
+        value = _plain(value)
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return "".join(
+        json.dumps({column: finite(value) for column, value in row.items()}, allow_nan=False) + "\n"
+        for row in rows
+    )
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file beside `path`, then renames it over `path`."""
+    # Renaming is atomic only within one file system. The process id keeps two writers apart.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+_FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {
+    ".csv": _csv,
+    ".jsonl": _json_lines,
+    ".md": _markdown,
+}

@@ -1,0 +1,98 @@
+"""The config of one experiment: everything that a run needs to be made again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from stca_jax.input.pipeline import InputConfig
+from stca_jax.models.ranker import RankerConfig
+from stca_jax.training.checkpointing import CheckpointConfig
+from stca_jax.training.loss import LossWeighting
+from stca_jax.training.optimizer import OptimizerConfig
+from stca_jax.training.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How long to train, and what to report.
+
+    Attributes:
+      num_epochs: Passes over the training requests.
+      max_steps: Stop earlier, after this many steps; the schedule ends there too.
+      loss_weighting: "target" is the per-impression objective; see `stca_jax.training.loss`.
+      log_every_steps: Steps whose mean is one line of the metrics file.
+    """
+
+    num_epochs: int = 1
+    max_steps: int | None = None
+    loss_weighting: LossWeighting = "target"
+    log_every_steps: int = 50
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values below 1."""
+        for name in ("num_epochs", "max_steps", "log_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Which requests to score, and at which history lengths.
+
+    Attributes:
+      lengths: History lengths of the final evaluation, in events.
+      min_history: Only requests with at least this many earlier events, whatever the length.
+      validation_length: History length of the validation at each checkpoint of a training run.
+      max_requests: At most this many requests, drawn at random once; None is all of them.
+      metric: Column that chooses the best checkpoint on the validation split.
+      larger_is_better: Whether a larger value of the metric is better.
+    """
+
+    lengths: tuple[int, ...] = (50, 100, 200, 500, 1_000, 2_000, 4_000)
+    min_history: int = 0
+    validation_length: int = 1_000
+    max_requests: int | None = None
+    metric: str = "auc"
+    larger_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for lengths below 1."""
+        if not self.lengths or min(*self.lengths, self.validation_length) < 1:
+            raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """One experiment.
+
+    Attributes:
+      dataset: A builder of `data/`, optionally with its config: "complete_journey/next_purchase".
+      input: From user records to packed batches.
+      model: What is trained.
+      optimizer: How.
+      training: For how long.
+      checkpoint: When to save and what to keep.
+      evaluation: What to measure.
+      mesh: How devices are arranged.
+      seed: Of initial parameters, shuffling and length draws.
+    """
+
+    dataset: str
+    input: InputConfig
+    model: RankerConfig = RankerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+
+
+# A resumed run may change these: they do not change what is learned.
+FREE_TO_CHANGE = (
+    "checkpoint.",
+    "evaluation.",
+    "mesh.",
+    "training.log_every_steps",
+)

@@ -1,0 +1,276 @@
+"""A prepared dataset: random access to users' records, and an index of all their requests."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from google.protobuf.message import DecodeError
+from jaxtyping import Int
+from tensorflow_datasets.proto import tf_example_pb2
+from tqdm import tqdm
+
+from stca_jax.input.records import REQUEST_COLUMNS, SPLITS, UserRecord, decode_record
+from stca_jax.schema import Schema
+
+USERS = "users"  # the one TFDS split of a prepared dataset
+_INDEX_FILE = "request_index.npz"
+
+
+class DatasetError(ValueError):
+    """A prepared dataset is missing, damaged, or not what it was."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestIndex:
+    """All requests of a dataset in flat int32 arrays, by user and then by time.
+
+    Attributes:
+      record: Index of the user's record.
+      position: The request's position within its record.
+      request_id: The request's index in the dataset.
+      user_id: The user's index in the dataset.
+      request_time: Seconds since the dataset's origin.
+      split: Index into `records.SPLITS`.
+      history_end: Events of the user strictly before the request.
+      num_targets: Targets of the request.
+    """
+
+    record: Int[np.ndarray, " q"]
+    position: Int[np.ndarray, " q"]
+    request_id: Int[np.ndarray, " q"]
+    user_id: Int[np.ndarray, " q"]
+    request_time: Int[np.ndarray, " q"]
+    split: Int[np.ndarray, " q"]
+    history_end: Int[np.ndarray, " q"]
+    num_targets: Int[np.ndarray, " q"]
+
+    def __len__(self) -> int:
+        """The number of requests."""
+        return len(self.record)
+
+    def select(self, which: np.ndarray) -> RequestIndex:
+        """The requests that a boolean mask, or an array of positions, picks."""
+        return RequestIndex(**{n: v[which] for n, v in vars(self).items()})
+
+    def of_split(self, split: str) -> RequestIndex:
+        """The requests of "train", "validation" or "test".
+
+        Raises:
+          ValueError: there is no such split.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"no split {split!r}; the splits are {', '.join(SPLITS)}")
+        return self.select(self.split == SPLITS.index(split))
+
+
+class RequestDataset:
+    """Random access to the users' records of a prepared dataset.
+
+    Safe to read from many threads, and to pickle into worker processes (files reopen there).
+
+    Attributes:
+      directory: Where the dataset lies.
+      metadata: The builder's `metadata.json`: time origin and split, notes, record files.
+      schema: The dataset's features and vocabularies.
+      index: All requests.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        """Opens a dataset; the first time, reads all of it once to check and index it.
+
+        Args:
+          directory: A prepared dataset, as `data.prepare` returns it.
+
+        Raises:
+          DatasetError: the folder is no prepared dataset, or a record file is missing, truncated,
+            damaged or changed; the message names it.
+        """
+        self.directory = pathlib.Path(directory)
+        self.metadata = _read_metadata(self.directory)
+        self.schema = Schema.from_dict(self.metadata["schema"])
+        self._files = [
+            _RecordFile(self.directory / name, **values)
+            for name, values in sorted(self.metadata["record_files"].items())
+        ]
+        for file in self._files:
+            file.check_size()
+        self._record_ends = np.cumsum([f.records for f in self._files])
+        self._source = ArrayRecordDataSource([f"{f.path}[0:{f.records}]" for f in self._files])
+        self.index = self._load_index()
+
+    def __len__(self) -> int:
+        """The number of users."""
+        return len(self._source)
+
+    def record(self, i: int) -> UserRecord:
+        """Reads the i-th user's record; its columns are read-only views of the bytes read.
+
+        Raises:
+          IndexError: there is no i-th user.
+          DatasetError: the record file is damaged; the message names it.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"no user {i}; the dataset has {len(self)}")
+        try:
+            example = tf_example_pb2.Example.FromString(self._source[i])
+        except (RuntimeError, DecodeError) as error:
+            file = self._files[np.searchsorted(self._record_ends, i, side="right")]
+            raise file.damaged(str(error)) from error
+        return decode_record(_matrices(example, self.schema), self.schema)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of each record file by name: equal for equal data, wherever it lies."""
+        return {f.path.name: f.sha256 for f in self._files}
+
+    def check_fingerprint(self, expected: Mapping[str, str]) -> None:
+        """Checks that the data are what a checkpoint was trained on.
+
+        Args:
+          expected: An earlier `fingerprint`.
+
+        Raises:
+          DatasetError: a record file differs, is new or is gone; the message names the first.
+        """
+        found = self.fingerprint
+        for name in sorted({*expected, *found}):
+            if expected.get(name) != found.get(name):
+                raise DatasetError(
+                    f"record file {self.directory / name} is not the one this run began with; "
+                    "restore the earlier data, or start a new run"
+                )
+
+    def _load_index(self) -> RequestIndex:
+        """The cached index if the record files have not been touched since, or a new one."""
+        path = self.directory / _INDEX_FILE
+        stamp = json.dumps([f.stamp() for f in self._files])
+        if (cached := _read_index(path, stamp)) is not None:
+            return cached
+        for file in self._files:
+            file.check_digest()
+        index = self._build_index()
+        # A folder that cannot be written is read anew each time.
+        with contextlib.suppress(OSError):
+            _write_atomically(path, stamp=np.array(stamp), **vars(index))
+        return index
+
+    def _build_index(self) -> RequestIndex:
+        columns: dict[str, list[np.ndarray]] = {f.name: [] for f in _INDEX_FIELDS}
+        for i in tqdm(range(len(self)), desc="Indexing requests", unit="user", disable=None):
+            record = self.record(i)
+            size = len(record.request_time)
+            for name, value in {
+                "record": np.full(size, i),
+                "position": np.arange(size),
+                "request_id": record.request_id,
+                "user_id": np.full(size, record.user_id),
+                "request_time": record.request_time,
+                "split": record.request_split,
+                "history_end": record.history_end,
+                "num_targets": np.diff(record.target_offset),
+            }.items():
+                columns[name].append(value.astype(np.int32))
+        return RequestIndex(**{n: np.concatenate(v) for n, v in columns.items()})
+
+
+_INDEX_FIELDS = dataclasses.fields(RequestIndex)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RecordFile:
+    """A record file, as it was when the dataset was prepared."""
+
+    path: pathlib.Path
+    records: int
+    bytes: int
+    sha256: str
+
+    def check_size(self) -> None:
+        """Raises DatasetError if the file is missing or has another size."""
+        if not self.path.exists():
+            raise DatasetError(f"record file {self.path} is missing: prepare the dataset again")
+        if (found := self.path.stat().st_size) != self.bytes:
+            raise self.damaged(f"it has {found} bytes, not {self.bytes}")
+
+    def check_digest(self) -> None:
+        """Raises DatasetError if the file's content has changed."""
+        if describe_file(self.path)["sha256"] != self.sha256:
+            raise self.damaged("its content is not what was prepared")
+
+    def stamp(self) -> tuple[str, str, int]:
+        """Changes when the dataset is prepared anew or the file is touched; cheap to compute."""
+        return self.path.name, self.sha256, self.path.stat().st_mtime_ns
+
+    def damaged(self, reason: str) -> DatasetError:
+        """The error to raise."""
+        return DatasetError(
+            f"record file {self.path} is damaged, truncated or changed ({reason}): delete "
+            f"{self.path.parent} and prepare the dataset again"
+        )
+
+
+def describe_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": os.path.getsize(path), "sha256": digest}
+
+
+def _read_index(path: pathlib.Path, stamp: str) -> RequestIndex | None:
+    """The index in an .npz file, or None if it is absent, damaged or of other record files."""
+    try:
+        with np.load(path) as arrays:
+            if arrays["stamp"].item() != stamp:
+                return None
+            return RequestIndex(**{f.name: arrays[f.name] for f in _INDEX_FIELDS})
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _read_metadata(directory: pathlib.Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads((directory / "metadata.json").read_text())
+    except OSError as error:
+        raise DatasetError(
+            f"{directory} holds no prepared dataset ({error.strerror}: metadata.json); "
+            "data.prepare(name, data_dir) makes one"
+        ) from None
+    except ValueError as error:
+        raise DatasetError(f"{directory / 'metadata.json'} is damaged: {error}") from error
+    return metadata
+
+
+def _matrices(example: tf_example_pb2.Example, schema: Schema) -> dict[str, Any]:
+    """The argument of `decode_record`: views of the bytes, shaped by the number of columns."""
+    feature = example.features.feature
+    rows = {
+        "events": 1 + len(schema.history),
+        "requests": REQUEST_COLUMNS + len(schema.request),
+        "targets": len(schema.target) + len(schema.tasks),
+    }
+    matrices = {
+        n: np.frombuffer(feature[n].bytes_list.value[0], np.int32).reshape(size, -1)
+        for n, size in rows.items()
+    }
+    return {"user_id": feature["user_id"].int64_list.value[0], **matrices}
+
+
+def _write_atomically(path: pathlib.Path, **arrays: np.ndarray) -> None:
+    """Writes an .npz file that is either whole or absent."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,238 @@
+"""Packing: which requests share a row of L tokens and M target slots.
+
+    requests of the log      A(300 events, 8 targets)  B(120, 8)  C(4,000, 20)  …
+    pieces                   requests of more than M targets are split; nothing is dropped
+    units                    what is packed whole: one piece, or a chunk of one user's pieces
+    rows                     units side by side, at most L tokens and M targets
+
+A chunk is a run of consecutive pieces of one user whose windows overlap, stored once:
+
+    log of the user   e0 e1 e2 e3 e4 e5 e6 e7 e8 …
+    window of A             └────────┘
+    window of B                └────────┘
+    window of C                      └────────┘
+    unit {A, B, C}          └─────────────────┘   tokens e2 … e7
+
+Everything here is arithmetic on flat arrays: no event is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from stca_jax.input.request_building import run_starts
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """Requests cut to at most M targets.
+
+    Attributes:
+      request: Which request each piece belongs to.
+      first_target: The piece's first target within its request.
+      num_targets: At least 1 and at most M.
+    """
+
+    request: Int[np.ndarray, " p"]
+    first_target: Int[np.ndarray, " p"]
+    num_targets: Int[np.ndarray, " p"]
+
+
+def split_requests(num_targets: Int[np.ndarray, " q"], targets_per_row: int) -> Pieces:
+    """Splits requests of more than M targets into pieces of near-equal size.
+
+    Args:
+      num_targets: Targets of each request.
+      targets_per_row: M.
+
+    Returns:
+      The pieces, in the order of their requests.
+    """
+    count = -(-num_targets // targets_per_row)
+    request = np.repeat(np.arange(len(num_targets)), count)
+    part = ragged_arange(count)
+    size, pieces = num_targets[request], count[request]
+    first = part * size // pieces
+    return Pieces(request, first, (part + 1) * size // pieces - first)
+
+
+def chunk_starts(
+    user: Int[np.ndarray, " p"],
+    history_end: Int[np.ndarray, " p"],
+    length: Int[np.ndarray, " p"],
+    num_targets: Int[np.ndarray, " p"],
+    *,
+    max_tokens: int,
+    max_targets: int,
+) -> Int[np.ndarray, " chunks"]:
+    """Greedily groups each user's consecutive pieces into chunks that share their tokens.
+
+    All pieces of a chunk take the length of its first.  A chunk ends where the next piece would
+    exceed `max_targets` or, from the first window's start, `max_tokens`; or where its window does
+    not overlap the one before, so that no uncovered token is ever stored.
+
+    Args:
+      user: Runs of equal values are the users.
+      history_end: Events before each piece's request, non-decreasing within a user.
+      length: Window length that a chunk starting at this piece takes; at most `max_tokens`.
+      num_targets: Targets of each piece; one of more than `max_targets` is a chunk by itself.
+      max_tokens: Tokens of a row.
+      max_targets: Most targets of a chunk.
+
+    Returns:
+      The first piece of each chunk.
+    """
+    first = run_starts(user)
+    count = np.diff(first, append=len(user))
+    # The k-th pieces of all users at once; users with many pieces first, so that the users who
+    # have a k-th piece are a prefix.
+    order = np.argsort(-count, kind="stable")
+    first, count = first[order], count[order]
+    starts = np.zeros(len(user), bool)
+    starts[first] = True
+    window, targets = length[first], num_targets[first]
+    start = np.maximum(history_end[first] - window, 0)
+    for k in range(1, count.max(initial=0)):
+        users = np.s_[: np.searchsorted(-count, -k)]
+        piece = first[users] + k
+        end, previous_end = history_end[piece], history_end[piece - 1]
+        new = (
+            (targets[users] + num_targets[piece] > max_targets)
+            | (end - start[users] > max_tokens)
+            | (np.maximum(end - window[users], 0) >= previous_end) & (end > previous_end)
+        )
+        starts[piece] = new
+        window[users] = np.where(new, length[piece], window[users])
+        start[users] = np.where(new, np.maximum(end - length[piece], 0), start[users])
+        targets[users] = np.where(new, 0, targets[users]) + num_targets[piece]
+    return np.flatnonzero(starts)
+
+
+def pack_rows(
+    tokens: Int[np.ndarray, " u"],
+    targets: Int[np.ndarray, " u"],
+    *,
+    row_length: int,
+    targets_per_row: int,
+) -> list[list[int]]:
+    """Packs units into rows so that tokens and target slots run out together.
+
+    A row starts with the unit of most tokens.  While the remaining units have more tokens than
+    slots to go with, it goes on with the largest unit that fits: first-fit decreasing.  Otherwise
+    it takes units whose mean is (free tokens) / (units that still fit by targets), so that a row
+    which began with a long history goes on with short ones, and ends with the pair of units that
+    leaves the fewest tokens free.  Takes a few microseconds per unit.
+
+    Args:
+      tokens: At most `row_length` each.
+      targets: Between 1 and `targets_per_row` each.
+      row_length: L.
+      targets_per_row: M.
+
+    Returns:
+      The units of each row; every unit is in exactly one.
+    """
+    if not len(tokens):
+        return []
+    pool = _Pool(tokens, targets)
+    mean_targets = float(targets.mean())
+    tokens_left, targets_left = int(tokens.sum()), int(targets.sum())
+    rows = []
+    while pool.unit:
+        many_tokens = tokens_left * targets_per_row > _MANY * targets_left * row_length
+        free_tokens, free_slots = row_length, targets_per_row
+        row: list[int] = []
+        pick: int | None = len(pool.unit) - 1
+        while pick is not None:
+            free_tokens -= pool.tokens.pop(pick)
+            free_slots -= pool.targets.pop(pick)
+            row.append(pool.unit.pop(pick))
+            units_to_go = 1.0 if many_tokens else free_slots / mean_targets
+            pick = pool.choose(free_tokens, free_slots, units_to_go)
+        tokens_left -= row_length - free_tokens
+        targets_left -= targets_per_row - free_slots
+        rows.append(row)
+    return rows
+
+
+# Packing by tokens alone is left for mixed rows when tokens outweigh slots by less than this.
+_MANY = 1.05
+# Units tried when the first choice has too many targets, and as the smaller of the last pair.
+_MAX_TRIES, _MAX_PAIRS = 64, 8
+
+
+class _Pool:
+    """Units not yet packed, as parallel lists in ascending order of tokens."""
+
+    def __init__(self, tokens: np.ndarray, targets: np.ndarray):
+        order = np.lexsort((targets, tokens))
+        self.unit: list[int] = order.tolist()
+        self.tokens: list[int] = tokens[order].tolist()
+        self.targets: list[int] = targets[order].tolist()
+        self._all_tokens = list(self.tokens)
+        self._mean_up_to = (np.cumsum(tokens[order]) / np.arange(1, len(order) + 1)).tolist()
+        self._phase = 0.0
+
+    def choose(self, free_tokens: int, free_slots: int, units_to_go: float) -> int | None:
+        """Where the next unit of a row stands, or None if no candidate fits."""
+        if not self.unit or not free_slots or self.tokens[0] > free_tokens:
+            return None
+        if units_to_go <= 1:
+            pick = bisect_right(self.tokens, free_tokens) - 1
+        elif units_to_go <= 2.5:
+            pick = self._larger_of_best_pair(free_tokens)
+        else:
+            pick = self._with_mean(free_tokens / units_to_go, free_tokens)
+        for candidate in range(pick, max(pick - _MAX_TRIES, -1), -1):
+            if self.targets[candidate] <= free_slots:
+                return candidate
+        return None
+
+    def _larger_of_best_pair(self, free_tokens: int) -> int:
+        """The larger of two units that together leave the fewest tokens free."""
+        best, least_free = bisect_right(self.tokens, free_tokens) - 1, free_tokens + 1
+        middle = bisect_right(self.tokens, free_tokens / 2) - 1
+        for smaller in range(middle, max(middle - _MAX_PAIRS, -1), -1):
+            larger = bisect_right(self.tokens, free_tokens - self.tokens[smaller]) - 1
+            free = free_tokens - self.tokens[smaller] - self.tokens[larger]
+            if larger != smaller and free < least_free:
+                best, least_free = larger, free
+        return best
+
+    def _with_mean(self, mean: float, at_most: int) -> int:
+        """One of the smallest units, so many of them that they average `mean` tokens.
+
+        Golden-ratio steps pick evenly among them, which keeps the mix of sizes in the pool.
+        """
+        last = min(bisect_right(self._mean_up_to, mean), len(self._all_tokens) - 1)
+        candidates = bisect_right(self.tokens, min(self._all_tokens[last], at_most))
+        self._phase = (self._phase + 0.6180339887) % 1
+        return int(self._phase * candidates)
+
+
+def balanced_order(tokens: Sequence[int]) -> list[int]:
+    """An order of rows in which contiguous shares have near-equal tokens.
+
+    Rows sorted by tokens are dealt into two halves like cards (first, second, second, first, …),
+    and each half again: halves, quarters, eighths … are balanced, so the order serves any number
+    of processes and devices.
+    """
+
+    def deal(rows: list[int]) -> list[int]:
+        if len(rows) < 3:
+            return rows
+        left = [row for i, row in enumerate(rows) if i % 4 in (0, 3)]
+        right = [row for i, row in enumerate(rows) if i % 4 in (1, 2)]
+        return deal(left) + deal(right)
+
+    return deal(sorted(range(len(tokens)), key=lambda row: -tokens[row]))
+
+
+def ragged_arange(count: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:
+    """0 … count[0]-1, 0 … count[1]-1, and so on, in one array."""
+    return np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)

@@ -1,0 +1,351 @@
+"""From sorted logs to requests and targets: the NumPy code that every dataset builder shares.
+
+    log          user    7  7  7  7  7  7 | 9  9  9        sorted by (user, time)
+                 time    1  1  4  4  4  8 | 2  2  5
+                 item    a  b  a  c  d  a | b  e  a
+    requests     ├─────┤├────────┤├──┤    ├─────┤├──┤      runs of equal (user, time)
+    history_end     0       2      5         0     2       events of the user strictly before
+
+Nothing here draws from a sequential random generator.  Every random choice is a hash of a seed and
+of what is chosen (`counter_hash`), so that records do not depend on the order in which users are
+processed, or on how they are spread over files and processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt64
+
+from stca_jax.input.records import UserRecord
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_POSITIVE, _NEGATIVE, _ORDER, _VOCABULARY = 1, 2, 3, 4  # separate streams of one seed
+
+
+def counter_hash(seed: int, *keys: np.ndarray | int) -> UInt64[np.ndarray, " n"]:
+    """Uniform 64-bit integers, one for each combination of a seed and integer keys.
+
+    A chain of SplitMix64 finalisers (Steele, Lea and Flood, 2014, doi:10.1145/2660193.2660195).
+
+    Args:
+      seed: Any integer.
+      *keys: Integer arrays or integers, broadcast against each other.
+    """
+    state = np.full((), seed & (2**64 - 1), np.uint64)
+    with np.errstate(over="ignore"):
+        for key in keys:
+            z = (state ^ np.asarray(key).astype(np.uint64)) + _GOLDEN
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = z ^ (z >> np.uint64(31))
+    return np.atleast_1d(state)
+
+
+def uniform(seed: int, *keys: np.ndarray | int) -> Float[np.ndarray, " n"]:
+    """Numbers in [0, 1), one for each combination of a seed and integer keys."""
+    return (counter_hash(seed, *keys) >> np.uint64(11)) * 2.0**-53
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Ids of one categorical feature: `[0, len(known))` by value, then out-of-vocabulary rows.
+
+    Attributes:
+      known: The values that have an id of their own, ascending; integers or strings.
+      num_oov: Rows that all other values are hashed into.
+    """
+
+    known: np.ndarray
+    num_oov: int
+
+    @classmethod
+    def fit(
+        cls,
+        values: np.ndarray,
+        counts: np.ndarray | None = None,
+        *,
+        min_count: int = 1,
+        num_oov: int = 1,
+    ) -> Vocabulary:
+        """Keeps the values that training events have often enough.
+
+        Args:
+          values: Integers or strings, repeated or not.
+          counts: How many training events each entry of `values` stands for; by default 1.
+          min_count: Training events that earn a value an id of its own, at least 1.
+          num_oov: Rows for all other values, at least 1, since later data has new values.
+
+        Raises:
+          ValueError: `num_oov` or `min_count` is below 1.
+        """
+        if num_oov < 1 or min_count < 1:
+            raise ValueError(f"num_oov={num_oov} and min_count={min_count} must be at least 1")
+        distinct, inverse = np.unique(np.asarray(values), return_inverse=True)
+        total = np.bincount(inverse, weights=counts, minlength=len(distinct))
+        return cls(distinct[total >= min_count], num_oov)
+
+    @property
+    def size(self) -> int:
+        """Number of ids, out-of-vocabulary rows included."""
+        return len(self.known) + self.num_oov
+
+    def encode(self, values: np.ndarray) -> Int[np.ndarray, " n"]:
+        """int32 ids in `[0, size)` of integers or strings, the same in every run."""
+        values = np.asarray(values)
+        if not len(self.known):
+            return self._hashed(values)
+        position = np.minimum(np.searchsorted(self.known, values), len(self.known) - 1)
+        ids = position.astype(np.int32)
+        unknown = self.known[position] != values
+        ids[unknown] = self._hashed(values[unknown])
+        return ids
+
+    def _hashed(self, values: np.ndarray) -> np.ndarray:
+        if values.dtype.kind not in "iu":
+            distinct, inverse = np.unique(values, return_inverse=True)
+            values = np.array([zlib.crc32(str(v).encode()) for v in distinct], np.int64)[inverse]
+        bucket = counter_hash(_VOCABULARY, values) % np.uint64(self.num_oov)
+        return (len(self.known) + bucket.astype(np.int64)).astype(np.int32)
+
+
+def run_starts(*columns: np.ndarray) -> Int[np.ndarray, " runs"]:
+    """Where each run of equal rows of the columns begins, e.g. of (user, time): the requests."""
+    changes = np.zeros(len(columns[0]), bool)
+    changes[:1] = True
+    for column in columns:
+        changes[1:] |= column[1:] != column[:-1]
+    return np.flatnonzero(changes)
+
+
+def history_end(
+    event_user: Int[np.ndarray, " n"],
+    event_time: Int[np.ndarray, " n"],
+    request_user: Int[np.ndarray, " q"],
+    request_time: Int[np.ndarray, " q"],
+) -> Int[np.ndarray, " q"]:
+    """How many events each request's user has strictly before the request.
+
+    Events that share the request's timestamp are not its history.
+
+    Args:
+      event_user: Ascending.
+      event_time: Ascending within each user.
+      request_user: In any order.
+      request_time: Same unit as `event_time`.
+    """
+    first = np.searchsorted(event_user, request_user, side="left")
+    if not len(event_time):
+        return first
+    # One search over (user, time) pairs: ranks of the times keep the pairs within 64 bits.
+    times = np.unique(event_time)
+    width = np.int64(len(times) + 1)
+    events = event_user.astype(np.int64) * width + np.searchsorted(times, event_time)
+    requests = np.asarray(request_user, np.int64) * width + np.searchsorted(times, request_time)
+    return np.searchsorted(events, requests, side="left") - first
+
+
+def time_split(
+    time: Int[np.ndarray, " n"], validation_start: int, test_start: int
+) -> Int[np.ndarray, " n"]:
+    """Index into `records.SPLITS`: 0 before `validation_start`, 2 from `test_start` on."""
+    return np.searchsorted([validation_start, test_start], time, side="right").astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """Candidates of requests.
+
+    Attributes:
+      request: Index of the target's request, ascending.
+      item: The candidate.
+      label: 1 for a positive, 0 for a sampled negative.
+    """
+
+    request: Int[np.ndarray, " t"]
+    item: Int[np.ndarray, " t"]
+    label: Float[np.ndarray, " t"]
+
+
+def next_item_targets(
+    request: Int[np.ndarray, " n"],
+    item: Int[np.ndarray, " n"],
+    *,
+    request_key: UInt64[np.ndarray, " q"],
+    item_key: Int[np.ndarray, " items"],
+    train_count: Int[np.ndarray, " items"],
+    max_positives: int,
+    negatives_per_positive: int,
+    seed: int,
+) -> Targets:
+    """Positives are the distinct items of a request; negatives are drawn by training popularity.
+
+    A negative is never an item of its own request (one cut by `max_positives` neither), never
+    repeats within a request, and never has a training count of 0.  A request gets fewer negatives
+    than wanted when its draws, four for each one wanted and 16 more, do not suffice.
+
+    Args:
+      request: The request that each event belongs to.
+      item: The event's item.
+      request_key: Identifies each request, whatever else is in the data.
+      item_key: Identifies each item, ascending, whatever else is in the data.
+      train_count: How often each item occurs in training events.
+      max_positives: Requests with more distinct items keep a random subset.
+      negatives_per_positive: How many negatives are wanted for each positive kept.
+      seed: Of all choices.
+
+    Raises:
+      ValueError: no item occurs in training, or a number is below its minimum.
+    """
+    if max_positives < 1 or negatives_per_positive < 0:
+        raise ValueError(
+            f"max_positives={max_positives} must be at least 1 and "
+            f"negatives_per_positive={negatives_per_positive} at least 0"
+        )
+    num_items = len(train_count)
+    bought = np.unique(request.astype(np.int64) * num_items + item)
+    owner, candidate = np.divmod(bought, num_items)
+    order = np.lexsort(
+        (counter_hash(seed, _POSITIVE, request_key[owner], item_key[candidate]), owner)
+    )
+    positive = bought[order][_rank_in_run(owner[order]) < max_positives]
+    wanted = negatives_per_positive * np.bincount(
+        positive // num_items, minlength=len(request_key)
+    )
+    negative = _sample_negatives(bought, wanted, request_key, train_count, seed)
+    return arrange_targets(
+        positive, negative, request_key=request_key, item_key=item_key, seed=seed
+    )
+
+
+def arrange_targets(
+    positive: Int[np.ndarray, " p"],
+    negative: Int[np.ndarray, " s"],
+    *,
+    request_key: UInt64[np.ndarray, " q"],
+    item_key: Int[np.ndarray, " items"],
+    seed: int,
+) -> Targets:
+    """Sorts targets by request, and within a request in an order independent of labels.
+
+    Args:
+      positive: Pairs, written request * items + item.
+      negative: Likewise; disjoint from `positive`.
+      request_key: Identifies each request.
+      item_key: Identifies each item.
+      seed: Of the order.
+    """
+    owner, candidate = np.divmod(np.concatenate([positive, negative]), len(item_key))
+    label = np.repeat(np.float32([1, 0]), [len(positive), len(negative)])
+    order = np.lexsort(
+        (counter_hash(seed, _ORDER, request_key[owner], item_key[candidate]), owner)
+    )
+    return Targets(owner[order], candidate[order], label[order])
+
+
+def _sample_negatives(
+    bought: np.ndarray,
+    wanted: np.ndarray,
+    request_key: np.ndarray,
+    train_count: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """Up to `wanted[k]` distinct (request, item) pairs of request k that are not in `bought`."""
+    cumulative = np.cumsum(train_count, dtype=np.int64)
+    if not len(cumulative) or cumulative[-1] < 1:
+        raise ValueError("no item occurs in training events: move the validation start later")
+    draws = np.where(wanted > 0, 4 * wanted + 16, 0)
+    owner = np.repeat(np.arange(len(wanted)), draws)
+    draw = np.arange(len(owner)) - np.repeat(np.cumsum(draws) - draws, draws)
+    uniform = counter_hash(seed, _NEGATIVE, request_key[owner], draw) % np.uint64(cumulative[-1])
+    # An item of count c owns c consecutive integers; one of count 0 owns none.
+    item = np.searchsorted(cumulative, uniform.astype(np.int64), side="right")
+    pair = owner * len(train_count) + item
+    first = np.sort(np.unique(pair, return_index=True)[1])
+    pair = pair[first]
+    position = np.minimum(np.searchsorted(bought, pair), len(bought) - 1)
+    pair = pair[bought[position] != pair]
+    owner = pair // len(train_count)
+    return pair[_rank_in_run(owner) < wanted[owner]]
+
+
+def _rank_in_run(run: np.ndarray) -> np.ndarray:
+    """0, 1, 2 … within each run of equal values."""
+    starts = run_starts(run)
+    return np.arange(len(run)) - np.repeat(starts, np.diff(np.append(starts, len(run))))
+
+
+@dataclasses.dataclass(frozen=True)
+class UserLogs:
+    """Logs, requests and targets of many users, flat; iterating yields one `UserRecord` a user.
+
+    Attributes:
+      user_id: One number per user.
+      event_offset: Events of user u are `[event_offset[u], event_offset[u + 1])`; likewise below.
+      event_time: Seconds since the dataset's origin, ascending within a user.
+      history: Event features by name.
+      request_offset: Requests of user u.
+      request_id: The requests' indices in the dataset.
+      request_time: Ascending within a user.
+      request_split: Index into `records.SPLITS`.
+      history_end: Events of the user strictly before the request.
+      request: Request features by name.
+      target_offset: Targets of request k, counted over all users.
+      target: Target features by name.
+      label: 0 or 1.
+    """
+
+    user_id: Int[np.ndarray, " users"]
+    event_offset: Int[np.ndarray, " users+1"]
+    event_time: Int[np.ndarray, " n"]
+    history: Mapping[str, np.ndarray]
+    request_offset: Int[np.ndarray, " users+1"]
+    request_id: Int[np.ndarray, " q"]
+    request_time: Int[np.ndarray, " q"]
+    request_split: Int[np.ndarray, " q"]
+    history_end: Int[np.ndarray, " q"]
+    request: Mapping[str, np.ndarray]
+    target_offset: Int[np.ndarray, " q+1"]
+    target: Mapping[str, np.ndarray]
+    label: Float[np.ndarray, "t tasks"]
+
+    def __len__(self) -> int:
+        """The number of users."""
+        return len(self.user_id)
+
+    def __iter__(self) -> Iterator[UserRecord]:
+        """Records of the users, in order; their columns are views."""
+        return (self.record(u) for u in range(len(self)))
+
+    def record(self, u: int) -> UserRecord:
+        """The record of the u-th user."""
+        events = slice(*self.event_offset[u : u + 2])
+        requests = slice(*self.request_offset[u : u + 2])
+        offset = self.target_offset[requests.start : requests.stop + 1]
+        targets = slice(offset[0], offset[-1])
+        return UserRecord(
+            user_id=int(self.user_id[u]),
+            event_time=self.event_time[events],
+            history={n: v[events] for n, v in self.history.items()},
+            request_id=self.request_id[requests],
+            request_time=self.request_time[requests],
+            request_split=self.request_split[requests],
+            history_end=self.history_end[requests],
+            target_offset=offset - offset[0],
+            request={n: v[requests] for n, v in self.request.items()},
+            target={n: v[targets] for n, v in self.target.items()},
+            label=self.label[targets],
+        )
+
+
+def offsets(owner: Int[np.ndarray, " n"], num_owners: int) -> Int[np.ndarray, " owners+1"]:
+    """Where the items of each owner begin, when `owner` is ascending in `[0, num_owners)`."""
+    return np.searchsorted(owner, np.arange(num_owners + 1), side="left")
+
+
+def log_popularity(train_count: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """log(1 + count) / 4 - 1: float32, about -1 … 2 for items seen 0 … 100,000 times."""
+    return (np.log1p(train_count) / 4 - 1).astype(np.float32)

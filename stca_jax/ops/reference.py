@@ -1,0 +1,78 @@
+"""The op written as einsums: what every other implementation must equal.  Memory grows with M L."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Order = Literal["absorbed", "projected"]
+
+
+def reference_attention(
+    query: Float[Array, "R M H K"],
+    history: Float[Array, "R L D"],
+    w_key: Float[Array, "D H K"],
+    w_value: Float[Array, "D H K"],
+    history_start: Int[Array, "R M"],
+    history_end: Int[Array, "R M"],
+    history_score: Float[Array, "R L H"] | None,
+    order: Order,
+) -> tuple[Float[Array, "R M H K"], Float[Array, "R M H"]]:
+    """E3 and E4 over each target's range.
+
+    Args:
+      query: Queries after W_Q, not yet scaled.
+      history: Encoded tokens X~ of E1, finite everywhere.
+      w_key: W_K of E3 for all heads.
+      w_value: W_V of E4 for all heads.
+      history_start: First token of each target's range.
+      history_end: One past its last token.
+      history_score: Additive score of each token and head, finite everywhere.
+      order: Which algebra.
+
+    Returns:
+      float32 weighted sums of the values and log-sum-exps; 0 and -inf for an empty range.
+    """
+    position = jnp.arange(history.shape[1])
+    in_range = (position >= history_start[..., None]) & (position < history_end[..., None])
+    score = _scores(query, history, w_key, order) / jnp.sqrt(jnp.float32(query.shape[-1]))
+    if history_score is not None:
+        score += history_score.astype(jnp.float32)[:, None]
+    weight, log_sum_exp = _masked_softmax(score, in_range)
+    return _weighted_values(weight, history, w_value, order), log_sum_exp
+
+
+def _scores(query: Array, history: Array, w_key: Array, order: Order) -> Float[Array, "R M L H"]:
+    if order == "projected":
+        key = jnp.einsum("rld,dhk->rlhk", history, w_key)
+        return jnp.einsum("rmhk,rlhk->rmlh", query, key, preferred_element_type=jnp.float32)
+    absorbed = jnp.einsum("rmhk,dhk->rmhd", query, w_key)
+    return jnp.einsum("rmhd,rld->rmlh", absorbed, history, preferred_element_type=jnp.float32)
+
+
+def _masked_softmax(
+    score: Float[Array, "R M L H"], in_range: Bool[Array, "R M L"]
+) -> tuple[Float[Array, "R M L H"], Float[Array, "R M H"]]:
+    """Softmax over the range and its log-sum-exp; zero and -inf, without NaN gradients, if empty."""
+    mask = in_range[..., None]
+    score = jnp.where(mask, score, -jnp.inf)
+    nonempty = mask.any(-2)
+    peak = jax.lax.stop_gradient(jnp.where(nonempty, score.max(-2), 0))
+    weight = jnp.where(mask, jnp.exp(jnp.where(mask, score - peak[:, :, None], 0)), 0)
+    total = weight.sum(-2)
+    safe_total = jnp.where(nonempty, total, 1)
+    log_sum_exp = jnp.where(nonempty, jnp.log(safe_total) + peak, -jnp.inf)
+    return weight / safe_total[:, :, None], log_sum_exp
+
+
+def _weighted_values(
+    weight: Array, history: Array, w_value: Array, order: Order
+) -> Float[Array, "R M H K"]:
+    if order == "projected":
+        value = jnp.einsum("rld,dhk->rlhk", history, w_value)
+        return jnp.einsum("rmlh,rlhk->rmhk", weight, value, preferred_element_type=jnp.float32)
+    summed = jnp.einsum("rmlh,rld->rmhd", weight, history, preferred_element_type=jnp.float32)
+    return jnp.einsum("rmhd,dhk->rmhk", summed, w_value, preferred_element_type=jnp.float32)

@@ -1,0 +1,415 @@
+"""The sequence of batches: complete, exact, resumable, the same for any number of processes."""
+
+import dataclasses
+import json
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from in_memory_dataset import SCHEMA, make_dataset, random_dataset
+
+from stca_jax.batch import validate_batch
+from stca_jax.input.length import BetaLength, FixedLength, UniformLength
+from stca_jax.input.pipeline import InputConfig, count_batches, epoch_fill, make_input
+from stca_jax.input.records import SPLITS
+
+CONFIG = InputConfig(
+    length=UniformLength(8, 64),
+    row_length=128,
+    targets_per_row=24,
+    rows_per_batch=4,
+    epochs=2,
+    look_ahead=32,
+    num_threads=0,
+)
+ROWS = pytest.mark.parametrize("rows", ["request", "user"])
+
+
+def dataset_of(num_users=30, seed=0):
+    return random_dataset(num_users, max_events=200, max_requests=8, max_targets=40, seed=seed)
+
+
+def config_of(**changes):
+    return dataclasses.replace(CONFIG, **changes)
+
+
+def fields_of(batch):
+    """All arrays of a batch by name."""
+    arrays: dict[str, object] = {}
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        named = value.items() if isinstance(value, dict) else [("", value)]
+        arrays |= {f"{field.name}.{name}": array for name, array in named}
+    return arrays
+
+
+def assert_same(actual, expected):
+    actual, expected = fields_of(actual), fields_of(expected)
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+
+
+def joined(batches):
+    """The global batch of the batches of all processes."""
+    parts = [fields_of(b) for b in batches]
+    return {
+        n: parts[0][n] if n == "shared_history." else np.concatenate([p[n] for p in parts])
+        for n in parts[0]
+    }
+
+
+def valid_targets(batch):
+    """The record's view of every target that stands in a batch: (request, target features …)."""
+    for row, slot in np.argwhere(batch.target_mask):
+        features = [batch.target[n][row, slot] for n in SCHEMA.target]
+        yield (int(batch.request_id[row, slot]), *features, *batch.label[row, slot])
+
+
+def all_targets(dataset, split):
+    index = dataset.index
+    for i in np.flatnonzero(index.split == SPLITS.index(split)):
+        record, k = dataset.record(index.record[i]), index.position[i]
+        for t in range(record.target_offset[k], record.target_offset[k + 1]):
+            features = [record.target[n][t] for n in SCHEMA.target]
+            yield (int(index.request_id[i]), *features, *record.label[t])
+
+
+logs = st.lists(
+    st.integers(0, 60).flatmap(
+        lambda n: st.lists(
+            st.tuples(st.integers(0, n), st.integers(1, 20)), min_size=1, max_size=5
+        ).map(lambda requests: (n, [e for e, _ in requests], [m for _, m in requests]))
+    ),
+    min_size=1,
+    max_size=8,
+)
+lengths = st.sampled_from(
+    [FixedLength(1), FixedLength(40), UniformLength(8, 32), BetaLength(8, 40, 16, 0.1)]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    logs,
+    lengths,
+    st.sampled_from(["request", "user"]),
+    st.sampled_from([3, 24]),  # few shapes: validate_batch compiles for each
+    st.sampled_from([1, 3]),
+    st.booleans(),
+    st.integers(1, 20),
+)
+def test_every_target_exactly_once_an_epoch(
+    users, length, rows, targets_per_row, rows_per_batch, shuffle, look_ahead
+):
+    dataset = make_dataset(users)
+    expected = Counter(all_targets(dataset, "train"))
+    config = config_of(
+        length=length,
+        rows=rows,
+        row_length=40,
+        targets_per_row=targets_per_row,
+        rows_per_batch=rows_per_batch,
+        shuffle=shuffle,
+        look_ahead=look_ahead,
+        epochs=1,
+    )
+    if not expected:
+        with pytest.raises(ValueError, match="no request of split 'train'"):
+            make_input(dataset, config)
+        return
+    elements = list(make_input(dataset, config))
+    assert len(elements) == count_batches(dataset, config)
+    assert Counter(t for e in elements for t in valid_targets(e.batch)) == expected
+    for element in elements:
+        validate_batch(element.batch, SCHEMA)
+        mask = element.batch.target_mask
+        assert (mask[:, :-1] >= mask[:, 1:]).all(), "padding slots come last"
+        for edge in (element.batch.history_start, element.batch.history_end):
+            assert not edge[~mask].any()
+            assert (np.diff(edge, axis=1) >= 0)[mask[:, 1:]].all(), "ranges are in order"
+
+
+@pytest.mark.parametrize(
+    ("rows", "window"),
+    [("user", "suffix"), *(("request", w) for w in ("suffix", "prefix", "random"))],
+)
+def test_ranges_hold_the_right_events_of_the_right_user(rows, window):
+    dataset = dataset_of()
+    place = {int(r): i for i, r in enumerate(dataset.index.request_id)}
+    seen = 0
+    for batch, _, _ in make_input(dataset, config_of(rows=rows, window=window, epochs=1)):
+        assert batch.shared_history == (rows == "user")
+        for row, slot in np.argwhere(batch.target_mask):
+            i = place[int(batch.request_id[row, slot])]
+            record, k = dataset.record(dataset.index.record[i]), dataset.index.position[i]
+            tokens = slice(batch.history_start[row, slot], batch.history_end[row, slot])
+            time = batch.history_time[row, tokens]
+            end = record.history_end[k]
+            first = {"suffix": end - len(time), "prefix": 0}.get(
+                window, int(time[0]) // 10 - 1 if len(time) else 0
+            )
+            events = slice(first, first + len(time))
+            assert 0 <= first <= end - len(time)
+            assert len(time) == end or (8 <= len(time) <= 64 and len(time) % 8 == 0)
+            np.testing.assert_array_equal(time, record.event_time[events])
+            for name in SCHEMA.history:
+                np.testing.assert_array_equal(
+                    batch.history[name][row, tokens], record.history[name][events]
+                )
+            assert batch.request["device"][row, slot] == record.request["device"][k]
+            assert batch.request_time[row, slot] == record.request_time[k]
+            assert batch.user_id[row, slot] == record.user_id
+            count = record.target_offset[k + 1] - record.target_offset[k]
+            assert batch.num_request_targets[row, slot] == count
+            seen += 1
+    assert seen > 500
+
+
+def test_users_share_tokens_and_store_no_uncovered_one():
+    dataset = make_dataset([(400, [100, 102, 104, 300, 301], [3] * 5)])
+    dataset.index.split[:] = 0
+    config = config_of(rows="user", length=FixedLength(16), epochs=1, targets_per_chunk=12)
+    (element,) = make_input(dataset, config)
+    # Two groups of overlapping windows, 16 + 2 + 2 and 16 + 1 tokens; the gap is not stored.
+    assert element.fill.tokens == 20 + 17
+    assert epoch_fill(dataset, dataclasses.replace(config, rows="request")).tokens == 5 * 16
+
+
+@ROWS
+@pytest.mark.parametrize("resume_count", [1, 2, 4])
+def test_any_process_count_resumes_anywhere_with_the_same_global_sequence(rows, resume_count):
+    dataset = dataset_of(12)
+    config = config_of(rows=rows, look_ahead=8)
+    expected = list(make_input(dataset, config))
+    assert len(expected) > 8
+    states = [make_input(dataset, config).get_state(), *(e.state for e in expected)]
+    for step, state in enumerate(states):
+        state = json.loads(json.dumps(state))
+        assert state["step"] == step
+        batches = []
+        for p in range(resume_count):
+            iterator = make_input(dataset, config, process_index=p, process_count=resume_count)
+            iterator.set_state(state)
+            batches.append([e.batch for e in iterator])
+        assert {len(b) for b in batches} == {len(expected) - step}
+        # The rest of the sequence from every third position, the next batch from all others.
+        stop = None if step % 3 == 0 else 1
+        for element, parts in zip(
+            expected[step:], list(zip(*batches, strict=True))[:stop], strict=False
+        ):
+            whole = fields_of(element.batch)
+            for name, array in joined(parts).items():
+                np.testing.assert_array_equal(array, whole[name], err_msg=name)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_threads_do_not_change_the_sequence(num_threads):
+    dataset = dataset_of(12)
+    expected = list(make_input(dataset, CONFIG))
+    threaded = make_input(dataset, config_of(num_threads=num_threads))
+    for before, after in zip(expected, threaded, strict=True):
+        assert_same(after.batch, before.batch)
+        assert after.state == before.state
+        assert after.fill == before.fill
+    # A position saved with no threads goes on with some, and back.
+    threaded.set_state(expected[4].state)
+    assert_same(next(threaded).batch, expected[5].batch)
+    plain = make_input(dataset, CONFIG)
+    plain.set_state(threaded.get_state())
+    assert_same(next(plain).batch, expected[6].batch)
+    threaded.close()
+
+
+def test_close_ends_the_threads():
+    before = threading.active_count()
+    iterator = make_input(dataset_of(), config_of(num_threads=2, epochs=None))
+    next(iterator)
+    assert threading.active_count() > before
+    iterator.close()
+    assert threading.active_count() <= before
+    with pytest.raises(ValueError, match="closed"):
+        next(iterator)
+
+
+def test_a_reader_thread_hands_its_error_to_the_caller():
+    dataset = dataset_of()
+
+    def broken(i):
+        raise ValueError("users-0 is damaged")
+
+    dataset.record = broken
+    with pytest.raises(ValueError, match="users-0 is damaged"):
+        next(make_input(dataset, config_of(num_threads=2)))
+
+
+def test_epochs_and_seeds_shuffle_anew():
+    dataset = dataset_of()
+    elements = list(make_input(dataset, CONFIG))
+    half = count_batches(dataset, CONFIG)
+    assert [e.state["epoch"] for e in elements].count(0) == half - 1
+    (other,) = [next(make_input(dataset, config_of(seed=1)))]
+    orders = [e.batch.request_id[e.batch.target_mask] for e in (elements[0], elements[half], other)]
+    for a, b in ((0, 1), (0, 2)):
+        assert not np.array_equal(orders[a], orders[b])
+
+
+def test_shuffled_order_has_no_trend():
+    """A request's place is independent of its place in the dataset."""
+    dataset = make_dataset([(40, [20] * 4, [1] * 4) for _ in range(500)])
+    dataset.index.split[:] = 0
+    config = config_of(length=FixedLength(8), row_length=32, targets_per_row=4, epochs=1)
+    order = [e.batch.request_id[e.batch.target_mask] for e in make_input(dataset, config)]
+    order = np.concatenate(order)
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 5 / np.sqrt(len(order))
+
+
+def test_unshuffled_order_is_the_dataset_within_the_look_ahead():
+    dataset = make_dataset([(40, [20] * 4, [1] * 4) for _ in range(100)])
+    dataset.index.split[:] = 0
+    config = config_of(length=FixedLength(8), shuffle=False, look_ahead=20, epochs=1)
+    batches = [e.batch for e in make_input(dataset, config)]
+    order = np.concatenate([b.request_id[b.target_mask] for b in batches])
+    assert len(order) == 400
+    # A batch of 4 rows with 16 requests each may begin in one look-ahead and end in the next.
+    assert np.abs(order - np.arange(400)).max() < 20 + 4 * 16
+
+
+def test_fill_counts_what_stands_in_the_global_batch():
+    dataset = dataset_of()
+    for rows in ("request", "user"):
+        config = config_of(rows=rows, epochs=1)
+        fills = []
+        for batch, fill, _ in make_input(dataset, config):
+            assert fill.targets == batch.target_mask.sum()
+            assert fill.rows == batch.target_mask.any(1).sum()
+            assert fill.tokens == batch.history_end.max(1).sum()
+            assert fill.max_tokens == batch.history_time.size
+            assert fill.max_targets == batch.target_mask.size
+            assert fill.metrics() == {
+                "token_fill": fill.tokens / fill.max_tokens,
+                "target_fill": fill.targets / fill.max_targets,
+            }
+            fills.append(fill)
+        total = epoch_fill(dataset, config)
+        for name in vars(total):
+            assert getattr(total, name) == sum(getattr(f, name) for f in fills), name
+
+
+def test_every_process_gets_near_equal_tokens_and_the_same_statistics():
+    dataset = random_dataset(300, max_events=200, max_requests=4, max_targets=2)
+    config = config_of(rows_per_batch=32, targets_per_row=3, epochs=1, look_ahead=4096)
+    processes = [make_input(dataset, config, process_index=p, process_count=4) for p in range(4)]
+    worst = []
+    for elements in zip(*processes, strict=True):
+        assert len({e.fill for e in elements}) == 1
+        tokens = [e.batch.history_end.max(1).sum() for e in elements]
+        worst.append(max(tokens) / np.mean(tokens))
+    assert np.mean(worst[:-1]) < 1.05
+
+
+def test_shorter_draws_pack_into_fewer_rows():
+    dataset = random_dataset(200, max_events=1000, max_requests=4, max_targets=4)
+    config = config_of(row_length=1024, targets_per_row=256)
+
+    def rows(length):
+        return epoch_fill(dataset, dataclasses.replace(config, length=length)).rows
+
+    full = rows(FixedLength(1000))
+    assert rows(BetaLength(8, 1000, 200, 0.1)) < 0.5 * full
+    assert rows(FixedLength(104)) < 0.45 * full
+
+
+def test_pieces_of_a_split_request_share_its_length():
+    dataset = make_dataset([(100, [100], [100])])
+    dataset.index.split[:] = 0
+    elements = list(make_input(dataset, config_of(epochs=1)))
+    sizes = {
+        int(n)
+        for batch, _, _ in elements
+        for n in (batch.history_end - batch.history_start)[batch.target_mask]
+    }
+    assert len(sizes) == 1
+    assert all((b.num_request_targets[b.target_mask] == 100).all() for b, _, _ in elements)
+
+
+def test_evaluation_is_one_ordered_pass_over_a_fixed_sample():
+    dataset = dataset_of(60)
+
+    def requests(length, **changes):
+        config = CONFIG.for_evaluation("test", length, min_history=20, **changes)
+        ids = [e.batch.request_id[e.batch.target_mask] for e in make_input(dataset, config)]
+        return set(np.concatenate(ids).tolist())
+
+    index = dataset.index
+    test = (index.split == 2) & (index.history_end >= 20)
+    assert requests(50) == set(index.request_id[test].tolist())
+    sample = requests(50, max_requests=20)
+    assert len(sample) == 20
+    assert sample == requests(200, max_requests=20, seed=7)
+    assert sample < requests(50, max_requests=30)
+    assert CONFIG.for_evaluation("test", 200).row_length == 200
+    assert CONFIG.for_evaluation("test", 50).row_length == CONFIG.row_length
+
+
+def test_a_curriculum_lengthens_histories_within_an_epoch():
+    dataset = make_dataset([(1000, [1000] * 4, [1] * 4) for _ in range(200)])
+    dataset.index.split[:] = 0
+    config = config_of(
+        length=BetaLength(8, 1000, 500, 1.0, curriculum=((0.0, 40.0), (1.0, 900.0))),
+        row_length=1000,
+        look_ahead=50,
+        epochs=1,
+    )
+    sizes = np.concatenate(
+        [
+            (b.history_end - b.history_start)[b.target_mask]
+            for b, _, _ in make_input(dataset, config)
+        ]
+    )
+    early, late = sizes[:200].mean(), sizes[-200:].mean()
+    assert early < 250
+    assert late > 700
+
+
+def test_a_changed_dataset_or_config_is_named():
+    dataset = dataset_of()
+    state = next(make_input(dataset, CONFIG)).state
+    changed = dataset_of()
+    changed.fingerprint = {"users-0": "f" * 64}
+    with pytest.raises(ValueError, match="record file users-0 is"):
+        make_input(changed, CONFIG).set_state(state)
+    with pytest.raises(ValueError, match=r"another input config \(row_length: 128 -> 256"):
+        make_input(dataset, config_of(row_length=256)).set_state(state)
+    make_input(dataset, config_of(num_threads=1, prefetch=5, epochs=9)).set_state(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"row_length": 0}, "row_length must be at least 1, got 0"),
+        ({"length": FixedLength(129)}, "up to 129 events does not fit row_length 128: shorten"),
+        ({"rows": "users"}, r"rows must be one of \('request', 'user'\), got 'users'"),
+        ({"split": "dev"}, "split must be one of .* got 'dev'"),
+        ({"window": "random", "rows": "user"}, "needs window='suffix', got 'random'; use rows="),
+        ({"targets_per_chunk": 25}, "targets_per_chunk 25 exceeds targets_per_row 24"),
+        ({"epochs": 0}, "epochs must be at least 1 or None, got 0"),
+        ({"num_threads": -1}, "num_threads must be at least 0, got -1"),
+    ],
+)
+def test_bad_settings_say_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**changes)
+
+
+def test_bad_process_counts_say_what_is_wrong():
+    dataset = dataset_of()
+    with pytest.raises(ValueError, match=r"rows_per_batch=4 cannot be divided among 3 processes"):
+        make_input(dataset, CONFIG, process_count=3)
+    with pytest.raises(ValueError, match=r"process_index must be in \[0, 2\), got 2"):
+        make_input(dataset, CONFIG, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="no request of split 'train' has min_history=999"):
+        make_input(dataset, config_of(min_history=999))

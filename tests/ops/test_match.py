@@ -1,0 +1,65 @@
+"""Match statistics against plain Python counting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_oracle import random_ranges
+
+from stca_jax.ops.match import match_statistics
+
+DECAY = 1000.0
+
+
+def oracle(target_ids, history_ids, history_time, request_time, start, end):
+    R, M = start.shape
+    matches = np.zeros((R, M, len(target_ids)))
+    decayed, last_age = np.zeros((R, M)), np.full((R, M), np.inf)
+    for r, m in np.ndindex(R, M):
+        window = slice(start[r, m], end[r, m])
+        for f, name in enumerate(target_ids):
+            hit = history_ids[name][r, window] == target_ids[name][r, m]
+            matches[r, m, f] = hit.sum()
+            if f == 0:
+                age = (request_time[r, m] - history_time[r, window])[hit].astype(np.float64)
+                decayed[r, m] = np.exp(-age / DECAY).sum()
+                last_age[r, m] = age.min(initial=np.inf)
+    return matches, decayed, last_age
+
+
+@pytest.mark.parametrize(("R", "M", "L"), [(2, 5, 30), (1, 70, 1100), (3, 1, 513)])
+def test_matches_counting(R, M, L):
+    rng = np.random.default_rng(L)
+    start, end = random_ranges(rng, R, M, L)
+    names = ("item", "type", "shop")
+    history = {n: rng.integers(0, 7, (R, L)) for n in names}
+    target = {n: rng.integers(0, 7, (R, M)) for n in names}
+    time = np.sort(rng.integers(0, 5000, (R, L)), 1)
+    now = np.full((R, M), 6000)
+    arguments = (target, history, time, now, start, end)
+    expected = oracle(*arguments)
+    found = jax.jit(lambda: match_statistics(*arguments, decay_seconds=DECAY))()
+    np.testing.assert_array_equal(found.matches, expected[0])
+    np.testing.assert_allclose(found.decayed_matches, expected[1], rtol=1e-5)
+    np.testing.assert_array_equal(found.last_age, expected[2])
+
+
+def test_padding_never_matches():
+    """Tokens outside every range hold extreme values; an empty range has no statistics."""
+    start, end = np.array([[0, 2, 3]]), np.array([[2, 2, 4]])
+    ids = {"item": np.array([[5, 5, 5, 5, 5]])}
+    time = np.array([[10, 20, np.iinfo(np.int32).min, 30, np.iinfo(np.int32).max]])
+    targets = {"item": np.array([[5, 5, 6]])}
+    found = match_statistics(targets, ids, time, np.full((1, 3), 40), start, end, decay_seconds=10)
+    np.testing.assert_array_equal(found.matches[..., 0], [[2, 0, 0]])
+    np.testing.assert_allclose(found.decayed_matches, [[np.exp(-3) + np.exp(-2), 0, 0]], rtol=1e-6)
+    np.testing.assert_array_equal(found.last_age, [[20, np.inf, np.inf]])
+
+
+def test_inside_a_differentiated_function():
+    """Nothing flows through it, and differentiating around it works."""
+    ids = {"item": np.array([[1, 2, 1]])}
+    arguments = ({"item": np.array([[1]])}, ids, np.array([[0, 1, 2]]), np.array([[9]]),
+                 np.array([[0]]), np.array([[3]]))  # fmt: skip
+    gradient = jax.grad(lambda w: (w * match_statistics(*arguments, decay_seconds=5).matches).sum())
+    assert gradient(jnp.float32(3)) == 2

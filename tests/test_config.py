@@ -1,0 +1,315 @@
+from __future__ import annotations  # Annotations as strings must work: config files may use them.
+
+import dataclasses
+import json
+import subprocess
+import sys
+import textwrap
+from typing import Any, Literal
+
+import pytest
+
+from stca_jax import config as config_lib
+from stca_jax.config import ConfigError
+
+
+def dataclass(cls):
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+@dataclass
+class StcaConfig:
+    num_layers: int = 2
+    widths: tuple[int, ...] = (8, 8)
+
+
+@dataclass
+class DinConfig:
+    units: int
+    activation: Literal["relu", "silu"] = "relu"
+
+
+@dataclass
+class ModelConfig:
+    embed_dim: int = 8
+    num_heads: int = 2
+    dropout: float | None = None
+    sequence: StcaConfig | DinConfig = dataclasses.field(default_factory=StcaConfig)
+
+    def __post_init__(self):
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim={self.embed_dim} must be a multiple of {self.num_heads}")
+
+
+@dataclass
+class EvalConfig:
+    name: str = "test"
+    lengths: tuple[int, ...] = (16,)
+
+
+@dataclass
+class WandbConfig:
+    project: str = "stca"
+
+
+@dataclass
+class Config:
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    evaluations: tuple[EvalConfig, ...] = (EvalConfig(), EvalConfig("long", (32, 64)))
+    learning_rate: float = 1e-3
+    shuffle: bool = True
+    title: str | None = None
+    seed: int | Literal["random"] = 0
+    window: tuple[int, float] = (1, 0.5)
+    pairs: tuple[tuple[int, int], ...] = ((1, 2),)
+    wandb: WandbConfig | None = None
+
+
+OTHER = Config(
+    model=ModelConfig(embed_dim=12, dropout=0.1, sequence=DinConfig(3, "silu")),
+    evaluations=(EvalConfig("a", ()),),
+    learning_rate=float("inf"),
+    title="x=1, y",
+    seed="random",
+    pairs=(),
+    wandb=WandbConfig(),
+)
+
+
+def _get(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = config[int(name)] if name.isdecimal() else getattr(config, name)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("model.embed_dim", "1_000", 1000),
+        ("model.embed_dim", "-4", -4),
+        ("learning_rate", "1e-2", 0.01),
+        ("learning_rate", "3", 3.0),
+        ("model.dropout", "none", None),
+        ("model.dropout", "0.5", 0.5),
+        ("shuffle", "False", False),
+        ("title", "none", None),
+        ("title", "a=b, c", "a=b, c"),
+        ("seed", "7", 7),
+        ("seed", "random", "random"),
+        ("window", "(2,3)", (2, 3.0)),
+        ("model.sequence.widths", "1, 2,3", (1, 2, 3)),
+        ("model.sequence.widths", "4", (4,)),
+        ("model.sequence.widths", "", ()),
+        ("evaluations.1.lengths", "5,6", (5, 6)),
+        ("evaluations.0", "EvalConfig", EvalConfig()),
+        ("evaluations", "EvalConfig", (EvalConfig(),)),
+        ("pairs.0", "3,4", (3, 4)),
+        ("pairs.0.1", "9", 9),
+        ("wandb", "WandbConfig", WandbConfig()),
+        ("model.embed_dim", 16, 16),
+        ("pairs", ((5, 6), (7, 8)), ((5, 6), (7, 8))),
+        ("model.sequence", DinConfig(3), DinConfig(3)),
+    ],
+)
+def test_override_is_read_by_annotation(path, text, expected):
+    found = _get(config_lib.apply_overrides(Config(), {path: text}), path)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        (
+            "model.num_head",
+            "4",
+            r"config.model.num_head: ModelConfig .*config.model.num_heads\?",
+        ),
+        ("modle.num_heads", "4", r"config.modle: .*did you mean config.model\?"),
+        ("dropout", "4", r"config.dropout: .*did you mean config.model.dropout\?"),
+        ("model.zzz", "4", "its fields: embed_dim, num_heads, dropout, sequence"),
+        ("model.embed_dim", "4.0", "config.model.embed_dim: expected int, got '4.0'"),
+        ("model.embed_dim", 4.0, r"config.model.embed_dim: expected int, got 4\.0"),
+        ("model.embed_dim", True, "expected int, got True"),
+        ("model.embed_dim", [4], r"config.model.embed_dim: \[4\] is of type list; use a tuple"),
+        ("model.dropout", "high", r"config.model.dropout: expected float \| none, got 'high'"),
+        ("shuffle", "1", "config.shuffle: expected bool, got '1'"),
+        ("seed", "ramdom", r"expected int \| one of 'random', got 'ramdom'"),
+        ("window", "1,2,3", "config.window: expected the 2 values of .*, got 3"),
+        ("model.sequence.widths", "1,x", "config.model.sequence.widths.1: expected int, got 'x'"),
+        ("model.sequence", "Din", r"expected StcaConfig \| DinConfig, got 'Din'"),
+        ("model.sequence", "DinConfig", "config.model.sequence: DinConfig lacks a value for units"),
+        ("model.num_heads", "3", "config.model: embed_dim=8 must be a multiple of 3"),
+        ("model.num_heads.x", "3", "config.model.num_heads is 2 and has no 'x'"),
+        ("wandb.project", "x", "first: config.wandb=WandbConfig"),
+        ("evaluations.2.name", "x", "config.evaluations.2: "),
+    ],
+)
+def test_wrong_override_says_where_and_why(path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        config_lib.apply_overrides(Config(), {path: text})
+
+
+def test_overrides_act_together():
+    # Neither alone gives a valid ModelConfig; the class is chosen before its fields, in any order.
+    overrides = {"model.sequence.units": "5", "model.num_heads": "3", "model.embed_dim": "9"}
+    result = config_lib.apply_overrides(Config(), overrides | {"model.sequence": "DinConfig"})
+    assert result == Config(model=ModelConfig(9, 3, sequence=DinConfig(5)))
+
+
+def test_naming_the_present_class_keeps_its_values():
+    assert config_lib.apply_overrides(OTHER, {"model.sequence": "DinConfig"}) == OTHER
+
+
+@pytest.mark.parametrize("config", [Config(), OTHER])
+def test_json_round_trip(config):
+    data = config_lib.to_dict(config)
+    assert config_lib.from_dict(Config, json.loads(json.dumps(data))) == config
+    assert config_lib.apply_overrides(config, config_lib.flatten(config)) == config
+    config_lib.validate(config)
+
+
+def test_an_int_in_a_float_field_becomes_a_float():
+    loaded = config_lib.apply_overrides(Config(learning_rate=1), {})
+    assert type(loaded.learning_rate) is float
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 1}, r"config.seeds: Config has no field 'seeds'; did you mean config.seed\?"),
+        ({"seed": None}, "config.seed: expected"),
+        ({"type": "OtherConfig"}, "config: expected Config, got OtherConfig"),
+        ({"wandb": {"type": "Mlflow"}}, r"config.wandb: expected WandbConfig \| none, got Mlflow"),
+        ({"pairs": [[1, 2], [3]]}, "config.pairs.1: expected the 2 values"),
+    ],
+)
+def test_from_dict_is_strict(change, message):
+    with pytest.raises(ConfigError, match=message):
+        config_lib.from_dict(Config, config_lib.to_dict(Config()) | change)
+
+
+def test_from_dict_refuses_missing_keys():
+    data = config_lib.to_dict(Config())
+    del data["seed"]
+    with pytest.raises(ConfigError, match="config: Config lacks a value for seed"):
+        config_lib.from_dict(Config, data)
+
+
+def test_validate_finds_wrong_values_given_in_python():
+    with pytest.raises(
+        ConfigError, match=r"config.model.sequence.num_layers: expected int, got '3'"
+    ):
+        config_lib.validate(Config(ModelConfig(sequence=StcaConfig("3"))))
+    with pytest.raises(ConfigError, match=r"config.model.sequence: expected .*, got EvalConfig"):
+        config_lib.apply_overrides(
+            Config(ModelConfig(sequence=EvalConfig())), {"model.sequence.name": "x"}
+        )
+    with pytest.raises(ConfigError, match="expected an instance of a dataclass, got 3"):
+        config_lib.validate(3)
+
+
+@dataclasses.dataclass
+class Mutable:
+    a: int = 0
+
+
+@dataclass
+class Untyped:
+    a: Any = 0
+
+
+@dataclass
+class Reserved:
+    type: str = ""
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [(Mutable(), "frozen=True"), (Untyped(), r"Untyped.a \(.*Any\)"), (Reserved(), "another name")],
+)
+def test_classes_that_cannot_be_configurations(config, message):
+    with pytest.raises(ConfigError, match=message):
+        config_lib.validate(config)
+
+
+def test_flatten_and_diff():
+    assert config_lib.flatten(ModelConfig()) == {
+        "embed_dim": 8,
+        "num_heads": 2,
+        "dropout": None,
+        "sequence": "StcaConfig",
+        "sequence.num_layers": 2,
+        "sequence.widths": (8, 8),
+    }
+    assert config_lib.diff(Config(), Config()) == []
+    assert config_lib.diff(ModelConfig(), ModelConfig(12, sequence=DinConfig(3))) == [
+        "embed_dim: 8 -> 12",
+        "sequence: 'StcaConfig' -> 'DinConfig'",
+        "sequence.num_layers: 2 -> (absent)",
+        "sequence.widths: (8, 8) -> (absent)",
+        "sequence.units: (absent) -> 3",
+        "sequence.activation: (absent) -> 'relu'",
+    ]
+
+
+def test_load_config(tmp_path):
+    file = tmp_path / "base.py"
+    code = """
+        from __future__ import annotations
+        import dataclasses
+
+        @dataclasses.dataclass(frozen=True)
+        class Local:
+            steps: int = {}
+
+        @dataclasses.dataclass(frozen=True)
+        class Experiment:
+            local: Local = dataclasses.field(default_factory=Local)
+
+        def get_config():
+            return Experiment()
+    """
+    file.write_text(textwrap.dedent(code).format(1))
+    assert config_lib.load_config(str(file)).local.steps == 1
+    assert config_lib.load_config(str(file), {"local.steps": "7"}).local.steps == 7
+    file.write_text(textwrap.dedent(code).format(2))  # Same size, perhaps the same second.
+    assert config_lib.load_config(str(file)).local.steps == 2
+
+
+def test_load_config_errors(tmp_path):
+    (tmp_path / "base.py").write_text("x = 1\n")
+    (tmp_path / "number.py").write_text("get_config = lambda: 3\n")
+    with pytest.raises(ConfigError, match=r"no such file; did you mean .*base\.py\?"):
+        config_lib.load_config(str(tmp_path / "bse.py"))
+    with pytest.raises(ConfigError, match="no file of a similar name"):
+        config_lib.load_config(str(tmp_path / "nowhere" / "zzz"))
+    with pytest.raises(ConfigError, match=r"base\.py: define get_config\(\)"):
+        config_lib.load_config(str(tmp_path / "base.py"))
+    with pytest.raises(ConfigError, match="returned 3, not a dataclass"):
+        config_lib.load_config(str(tmp_path / "number.py"))
+    with pytest.raises(ConfigError, match=r"--config=FILE\.py"):
+        config_lib.load_config(None)
+
+
+def test_parse_config_args():
+    argv = "train.py --config c.py --workdir=/w --config.a.b=x=1 --config.n -1 --config.flag"
+    argv += " --v 3 --config.n=2 pos -- --config.z=1"
+    assert config_lib.parse_config_args(argv.split()) == (
+        "c.py",
+        {"a.b": "x=1", "n": "2", "flag": "true"},
+        ["train.py", "--workdir=/w", "--v", "3", "pos", "--", "--config.z=1"],
+    )
+    assert config_lib.parse_config_args(["t", "--configs=a"]) == (None, {}, ["t", "--configs=a"])
+    assert config_lib.parse_config_args(["t", "--config=c", "--config.last"])[1] == {"last": "true"}
+
+
+@pytest.mark.parametrize("args", [["--config"], ["--config="], ["--config=a", "--config=b"]])
+def test_parse_config_args_wants_one_file(args):
+    with pytest.raises(ConfigError, match="give one file"):
+        config_lib.parse_config_args(["train.py", *args])
+
+
+def test_imports_no_jax():
+    code = "import stca_jax.config, sys; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

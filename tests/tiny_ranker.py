@@ -1,0 +1,111 @@
+"""Rankers small enough to compare with the oracle, each compiled once for all tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from strategies import SCHEMA
+
+from stca_jax.batch import RequestBatch
+from stca_jax.models.embedding import EmbeddingConfig
+from stca_jax.models.ranker import Ranker, RankerConfig, paper_config
+from stca_jax.models.rankmixer import RankMixerConfig
+from stca_jax.models.stca import StcaConfig
+from stca_jax.training.loss import LossWeighting, binary_cross_entropy
+
+Params = dict[Any, Any]
+
+_SEQUENCE = StcaConfig(width=8, num_layers=2, num_heads=2)
+_EMBEDDING = EmbeddingConfig(feature_width=3)
+# "shared" and "exclusive" are everything a model may use on either kind of rows.
+CONFIGS = {
+    "paper": dataclasses.replace(
+        paper_config(_SEQUENCE),
+        embedding=dataclasses.replace(_EMBEDDING, time_delta=True, recency_index=True),
+    ),
+    "shared": RankerConfig(
+        sequence=dataclasses.replace(_SEQUENCE, recency_score=True),
+        embedding=dataclasses.replace(_EMBEDDING, item_width=5),
+        backbone=RankMixerConfig(num_blocks=1),
+    ),
+    "exclusive": RankerConfig(
+        sequence=dataclasses.replace(_SEQUENCE, recency_score=True),
+        embedding=dataclasses.replace(_EMBEDDING, time_delta=True, recency_index=True),
+    ),
+}
+CONFIGS["bfloat16"] = dataclasses.replace(CONFIGS["shared"], dtype="bfloat16")
+
+
+def random_params(module: nnx.Module, seed: int = 0) -> Params:
+    """Random values for every parameter, so that no initial 0 or 1 hides a mistake.
+
+    Args:
+      module: May be abstract: drawing in NumPy takes no time to compile.
+      seed: Of the generator.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: Any) -> np.ndarray:
+        name = path[-1].key
+        fan_in = leaf.shape[-2] if leaf.ndim > 1 and name != "rows" else 1
+        fan_in = leaf.shape[0] if name.startswith("w_") else fan_in
+        scale = {"recency_rate": 0.02}.get(name, fan_in**-0.5)
+        value = scale * rng.normal(size=leaf.shape)
+        return (1 + 0.3 * value if name == "scale" else value).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+
+
+def with_params(module: nnx.Module, params: Params) -> nnx.Module:
+    """The module with other values in its parameters."""
+    graphdef, state = nnx.split(module)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+class Evaluation(NamedTuple):
+    """Loss, logits and, from `gradients`, the loss's gradients."""
+
+    loss: jax.Array
+    logits: jax.Array
+    grads: Params | None = None
+
+
+class TinyRanker:
+    """A ranker with random parameters and its compiled functions."""
+
+    def __init__(self, config: RankerConfig):
+        self.config = config
+        self.module = nnx.eval_shape(lambda: Ranker(config, SCHEMA, rngs=nnx.Rngs(0)))
+        self.params = random_params(self.module)
+        self._forward = jax.jit(self._loss, static_argnums=2)
+        self._backward = jax.jit(jax.value_and_grad(self._loss, has_aux=True), static_argnums=2)
+
+    def _loss(
+        self, params: Params, batch: RequestBatch, weighting: LossWeighting
+    ) -> tuple[jax.Array, jax.Array]:
+        logits = with_params(self.module, params)(batch)
+        return binary_cross_entropy(logits, batch, weighting), logits
+
+    def forward(self, batch: RequestBatch, weighting: LossWeighting = "target") -> Evaluation:
+        return Evaluation(*self._forward(self.params, batch, weighting))
+
+    def backward(self, batch: RequestBatch, weighting: LossWeighting = "target") -> Evaluation:
+        (loss, logits), grads = self._backward(self.params, batch, weighting)
+        return Evaluation(loss, logits, grads)
+
+    @property
+    def params64(self) -> Params:
+        """The parameters for the oracle."""
+        return jax.tree.map(lambda p: p.astype(np.float64), self.params)
+
+
+@functools.cache
+def tiny_ranker(name: str) -> TinyRanker:
+    """The ranker of `CONFIGS[name]`."""
+    return TinyRanker(CONFIGS[name])
