@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import errno
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,7 +45,9 @@ class UserData:
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class UserDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+class UserDatasetBuilder(  # type: ignore[call-arg]
+    tfds.core.ShardBasedBuilder, skip_registration=True
+):
     """Base class of builders: a subclass names its features and implements `user_data`.
 
     The only TFDS split is "users", one record per user in the builder's own order; train,
@@ -63,6 +66,17 @@ class UserDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     @abc.abstractmethod
     def user_data(self, dl_manager: tfds.download.DownloadManager) -> UserData:
         """Reads the source and builds every user's log, requests and targets."""
+
+    def schema(self, vocabularies: Mapping[str, int]) -> Schema:
+        """The schema of `feature_names` with vocabularies of these sizes."""
+        names = self.feature_names
+        return Schema(
+            history=names["history"],
+            target=names["target"],
+            request=names["request"],
+            tasks=names["tasks"],
+            vocabularies=vocabularies,
+        )
 
     @staticmethod
     def manual_dir(dl_manager: tfds.download.DownloadManager) -> pathlib.Path | None:
@@ -116,7 +130,7 @@ class UserDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 progress.update()
                 yield record.user_id, encode_record(record, data.schema)
 
-        return {USERS: [lambda shard=shard: examples(shard) for shard in data.shards]}
+        return {USERS: [functools.partial(examples, shard) for shard in data.shards]}
 
     def _example_writer(self) -> _RecordFileWriter:
         return _RecordFileWriter(self.info)
@@ -137,8 +151,8 @@ class _RecordFileWriter(tfds.core.writer.ExampleWriter):
         Raises:
           OSError: the disk is full or the file cannot be written.
         """
-        path = os.fspath(path)
-        writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
+        file = os.fspath(path)
+        writer = array_record_module.ArrayRecordWriter(file, "group_size:1,uncompressed")
         num_records = 0
         for _, example in examples:
             writer.write(_deterministic(example))
@@ -146,10 +160,10 @@ class _RecordFileWriter(tfds.core.writer.ExampleWriter):
         try:
             writer.close()  # the first call that reports an error
         except RuntimeError as error:
-            raise _write_error(path, error) from error
-        self._info.metadata["record_files"][os.path.basename(path)] = {
+            raise _write_error(file, error) from error
+        self._info.metadata["record_files"][os.path.basename(file)] = {
             "records": num_records,
-            **describe_file(path),
+            **describe_file(file),
         }
 
 

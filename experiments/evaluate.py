@@ -17,7 +17,7 @@ import time
 
 from absl import flags
 
-from data import prepare
+from data.preparation import prepare
 from experiments import launch
 from stca_jax.errors import UserError
 from stca_jax.evaluation.evaluator import Row, evaluate_split, metric_rows

@@ -16,7 +16,7 @@ import pathlib
 
 from absl import flags
 
-from data import prepare
+from data.preparation import prepare
 from experiments import launch
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.training.trainer import train
@@ -40,7 +40,7 @@ def main() -> int:
     result = train(config, dataset, workdir)
     if result.signal is not None:
         _log.warning(
-            "stopped by %s at step %d of %d; the checkpoint is in %s, run the same command to go on",
+            "stopped by %s at step %d of %d; run the same command to go on from its checkpoint in %s",
             result.signal.name,
             result.step,
             result.num_steps,

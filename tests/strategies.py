@@ -133,7 +133,7 @@ def request_batches(
 
 
 def spoil_padding(batch: RequestBatch, seed: int = 0) -> RequestBatch:
-    """A copy with NaN, infinities and impossible ids, times and ranges wherever nothing may look."""
+    """A copy with NaN, infinities, impossible ids, times and ranges wherever nothing may look."""
     rng = np.random.default_rng(seed)
     batch = copy.deepcopy(batch)
     unused = ~batch.target_mask

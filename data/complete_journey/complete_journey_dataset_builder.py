@@ -11,7 +11,6 @@ import tensorflow_datasets as tfds
 from data.base import UserData, UserDatasetBuilder
 from data.complete_journey import source
 from stca_jax.input import request_building as rb
-from stca_jax.schema import Schema
 
 _SEED = 0
 _MAX_POSITIVES = 16
@@ -100,7 +99,7 @@ class Builder(UserDatasetBuilder):
             notes = {"negatives_per_positive": negatives, "max_positives": _MAX_POSITIVES}
         logs = user_logs(purchases, products, households, visits, targets, promotion)
         return UserData(
-            schema=Schema(**self.feature_names, vocabularies=sizes),
+            schema=self.schema(sizes),
             time_origin=purchases.origin,
             validation_start=purchases.split_start("validation"),
             test_start=purchases.split_start("test"),
@@ -198,7 +197,7 @@ def user_logs(
     households: source.Features,
     visits: Visits,
     targets: rb.Targets,
-    promotion: Mapping[str, np.ndarray],
+    promotion: dict[str, np.ndarray],
 ) -> rb.UserLogs:
     """Households' purchases as logs, and the visits that have targets as requests."""
     visit = np.unique(targets.request)

@@ -110,7 +110,9 @@ class Purchases:
 def read_purchases(folder: pathlib.Path) -> Purchases:
     """Reads and sorts transactions.parquet."""
     names = ["household_id", "product_id", "basket_id", "store_id", "quantity", "week"]
-    table = pq.read_table(folder / "transactions.parquet", columns=[*names, "transaction_timestamp"])
+    table = pq.read_table(
+        folder / "transactions.parquet", columns=[*names, "transaction_timestamp"]
+    )
     columns = {n: table[n].to_numpy() for n in names}
     unix = table["transaction_timestamp"].to_numpy().astype("datetime64[s]").astype(np.int64)
     order = np.lexsort((columns["product_id"], columns["basket_id"], unix, columns["household_id"]))
@@ -152,7 +154,7 @@ class Features:
     """
 
     ids: Mapping[str, np.ndarray]
-    sizes: Mapping[str, int]
+    sizes: dict[str, int]
 
     def of(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The features of some products or households, by their indices."""

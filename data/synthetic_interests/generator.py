@@ -56,11 +56,11 @@ class Term:
 
 
 TERMS = (
-    Term("item", math.inf, 1.5),
-    Term("category", math.inf, 0.3),
-    Term("category", 28.0, 0.4),
-    Term("topic", math.inf, 1.2),
-    Term("topic", 1.0, 0.3),
+    Term("item", math.inf, 1.6),
+    Term("category", math.inf, 0.2),
+    Term("category", 28.0, 0.3),
+    Term("topic", math.inf, 1.6),
+    Term("topic", 1.0, 0.4),
 )
 BIAS = -2.0
 
@@ -104,9 +104,9 @@ class GeneratorConfig:
     num_users: int
     min_events: int
     max_events: int
-    num_topics: int = 64
-    categories_per_topic: int = 8
-    items_per_category: int = 40
+    num_topics: int = 32
+    categories_per_topic: int = 5
+    items_per_category: int = 128
     events_per_request: int = 128
     targets_per_request: int = 16
     num_days: int = 720

@@ -87,13 +87,17 @@ def _views(records: Sequence[UserRecord], split: str) -> Iterator[references.Lab
             )
 
 
+def _doubling_lengths(longest: int) -> list[int]:
+    powers = itertools.takewhile(lambda n: n < longest, (2**k for k in itertools.count(4)))
+    return [*powers, longest]
+
+
 def main(argv: Sequence[str]) -> None:
     """Prints the table."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     config = CONFIGS[_CONFIG.value]
-    powers = itertools.takewhile(lambda n: n < config.max_events, (2**k for k in range(4, 32)))
-    lengths = [int(n) for n in _LENGTHS.value or [*powers, config.max_events]]
+    lengths = [int(n) for n in _LENGTHS.value or ()] or _doubling_lengths(config.max_events)
     records = list(generate_users(config))
     print(tables.format_table(reference_rows(records, make_catalogue(config), lengths)))
 

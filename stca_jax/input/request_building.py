@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt64
+from jaxtyping import Float, Int, UInt64
 
 from stca_jax.input.records import UserRecord
 
@@ -212,9 +212,7 @@ def next_item_targets(
         (counter_hash(seed, _POSITIVE, request_key[owner], item_key[candidate]), owner)
     )
     positive = bought[order][_rank_in_run(owner[order]) < max_positives]
-    wanted = negatives_per_positive * np.bincount(
-        positive // num_items, minlength=len(request_key)
-    )
+    wanted = negatives_per_positive * np.bincount(positive // num_items, minlength=len(request_key))
     negative = _sample_negatives(bought, wanted, request_key, train_count, seed)
     return arrange_targets(
         positive, negative, request_key=request_key, item_key=item_key, seed=seed
@@ -239,10 +237,8 @@ def arrange_targets(
       seed: Of the order.
     """
     owner, candidate = np.divmod(np.concatenate([positive, negative]), len(item_key))
-    label = np.repeat(np.float32([1, 0]), [len(positive), len(negative)])
-    order = np.lexsort(
-        (counter_hash(seed, _ORDER, request_key[owner], item_key[candidate]), owner)
-    )
+    label = np.repeat(np.array([1, 0], np.float32), [len(positive), len(negative)])
+    order = np.lexsort((counter_hash(seed, _ORDER, request_key[owner], item_key[candidate]), owner))
     return Targets(owner[order], candidate[order], label[order])
 
 

@@ -142,8 +142,8 @@ class Ranker(nnx.Module):
             "numbers": [*numbers, *statistics, gathered.counts],
         }
         mixer_tokens = [
-            token_map(jnp.concatenate(_cast(sources[name], dtype), -1))
-            for name, token_map in self.token_maps.items()
+            self.token_maps[name](jnp.concatenate(_cast(sources[name], dtype), -1))
+            for name in self.token_names
         ]
         R, M, W = mixer_tokens[0].shape
         mixed = self.backbone(jnp.stack(mixer_tokens).reshape(-1, R * M, W))

@@ -82,10 +82,16 @@ class Fusion(nnx.Module):
 
     def __init__(self, config: StcaConfig, num_layers: int, *, rngs: nnx.Rngs):
         d = config.width
-        self.weight = parameter(rngs, ((num_layers + 1) * d, d), ("embed", "embed_out"))
         num_counts = config.counts_after(num_layers)
-        shape = (num_counts, d)
-        self.count_weight = parameter(rngs, shape, (None, "embed_out")) if num_counts else None
+        fan_in = (num_layers + 1) * d + num_counts
+
+        def init(key: Array, shape: tuple[int, ...]) -> Array:
+            return jax.random.normal(key, shape) / jnp.sqrt(fan_in)  # rows of one matrix
+
+        self.weight = parameter(rngs, (fan_in - num_counts, d), ("embed", "embed_out"), init)
+        self.count_weight = (
+            parameter(rngs, (num_counts, d), (None, "embed_out"), init) if num_counts else None
+        )
 
     def __call__(
         self, outputs: list[Array], targets: Float[Array, "R M D"], counts: list[Array]
@@ -101,6 +107,8 @@ class Fusion(nnx.Module):
         """Starts as the identity on x_t, with a tenth of the usual weight on everything else."""
         weight = 0.1 * self.weight[...]
         self.weight[...] = weight.at[-width:].set(jnp.eye(width))
+        if self.count_weight is not None:
+            self.count_weight[...] = 0.1 * self.count_weight[...]
 
 
 class StcaLayer(nnx.Module):
@@ -183,7 +191,7 @@ class StcaLayer(nnx.Module):
 
 
 def _recency_rates(key: Array, shape: tuple[int, ...]) -> Array:
-    """Per day, one time scale a head: none, a year, a quarter, a month, and so on."""
+    """Per day: none for the first head, then time scales of 100, 300, 900, ... days."""
     del key
     return 0.03 * 3.0 ** -jnp.arange(shape[0], dtype=jnp.float32) * (jnp.arange(shape[0]) > 0)
 

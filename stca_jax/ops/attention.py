@@ -25,7 +25,7 @@ from stca_jax.ops.encoder import HistoryEncoder, encode_history
 from stca_jax.ops.reference import Order, reference_attention
 from stca_jax.ops.sharded import merge_softmax, on_mesh
 from stca_jax.ops.tiled import Weights, tiled_attention
-from stca_jax.ops.tiles import BlockSizes
+from stca_jax.ops.tiles import BlockSizes, default_block_sizes
 
 Implementation = Literal["reference", "xla"]
 
@@ -157,7 +157,7 @@ def _attention(
     single_device = functools.partial(
         _reference if implementation == "reference" else _tiled,
         order=order,
-        sizes=block_sizes or BlockSizes(),
+        sizes=block_sizes or default_block_sizes(query.shape[1]),
     )
     output, log_sum_exp = on_mesh(
         single_device, merge_softmax, weights, query, (tokens, history_score),

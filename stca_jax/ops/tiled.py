@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from stca_jax.ops.encoder import HistoryEncoder, encode_history
+from stca_jax.ops.encoder import HistoryEncoder, encode_transposed, transpose_out
 from stca_jax.ops.tiles import (
     BlockSizes,
     PairList,
@@ -33,8 +33,10 @@ from stca_jax.ops.tiles import (
     untile_targets,
 )
 
-# Finite, so that an empty range never computes inf - inf.
+# Finite, so that an empty range never computes inf - inf; the lowest peak is far above it, so that
+# exp(_NO_SCORE - peak) is zero without another mask.
 _NO_SCORE = -1e30
+_LOWEST_PEAK = -1e20
 
 
 class Weights(NamedTuple):
@@ -62,8 +64,8 @@ class _Ranges(NamedTuple):
     """Integers: everything that has no gradient."""
 
     covered: Bool[Array, "blocks T"]
-    start: Int[Array, "tiles m"]
-    end: Int[Array, "tiles m"]
+    start: Int[Array, "tiles C"]
+    end: Int[Array, "tiles C"]
     pairs: PairList
 
 
@@ -93,11 +95,13 @@ def tiled_attention(
       float32 weighted sums of the values and log-sum-exps; 0 and -inf for an empty range.
     """
     R, M, G, A, E = query.shape
+    if weights.encoder is not None:
+        weights = weights._replace(encoder=transpose_out(weights.encoder))
     tiling = make_tiling(R, tokens.shape[1], M, sizes)
     ranges = _Ranges(
         covered=tile_tokens(covered, tiling),
-        start=tile_targets(history_start, tiling),
-        end=tile_targets(history_end, tiling),
+        start=jnp.tile(tile_targets(history_start, tiling), A),
+        end=jnp.tile(tile_targets(history_end, tiling), A),
         pairs=touched_pairs(history_start, history_end, tiling),
     )
     blocks = _Blocks(
@@ -143,10 +147,10 @@ def _forward(tiling: Tiling, query: Array, weights: Weights, blocks: _Blocks, ra
 
         def pair_step(p: Array, state: _Softmax) -> _Softmax:
             pair = _pair(tiling, ranges, block, p)
-            score, mask = _scores(tiling, query, keys, blocks, ranges, pair)
+            score = _scores(tiling, query, keys, blocks, ranges, pair)
             peak, total, summed = (x[pair.target] for x in state)
-            new_peak = jnp.maximum(peak, score.max(1))
-            weight = jnp.where(mask, jnp.exp(score - new_peak[:, None]), 0)
+            (new_peak,) = _stored(jnp.maximum(peak, score.max(1)))
+            weight = jnp.exp(score - new_peak[:, None])
             rescale = jnp.exp(peak - new_peak)
             value = _tile_of(values, tiling, pair.history)
             summed = summed * rescale[..., None] + _dot(weight.astype(value.dtype), value, 1, 1)
@@ -157,7 +161,7 @@ def _forward(tiling: Tiling, query: Array, weights: Weights, blocks: _Blocks, ra
 
     shape = query.shape[:3]
     state = _Softmax(
-        jnp.full(shape, _NO_SCORE, jnp.float32),
+        jnp.full(shape, _LOWEST_PEAK, jnp.float32),
         jnp.zeros(shape, jnp.float32),
         jnp.zeros(query.shape, jnp.float32),
     )
@@ -191,12 +195,13 @@ def _backward(tiling: Tiling, residuals, cotangents):
         def pair_step(p: Array, carry):
             d_query, d_encoded, d_score_block = carry
             pair = _pair(tiling, ranges, block, p)
-            score, mask = _scores(tiling, query, keys, blocks, ranges, pair)
-            weight = jnp.where(mask, jnp.exp(score - log_sum_exp[pair.target][:, None]), 0)
+            score = _scores(tiling, query, keys, blocks, ranges, pair)
+            lse, shift = _stored(log_sum_exp[pair.target], delta[pair.target])
+            weight = jnp.exp(score - lse[:, None])
             key, value = (_tile_of(x, tiling, pair.history) for x in (keys, values))
             d_out = d_output[pair.target]
             d_weight = _dot(value, d_out, 2, 2)
-            d_score = weight * (d_weight - delta[pair.target][:, None])
+            d_score = weight * (d_weight - shift[:, None])
             low = d_score.astype(key.dtype)
             d_query = d_query.at[pair.target].add(_dot(low, key, 1, 1))
             d_key = _dot(low, query[pair.target], 2, 1)
@@ -244,7 +249,7 @@ def _keys_and_values(
     """Keys and values of a block; one array that is both in the absorbed order."""
     x = jnp.where(covered[:, None], tokens, 0)
     if weights.encoder is not None:
-        x = encode_history(weights.encoder, x)
+        x = encode_transposed(weights.encoder, x)
     if weights.w_key is None or weights.w_value is None:
         return (x[None],)
     return tuple(jnp.einsum("td,dgk->gtk", x, w) for w in (weights.w_key, weights.w_value))
@@ -270,8 +275,8 @@ def _pair(tiling: Tiling, ranges: _Ranges, block: Array, p: Array) -> _Pair:
 
 def _scores(
     tiling: Tiling, query: Array, keys: Array, blocks: _Blocks, ranges: _Ranges, pair: _Pair
-) -> tuple[Float[Array, "G t C"], Bool[Array, "t C"]]:
-    """float32 scores of a pair, and which of them are inside their target's range."""
+) -> Float[Array, "G t C"]:
+    """float32 scores of a pair; `_NO_SCORE`, whose exp is zero, outside a target's range."""
     G, C = query.shape[1:3]
     heads_per_group = C // tiling.targets
     score = _dot(_tile_of(keys, tiling, pair.history), query[pair.target], 2, 2)
@@ -284,11 +289,13 @@ def _scores(
         score += token_score.reshape(-1, G, C).swapaxes(0, 1)
     tile = (pair.block * tiling.tiles_per_block + pair.history) % tiling.tiles_per_row
     position = (tile * tiling.history + jnp.arange(tiling.history))[:, None]
-    start, end = (
-        jnp.tile(x[pair.target], heads_per_group) for x in (ranges.start, ranges.end)
-    )
-    mask = (position >= start) & (position < end)
-    return jnp.where(mask, score, _NO_SCORE), mask
+    start, end = _stored(ranges.start[pair.target], ranges.end[pair.target])
+    return jnp.where((position >= start) & (position < end), score, _NO_SCORE)
+
+
+def _stored(*values: Array) -> Sequence[Array]:
+    """Keeps XLA from indexing small arrays anew for every element of the fusions that use them."""
+    return lax.optimization_barrier(values)
 
 
 def _first_and_last(x: Sequence[Array]) -> tuple[Array, Array]:

@@ -30,7 +30,7 @@ class BlockSizes:
       targets: Most targets of a target tile.
     """
 
-    tokens: int = 2048
+    tokens: int = 512
     history: int = 512
     targets: int = 32
 
@@ -39,6 +39,18 @@ class BlockSizes:
         for name in ("tokens", "history", "targets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"BlockSizes.{name} is {getattr(self, name)}; at least 1")
+
+
+def default_block_sizes(num_targets: int) -> BlockSizes:
+    """Sizes measured best on a CPU core: blocks whose FFN activations stay in its cache.
+
+    Many targets in a row belong to many requests, whose ranges differ: smaller tiles follow them
+    more closely.
+
+    Args:
+      num_targets: M, targets per row.
+    """
+    return BlockSizes(history=256 if num_targets > 64 else 512)
 
 
 @dataclasses.dataclass(frozen=True)

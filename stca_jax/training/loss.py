@@ -34,11 +34,9 @@ def binary_cross_entropy(
 
     A batch without a valid target has loss 0.
     """
-    logits = logits.astype(jnp.float32)
-    # Padding is selected away, not multiplied, so that no garbage there reaches a gradient: on the
-    # way in for the derivative in the logit, which is a label, and on the way out for the value.
-    label = jnp.where(batch.target_mask[..., None], batch.label, 0)
-    losses = jnp.logaddexp(0.0, logits) - label * logits  # -log p(label), without overflow
-    losses = jnp.where(batch.target_mask[..., None], losses, 0).mean(-1)
+    # Garbage in padding is selected away before it meets a product, whose gradient it would reach.
+    used = batch.target_mask[..., None]
+    logits, label = (jnp.where(used, x.astype(jnp.float32), 0) for x in (logits, batch.label))
+    losses = (jnp.logaddexp(0.0, logits) - label * logits).mean(-1)  # -log p, without overflow
     weights = target_weights(batch, weighting)
     return (losses * weights).sum() / jnp.maximum(weights.sum(), jnp.finfo(jnp.float32).tiny)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -222,17 +223,32 @@ def make_program(
     return Program(
         initialize=jax.jit(initialize, out_shardings=state_shardings),
         abstract_state=abstract_state,
-        train_step=jax.jit(
-            train_step,
-            donate_argnums=0,
-            in_shardings=(state_shardings, of_batch),
-            out_shardings=(state_shardings, replicated),
+        train_step=_on_mesh(
+            mesh,
+            jax.jit(
+                train_step,
+                donate_argnums=0,
+                in_shardings=(state_shardings, of_batch),
+                out_shardings=(state_shardings, replicated),
+            ),
         ),
-        predict=jax.jit(
-            predict, in_shardings=(state_shardings, of_batch), out_shardings=replicated
+        predict=_on_mesh(
+            mesh,
+            jax.jit(predict, in_shardings=(state_shardings, of_batch), out_shardings=replicated),
         ),
         batch_shardings=of_batch,
     )
+
+
+def _on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls a jitted function with the mesh set, by which ops shard themselves."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    return wrapped
 
 
 def _state_shardings(

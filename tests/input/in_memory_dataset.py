@@ -99,7 +99,7 @@ def make_dataset(
 def random_dataset(
     num_users: int, max_events: int, max_requests: int, max_targets: int, *, seed: int = 0
 ) -> InMemoryDataset:
-    """Users with up to so many events and requests, and requests with up to so many targets."""
+    """Users with up to so many events and requests; most requests have few targets."""
     rng = np.random.default_rng(seed)
     users = []
     for _ in range(num_users):
@@ -108,7 +108,7 @@ def random_dataset(
             (
                 int(n),
                 rng.integers(0, n + 1, q).tolist(),
-                rng.integers(1, max_targets + 1, q).tolist(),
+                np.minimum(rng.geometric(min(1, 4 / max_targets), q), max_targets).tolist(),
             )
         )
     return make_dataset(users, seed=seed)

@@ -105,6 +105,13 @@ def test_one_scarce_budget_is_used_up(slots):
     assert len(rows) <= 1.03 * fewest
 
 
+def test_rows_of_few_units_are_filled_by_pairs():
+    tokens = np.random.default_rng(0).integers(1, 10_000, 4096)
+    rows = pack_rows(tokens, np.full(4096, 16), row_length=16_384, targets_per_row=56)
+    # Two budgets bind at once, with room for three units a row.
+    assert tokens.sum() / (len(rows) * 16_384) >= 0.87
+
+
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=64))
 def test_balanced_order_is_a_permutation(tokens):
     assert sorted(balanced_order(tokens)) == list(range(len(tokens)))

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import threading
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_memory_dataset import SCHEMA, make_dataset, random_dataset
@@ -15,6 +17,9 @@ from stca_jax.batch import validate_batch
 from stca_jax.input.length import BetaLength, FixedLength, UniformLength
 from stca_jax.input.pipeline import InputConfig, count_batches, epoch_fill, make_input
 from stca_jax.input.records import SPLITS
+from stca_jax.models.ranker import Ranker, RankerConfig
+from stca_jax.models.rankmixer import RankMixerConfig
+from stca_jax.models.stca import StcaConfig
 
 CONFIG = InputConfig(
     length=UniformLength(8, 64),
@@ -81,7 +86,7 @@ def all_targets(dataset, split):
 logs = st.lists(
     st.integers(0, 60).flatmap(
         lambda n: st.lists(
-            st.tuples(st.integers(0, n), st.integers(1, 20)), min_size=1, max_size=5
+            st.tuples(st.integers(0, n), st.sampled_from([1, 2, 5, 30])), min_size=1, max_size=6
         ).map(lambda requests: (n, [e for e, _ in requests], [m for _, m in requests]))
     ),
     min_size=1,
@@ -92,7 +97,7 @@ lengths = st.sampled_from(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     logs,
     lengths,
@@ -115,15 +120,16 @@ def test_every_target_exactly_once_an_epoch(
         rows_per_batch=rows_per_batch,
         shuffle=shuffle,
         look_ahead=look_ahead,
-        epochs=1,
     )
     if not expected:
         with pytest.raises(ValueError, match="no request of split 'train'"):
             make_input(dataset, config)
         return
     elements = list(make_input(dataset, config))
-    assert len(elements) == count_batches(dataset, config)
-    assert Counter(t for e in elements for t in valid_targets(e.batch)) == expected
+    sizes = [count_batches(dataset, config, epoch) for epoch in (0, 1)]
+    assert len(elements) == sum(sizes)
+    for epoch in (elements[: sizes[0]], elements[sizes[0] :]):
+        assert Counter(t for e in epoch for t in valid_targets(e.batch)) == expected
     for element in elements:
         validate_batch(element.batch, SCHEMA)
         mask = element.batch.target_mask
@@ -138,10 +144,11 @@ def test_every_target_exactly_once_an_epoch(
     [("user", "suffix"), *(("request", w) for w in ("suffix", "prefix", "random"))],
 )
 def test_ranges_hold_the_right_events_of_the_right_user(rows, window):
-    dataset = dataset_of()
+    dataset = dataset_of(60)
+    config = config_of(rows=rows, window=window, epochs=1, targets_per_chunk=24)
     place = {int(r): i for i, r in enumerate(dataset.index.request_id)}
     seen = 0
-    for batch, _, _ in make_input(dataset, config_of(rows=rows, window=window, epochs=1)):
+    for batch, _, _ in make_input(dataset, config):
         assert batch.shared_history == (rows == "user")
         for row, slot in np.argwhere(batch.target_mask):
             i = place[int(batch.request_id[row, slot])]
@@ -182,7 +189,7 @@ def test_users_share_tokens_and_store_no_uncovered_one():
 @ROWS
 @pytest.mark.parametrize("resume_count", [1, 2, 4])
 def test_any_process_count_resumes_anywhere_with_the_same_global_sequence(rows, resume_count):
-    dataset = dataset_of(12)
+    dataset = dataset_of(24)
     config = config_of(rows=rows, look_ahead=8)
     expected = list(make_input(dataset, config))
     assert len(expected) > 8
@@ -208,7 +215,7 @@ def test_any_process_count_resumes_anywhere_with_the_same_global_sequence(rows, 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_threads_do_not_change_the_sequence(num_threads):
-    dataset = dataset_of(12)
+    dataset = dataset_of(24)
     expected = list(make_input(dataset, CONFIG))
     threaded = make_input(dataset, config_of(num_threads=num_threads))
     for before, after in zip(expected, threaded, strict=True):
@@ -230,6 +237,9 @@ def test_close_ends_the_threads():
     next(iterator)
     assert threading.active_count() > before
     iterator.close()
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert threading.active_count() <= before
     with pytest.raises(ValueError, match="closed"):
         next(iterator)
@@ -353,6 +363,51 @@ def test_evaluation_is_one_ordered_pass_over_a_fixed_sample():
     assert sample < requests(50, max_requests=30)
     assert CONFIG.for_evaluation("test", 200).row_length == 200
     assert CONFIG.for_evaluation("test", 50).row_length == CONFIG.row_length
+
+
+def test_a_sample_of_a_users_requests_keeps_targets_and_histories_together():
+    dataset = dataset_of(60)
+    config = dataclasses.replace(
+        CONFIG, max_requests=60, rows="user", targets_per_chunk=24, epochs=1
+    )
+    found = Counter(t for e in make_input(dataset, config) for t in valid_targets(e.batch))
+    assert len({t[0] for t in found}) == 60
+    assert found <= Counter(all_targets(dataset, "train"))
+    sizes = Counter(t[0] for t in found.elements())
+    index = dataset.index
+    assert all(index.num_targets[index.request_id == r] == n for r, n in sizes.items())
+
+
+@pytest.mark.slow
+def test_packed_batches_have_the_loss_of_one_impression_per_row():
+    dataset = dataset_of(8)
+    ranker = Ranker(
+        RankerConfig(
+            sequence=StcaConfig(width=8, num_heads=2, initialization="independent"),
+            backbone=RankMixerConfig(num_blocks=1),
+        ),
+        SCHEMA,
+        rngs=nnx.Rngs(0),
+    )
+    score = nnx.jit(lambda model, batch: model(batch))
+
+    def losses(**changes):
+        """Cross-entropy of every target, by what identifies it."""
+        config = config_of(length=FixedLength(40), shuffle=False, epochs=1, **changes)
+        found = {}
+        for batch, _, _ in make_input(dataset, config):
+            logit = np.asarray(score(ranker, batch))[batch.target_mask]
+            loss = np.logaddexp(0, logit) - batch.label[batch.target_mask] * logit
+            found |= dict(zip(valid_targets(batch), loss, strict=True))
+        return found
+
+    expected = losses(row_length=40, targets_per_row=1, rows_per_batch=32)
+    assert len(expected) > 100
+    for rows in ("request", "user"):
+        packed = losses(rows=rows)
+        assert packed.keys() == expected.keys()
+        for target, loss in expected.items():
+            np.testing.assert_allclose(packed[target], loss, rtol=2e-5, atol=1e-6)
 
 
 def test_a_curriculum_lengthens_histories_within_an_epoch():

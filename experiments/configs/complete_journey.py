@@ -1,0 +1,23 @@
+"""Next purchase on the 84.51 degrees Complete Journey grocery data."""
+
+from stca_jax.experiment import EvaluationConfig, ExperimentConfig
+from stca_jax.input.length import FixedLength
+from stca_jax.input.pipeline import InputConfig
+from stca_jax.training.checkpointing import CheckpointConfig
+
+
+def get_config() -> ExperimentConfig:
+    """Returns the experiment."""
+    return ExperimentConfig(
+        dataset="complete_journey/next_purchase",
+        input=InputConfig(
+            length=FixedLength(256),
+            row_length=384,
+            targets_per_row=256,
+            targets_per_chunk=256,
+            rows_per_batch=8,
+            rows="user",
+        ),
+        evaluation=EvaluationConfig(min_history=1_000, max_requests=2_000),
+        checkpoint=CheckpointConfig(every_steps=400),
+    )

@@ -1,0 +1,28 @@
+"""Fixtures that several test files share."""
+
+import pathlib
+
+import pytest
+
+from data.preparation import prepare
+from experiments.configs import tiny
+from stca_jax.experiment import ExperimentConfig
+from stca_jax.input.dataset import RequestDataset
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Holds the prepared dataset of the tiny config."""
+    directory = tmp_path_factory.mktemp("data")
+    prepare(tiny.get_config().dataset, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(data_dir: pathlib.Path) -> RequestDataset:
+    return RequestDataset(prepare(tiny.get_config().dataset, data_dir))
+
+
+@pytest.fixture
+def tiny_config() -> ExperimentConfig:
+    return tiny.get_config()

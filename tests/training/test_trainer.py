@@ -1,0 +1,182 @@
+"""The training loop in one process: resuming, refusing, stopping, and compiling once."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from stca_jax.config import apply_overrides
+from stca_jax.errors import UserError
+from stca_jax.training import trainer
+from stca_jax.training.checkpointing import Checkpointer, read_best
+from stca_jax.training.trainer import restore_for_evaluation, train
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_dataset):
+    """A run of 25 steps that was never interrupted, and its program."""
+    from experiments.configs import tiny
+
+    config = short(tiny.get_config())
+    workdir = tmp_path_factory.mktemp("finished")
+    programs = []
+    original = trainer.make_program
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            trainer, "make_program", lambda *a, **k: programs.append(original(*a, **k)) or programs[0]
+        )
+        result = train(config, tiny_dataset, workdir)
+    return config, workdir, result, programs[0]
+
+
+def short(config, **overrides):
+    values = {"training.max_steps": "25", "checkpoint.every_steps": "10", "checkpoint.keep_last": "9"}
+    return apply_overrides(config, values | overrides)
+
+
+def state_at(config, dataset, workdir, step):
+    return jax.device_get(restore_for_evaluation(config, dataset, workdir, step)[1])
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def test_run_learns_saves_and_marks_its_best(finished):
+    _, workdir, result, _ = finished
+    assert (result.step, result.num_steps, result.signal) == (25, 25, None)
+    assert Checkpointer(workdir).steps() == [10, 20, 25]
+    assert read_best(workdir)["metric"] == "auc"
+    curve = losses(workdir)
+    assert curve[25] < curve[5]
+
+
+def test_train_step_compiles_once_and_predict_once_per_length(finished):
+    *_, program = finished
+    assert program.train_step.__wrapped__._cache_size() == 1
+    assert program.predict.__wrapped__._cache_size() == 1  # one validation length
+
+
+def test_finished_run_started_again_changes_nothing(finished, tiny_dataset):
+    config, workdir, _, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.name != "config.json"}
+    result = train(config, tiny_dataset, workdir)
+    assert result.step == result.num_steps == 25
+    after = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.name != "config.json"}
+    assert {p for p in before if p.is_file()} == {p for p in after if p.is_file()}
+
+
+@pytest.mark.parametrize("lost", [(25,), (20, 25), (10, 20, 25)])
+def test_resumed_run_is_bit_identical(finished, tiny_dataset, tmp_path, lost):
+    config, workdir, _, _ = finished
+    resumed = copy_without(workdir, tmp_path / "run", lost)
+    train(config, tiny_dataset, resumed)
+    expected, found = (state_at(config, tiny_dataset, w, 25) for w in (workdir, resumed))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert losses(resumed) == losses(workdir)
+
+
+def copy_without(workdir, target, steps):
+    import shutil
+
+    shutil.copytree(workdir, target)
+    for step in steps:
+        shutil.rmtree(target / "checkpoints" / str(step))
+    return target
+
+
+def test_unreadable_latest_checkpoint_falls_back_and_says_so(
+    finished, tiny_dataset, tmp_path, caplog
+):
+    config, workdir, _, _ = finished
+    damaged = copy_without(workdir, tmp_path / "run", ())
+    for file in (damaged / "checkpoints" / "25" / "state").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(b"damaged")
+    train(config, tiny_dataset, damaged)
+    assert "checkpoint 25" in caplog.text
+    assert "falling back" in caplog.text
+    expected, found = (state_at(config, tiny_dataset, w, 25) for w in (workdir, damaged))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_half_written_checkpoint_is_never_taken_for_whole(finished, tiny_dataset, tmp_path):
+    config, workdir, _, _ = finished
+    interrupted = copy_without(workdir, tmp_path / "run", (25,))
+    whole = interrupted / "checkpoints" / "20"
+    half = interrupted / "checkpoints" / "25.orbax-checkpoint-tmp"
+    (half / "state").mkdir(parents=True)
+    (half / "state" / "_METADATA").write_bytes((whole / "state" / "_METADATA").read_bytes()[:50])
+    assert Checkpointer(interrupted).steps() == [10, 20]
+    train(config, tiny_dataset, interrupted)
+    assert not half.exists()
+    assert Checkpointer(interrupted).steps() == [10, 20, 25]
+
+
+def test_workdir_of_another_config_is_refused_with_the_differences(finished, tiny_dataset):
+    config, workdir, _, _ = finished
+    other = apply_overrides(config, {"model.sequence.num_layers": "3", "seed": "1"})
+    with pytest.raises(UserError, match=r"num_layers: 2 -> 3[\s\S]*seed: 0 -> 1"):
+        train(other, tiny_dataset, workdir)
+
+
+def test_checkpoint_of_another_model_lists_the_arrays(finished, tiny_dataset):
+    config, workdir, _, _ = finished
+    other = apply_overrides(config, {"model.sequence.width": "32"})
+    with pytest.raises(UserError, match=r"ffn/up: checkpoint has float32\[3, 18, 36\], this model"):
+        restore_for_evaluation(other, tiny_dataset, workdir, 25)
+
+
+def test_divergence_names_step_and_requests_and_keeps_the_last_checkpoint(
+    tiny_config, tiny_dataset, tmp_path
+):
+    config = short(
+        tiny_config,
+        **{"optimizer.learning_rate": "1e30", "optimizer.warmup_steps": "0", "checkpoint.every_steps": "1"},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"loss of step \d+ is (nan|inf).* ids \d+, \d+"):
+        train(config, tiny_dataset, tmp_path)
+    steps = Checkpointer(tmp_path).steps()
+    for step in steps:
+        for leaf in jax.tree.leaves(state_at(config, tiny_dataset, tmp_path, step).tables):
+            assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_a_checkpoint_and_the_run_goes_on(
+    finished, tiny_dataset, tmp_path, monkeypatch, number
+):
+    config, workdir, _, _ = finished
+    config = dataclasses.replace(config)
+    original = trainer.device_batch
+    calls = []
+
+    def device_batch(*args):
+        calls.append(None)
+        if len(calls) == 7:
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    monkeypatch.setattr(trainer, "device_batch", device_batch)
+    result = train(config, tiny_dataset, tmp_path)
+    assert (result.step, result.signal) == (7, number)
+    assert Checkpointer(tmp_path).steps() == [7]
+    assert train(config, tiny_dataset, tmp_path).step == 25
+    expected, found = (state_at(config, tiny_dataset, w, 25) for w in (workdir, tmp_path))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_best_checkpoint_survives_retention(tiny_config, tiny_dataset, tmp_path):
+    config = short(tiny_config, **{"checkpoint.keep_last": "1", "checkpoint.every_steps": "5",
+                                   "evaluation.metric": "num_targets"})  # fmt: skip
+    train(config, tiny_dataset, tmp_path)  # a constant metric: the first checkpoint stays the best
+    assert Checkpointer(tmp_path).steps() == [5, 25]
