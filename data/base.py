@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -90,7 +91,7 @@ class UserDatasetBuilder(  # type: ignore[call-arg]
         names = self.feature_names
 
         def matrix(num_rows: int) -> tfds.features.Tensor:
-            # Raw bytes: read 7 times faster than TFDS's default encoding.
+            # Raw bytes read 3 times faster than TFDS's default encoding.
             return tfds.features.Tensor(shape=(num_rows, None), dtype=np.int32, encoding="bytes")
 
         return self.dataset_info_from_configs(
@@ -151,16 +152,15 @@ class _RecordFileWriter(tfds.core.writer.ExampleWriter):
         Raises:
           OSError: the disk is full or the file cannot be written.
         """
-        file = os.fspath(path)
-        writer = array_record_module.ArrayRecordWriter(file, "group_size:1,uncompressed")
-        num_records = 0
+        file, num_records = os.fspath(path), 0
+        with _write_errors(file):
+            writer = array_record_module.ArrayRecordWriter(file, "group_size:1,uncompressed")
         for _, example in examples:
-            writer.write(_deterministic(example))
+            with _write_errors(file):
+                writer.write(_deterministic(example))
             num_records += 1
-        try:
-            writer.close()  # the first call that reports an error
-        except RuntimeError as error:
-            raise _write_error(file, error) from error
+        with _write_errors(file):
+            writer.close()
         self._info.metadata["record_files"][os.path.basename(file)] = {
             "records": num_records,
             **describe_file(file),
@@ -172,12 +172,17 @@ def _deterministic(example: bytes) -> bytes:
     return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
 
 
-def _write_error(path: str, error: RuntimeError) -> OSError:
-    if "No space left" in str(error):
-        return OSError(
+@contextlib.contextmanager
+def _write_errors(file: str) -> Iterator[None]:
+    """Turns the RuntimeErrors of ArrayRecord into OSErrors."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "No space left" not in str(error):
+            raise OSError(errno.EIO, str(error), file) from error
+        raise OSError(
             errno.ENOSPC,
             "no space left on the disk for the prepared dataset; free some, or choose another "
             "data_dir. Nothing half-written is kept",
-            path,
-        )
-    return OSError(errno.EIO, str(error), path)
+            file,
+        ) from error

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from data.base import UserDatasetBuilder
+from stca_jax.errors import UserError
 
 _FOLDER = pathlib.Path(__file__).parent
 
@@ -51,7 +52,7 @@ def prepare(
       A folder that `stca_jax.input.dataset.RequestDataset` opens.
 
     Raises:
-      ValueError: there is no such dataset or config; the message names the nearest ones.
+      UserError: there is no such dataset or config; the message names the nearest ones.
       FileNotFoundError: the source files are not there; the message says how to get them.
       OSError: the disk is full or cannot be written.
     """
@@ -88,7 +89,7 @@ def _builder(name: str, data_dir: pathlib.Path) -> UserDatasetBuilder:
 def _check_name(name: str, known: Sequence[str], what: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known
-        raise ValueError(f"no {what} is called {name!r}; did you mean {' or '.join(near)}?")
+        raise UserError(f"no {what} is called {name!r}; did you mean {' or '.join(near)}?")
 
 
 @contextlib.contextmanager

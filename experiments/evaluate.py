@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import pathlib
 import time
+from typing import Any
 
 from absl import flags
 
@@ -103,7 +104,7 @@ def reference_rows(config: ExperimentConfig, dataset: RequestDataset) -> list[Ro
 
 
 def _evaluation_settings(settings: EvaluationConfig) -> EvaluationConfig:
-    changes: dict[str, object] = {}
+    changes: dict[str, Any] = {}
     if _LENGTHS.value is not None:
         try:
             changes["lengths"] = tuple(int(length) for length in _LENGTHS.value)

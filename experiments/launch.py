@@ -21,7 +21,7 @@ _config_path: str | None = None
 def run(main: Callable[[], int | None], *, takes_config: bool = False) -> None:
     """Parses the command line, runs `main`, and exits with its status.
 
-    A `UserError` is printed as one paragraph, without a traceback, with exit status 1.
+    A `UserError` or `OSError` is printed as one paragraph, without a traceback, with exit status 1.
 
     Args:
       main: Returns the exit status; None is 0.
@@ -43,7 +43,7 @@ def run(main: Callable[[], int | None], *, takes_config: bool = False) -> None:
     def guarded(_: Sequence[str]) -> int | None:
         try:
             return main()
-        except UserError as error:
+        except (UserError, OSError) as error:  # of OSError: a missing source, a full disk
             if _DEBUG.value:
                 raise
             return _report(error)
@@ -67,7 +67,7 @@ def load_config() -> Any:
     return config_lib.load_config(_config_path, _overrides)
 
 
-def _report(error: UserError) -> int:
+def _report(error: Exception) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 1
 

@@ -40,7 +40,7 @@ def main() -> int:
     result = train(config, dataset, workdir)
     if result.signal is not None:
         _log.warning(
-            "stopped by %s at step %d of %d; run the same command to go on from its checkpoint in %s",
+            "stopped by %s at step %d of %d; run the same command to go on from %s",
             result.signal.name,
             result.step,
             result.num_steps,

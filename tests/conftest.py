@@ -1,8 +1,13 @@
 """Fixtures that several test files share."""
 
+import os
 import pathlib
 
 import pytest
+
+# The compile-only plugins of other platforms, where installed, are for the tests that name them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 
 from data.preparation import prepare
 from experiments.configs import tiny

@@ -22,6 +22,7 @@ Params = Mapping[Any, Any]
 Mistake = Literal[
     "heads averaged before W_V",
     "same query in every layer",
+    "no query fusion",
     "no history FFN",
     "one history FFN for all layers",
     "history encoded from the layer below",
@@ -95,7 +96,7 @@ def stca(
             encoded = encoded + source
         below = encoded = layer_norm(encoder["history_norm"], encoded)
         # E2, E6
-        if i == 0:
+        if i == 0 or mistake == "no query fusion":
             fused = target
         else:
             fused = np.concatenate([*outputs, target]) @ layer["fusion"]["weight"]

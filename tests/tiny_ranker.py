@@ -62,6 +62,13 @@ def random_params(module: nnx.Module, seed: int = 0) -> Params:
     return jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 
 
+def with_params(module: nnx.Module, params: Params) -> Any:
+    """The module, which may be abstract, with values for its parameters."""
+    graphdef, state = nnx.split(module)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
 def compile_fast(function: Callable, **options: Any) -> Callable:
     """`jax.jit` in half the compile time; the little that tests then run is slower."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
@@ -99,9 +106,7 @@ class TinyRanker:
         return binary_cross_entropy(logits, batch), logits
 
     def _loss_of_merged(self, params: Params, batch: RequestBatch) -> tuple[jax.Array, jax.Array]:
-        graphdef, state = nnx.split(self.module)
-        nnx.replace_by_pure_dict(state, params)
-        logits = nnx.merge(graphdef, state)(batch)
+        logits = with_params(self.module, params)(batch)
         return binary_cross_entropy(logits, batch), logits
 
     def forward(self, batch: RequestBatch) -> Evaluation:

@@ -41,6 +41,11 @@ class PromotionExposure(tfds.core.BuilderConfig):
 
     negative_rate: float = 0.01
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a rate outside (0, 1]."""
+        if not 0 < self.negative_rate <= 1:
+            raise ValueError(f"negative_rate is {self.negative_rate}; it must be in (0, 1]")
+
 
 class Builder(UserDatasetBuilder):
     """Households' purchases and visits; see README.md."""

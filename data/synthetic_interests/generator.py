@@ -263,7 +263,12 @@ def true_logit(
 
     Arguments and errors are those of `true_lifts`.
     """
-    return true_lifts(record, catalogue, max_history) @ [term.weight for term in TERMS] + BIAS
+    return logit_of(true_lifts(record, catalogue, max_history))
+
+
+def logit_of(lifts: Float64[np.ndarray, "t terms"]) -> Float64[np.ndarray, " t"]:
+    """The true function, from what `true_lifts` returns."""
+    return lifts @ [term.weight for term in TERMS] + BIAS
 
 
 def _row_of(table: Int[np.ndarray, "rows k"]) -> Int[np.ndarray, " ids"]:

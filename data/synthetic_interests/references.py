@@ -1,6 +1,6 @@
 """Test AUC of the true function and of counting, at several history lengths.
 
-    python -m data.synthetic_interests.references --config=default
+    python -m data.synthetic_interests.references --config=default [--data_dir=DIR]
 
 The columns: `truth` is `true_logit` of the window, `refitted` a logistic regression on its terms,
 fitted anew for each length on the training requests, `logistic` and `counting` the references of
@@ -10,81 +10,70 @@ fitted anew for each length on the training requests, `logistic` and `counting` 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from absl import app, flags
+from jaxtyping import Float, Float64
 
+from data.preparation import prepare
 from data.synthetic_interests.generator import (
     CONFIGS,
-    Catalogue,
-    generate_users,
+    TERMS,
+    GeneratorConfig,
+    logit_of,
     make_catalogue,
     true_lifts,
-    true_logit,
 )
 from stca_jax.evaluation import metrics, references, tables
-from stca_jax.input.records import SPLITS, UserRecord
+from stca_jax.input.dataset import RequestDataset
+from stca_jax.input.records import SPLITS
 
 _CONFIG = flags.DEFINE_enum("config", "default", list(CONFIGS), "Builder config.")
 _LENGTHS = flags.DEFINE_list("lengths", None, "History lengths; by default powers of two.")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where prepared datasets lie; by default in the user's cache directory."
+)
 
 
-def reference_rows(
-    records: Sequence[UserRecord], catalogue: Catalogue, lengths: Sequence[int]
-) -> list[tables.Row]:
+def reference_rows(dataset: RequestDataset, lengths: Sequence[int]) -> list[tables.Row]:
     """AUC on the test requests of each reference, one row per length."""
-    train, test = (_targets_of(records, split) for split in ("train", "test"))
-    label = [np.concatenate([r.label[:, 0] for r in records])[rows] for rows in (train, test)]
-    rows = references.evaluate_references(
-        list(_views(records, "train")), list(_views(records, "test")), lengths
+    train, test = (
+        list(references.labelled_views(dataset, dataset.index.of_split(split)))
+        for split in ("train", "test")
     )
-    simple = {(row["model"], row["length"]): row["auc"] for row in rows}
-    table: list[tables.Row] = []
+    simple = references.evaluate_references(train, test, lengths)
+    auc = {(row["model"], row["length"]): row["auc"] for row in simple}
+    rows: list[tables.Row] = []
     for length in lengths:
-        lifts = np.concatenate([true_lifts(r, catalogue, length) for r in records])
-        logit = np.concatenate([true_logit(r, catalogue, length) for r in records])
-        refitted = references.fit_logistic(lifts[train], label[0]).logit(lifts[test])
-        table.append(
+        model = references.fit_logistic(*split_lifts(dataset, "train", length))
+        lifts, label = split_lifts(dataset, "test", length)
+        rows.append(
             {
                 "length": length,
-                "truth": metrics.auc(label[1], logit[test]),
-                "refitted": metrics.auc(label[1], refitted),
-                "logistic": simple["logistic", length],
-                "counting": simple["counting", length],
+                "truth": metrics.auc(label, logit_of(lifts)),
+                "refitted": metrics.auc(label, model.logit(lifts)),
+                "logistic": auc["logistic", length],
+                "counting": auc["counting", length],
             }
         )
-    return table
+    return rows
 
 
-def _targets_of(records: Sequence[UserRecord], split: str) -> np.ndarray:
-    """Which targets of all records belong to requests of the split."""
-    return np.concatenate([_in_split(r, split) for r in records])
-
-
-def _in_split(record: UserRecord, split: str) -> np.ndarray:
-    is_in = record.request_split == SPLITS.index(split)
-    return np.repeat(is_in, np.diff(record.target_offset))
-
-
-def _views(records: Sequence[UserRecord], split: str) -> Iterator[references.LabelledView]:
-    """The users' requests of a split, as the references read them."""
-    for record in records:
-        requests = record.request_split == SPLITS.index(split)
-        if requests.any():
-            targets = _in_split(record, split)
-            num_targets = np.diff(record.target_offset)[requests]
-            yield (
-                references.HistoryView(
-                    event_ids=record.history,
-                    event_time=record.event_time.astype(np.int64),
-                    history_end=record.history_end[requests],
-                    request_time=record.request_time[requests].astype(np.int64),
-                    target_offset=np.append(0, np.cumsum(num_targets)),
-                    target_ids={n: v[targets] for n, v in record.target.items()},
-                ),
-                record.label[targets, 0],
-            )
+def split_lifts(
+    dataset: RequestDataset, split: str, max_history: int
+) -> tuple[Float64[np.ndarray, "t terms"], Float[np.ndarray, " t"]]:
+    """The lifts of all targets of a split, by user, and their labels."""
+    config = GeneratorConfig(**dataset.metadata["notes"]["generator"])
+    catalogue = make_catalogue(config)
+    lifts, labels = [np.empty((0, len(TERMS)))], [np.empty(0)]
+    for user in range(len(dataset)):
+        record = dataset.record(user)
+        is_in = record.request_split == SPLITS.index(split)
+        targets = np.repeat(is_in, np.diff(record.target_offset))
+        lifts.append(true_lifts(record, catalogue, max_history)[targets])
+        labels.append(record.label[targets, 0])
+    return np.concatenate(lifts), np.concatenate(labels)
 
 
 def _doubling_lengths(longest: int) -> list[int]:
@@ -96,10 +85,10 @@ def main(argv: Sequence[str]) -> None:
     """Prints the table."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    config = CONFIGS[_CONFIG.value]
-    lengths = [int(n) for n in _LENGTHS.value or ()] or _doubling_lengths(config.max_events)
-    records = list(generate_users(config))
-    print(tables.format_table(reference_rows(records, make_catalogue(config), lengths)))
+    dataset = RequestDataset(prepare(f"synthetic_interests/{_CONFIG.value}", _DATA_DIR.value))
+    lengths = [int(n) for n in _LENGTHS.value or ()]
+    lengths = lengths or _doubling_lengths(CONFIGS[_CONFIG.value].max_events)
+    print(tables.format_table(reference_rows(dataset, lengths)))
 
 
 if __name__ == "__main__":

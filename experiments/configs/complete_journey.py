@@ -1,7 +1,7 @@
 """Next purchase on the 84.51 degrees Complete Journey grocery data."""
 
 from stca_jax.experiment import EvaluationConfig, ExperimentConfig
-from stca_jax.input.length import FixedLength
+from stca_jax.input.length import BetaLength
 from stca_jax.input.pipeline import InputConfig
 from stca_jax.training.checkpointing import CheckpointConfig
 
@@ -11,13 +11,13 @@ def get_config() -> ExperimentConfig:
     return ExperimentConfig(
         dataset="complete_journey/next_purchase",
         input=InputConfig(
-            length=FixedLength(256),
-            row_length=384,
-            targets_per_row=256,
+            length=BetaLength(minimum=8, maximum=4096, average=768, alpha=0.25),
+            row_length=4608,
+            targets_per_row=2304,
             targets_per_chunk=256,
-            rows_per_batch=8,
+            rows_per_batch=1,
             rows="user",
         ),
         evaluation=EvaluationConfig(min_history=1_000, max_requests=2_000),
-        checkpoint=CheckpointConfig(every_steps=400),
+        checkpoint=CheckpointConfig(every_steps=300),
     )

@@ -19,6 +19,7 @@ from jaxtyping import Int
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
+from stca_jax.errors import UserError
 from stca_jax.input.records import REQUEST_COLUMNS, SPLITS, UserRecord, decode_record
 from stca_jax.schema import Schema
 
@@ -26,7 +27,7 @@ USERS = "users"  # the one TFDS split of a prepared dataset
 _INDEX_FILE = "request_index.npz"
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """A prepared dataset is missing, damaged, or not what it was."""
 
 

@@ -218,17 +218,22 @@ class _Pool:
 def balanced_order(tokens: Sequence[int]) -> list[int]:
     """An order of rows in which contiguous shares have near-equal tokens.
 
-    Rows sorted by tokens are dealt into two halves like cards (first, second, second, first, …),
-    and each half again: halves, quarters, eighths … are balanced, so the order serves any number
-    of processes and devices.
+    Rows sorted by tokens are dealt in pairs into two halves, the larger of a pair to the half that
+    has fewer tokens so far, and each half again: halves, quarters, eighths … are balanced, so the
+    order serves any number of processes and devices.
     """
 
     def deal(rows: list[int]) -> list[int]:
-        if len(rows) < 3:
+        if len(rows) < 2:
             return rows
-        left = [row for i, row in enumerate(rows) if i % 4 in (0, 3)]
-        right = [row for i, row in enumerate(rows) if i % 4 in (1, 2)]
-        return deal(left) + deal(right)
+        left, right, lead = [], [], 0
+        for row, other in zip(rows[::2], rows[1::2], strict=False):
+            if lead > 0:
+                row, other = other, row
+            left.append(row)
+            right.append(other)
+            lead += tokens[row] - tokens[other]
+        return deal(left + rows[len(rows) // 2 * 2 :]) + deal(right)
 
     return deal(sorted(range(len(tokens)), key=lambda row: -tokens[row]))
 

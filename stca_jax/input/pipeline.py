@@ -14,6 +14,7 @@ Memory: about 60 bytes per selected request, 100 bytes per unit of the look-ahea
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +23,7 @@ import numpy as np
 from jaxtyping import Int
 
 from stca_jax.batch import RequestBatch, empty_batch
+from stca_jax.errors import UserError
 from stca_jax.input.dataset import RequestIndex
 from stca_jax.input.packing import balanced_order, ragged_arange
 from stca_jax.input.planning import (
@@ -172,7 +174,7 @@ class RequestIterator(Iterator[InputElement]):
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index must be in [0, {process_count}), got {process_index}")
         if config.rows_per_batch % process_count:
-            raise ValueError(
+            raise UserError(
                 f"rows_per_batch={config.rows_per_batch} cannot be divided among {process_count} "
                 f"processes; make it a multiple of {process_count}"
             )
@@ -183,7 +185,7 @@ class RequestIterator(Iterator[InputElement]):
         shares = slice(process_index * share, (process_index + 1) * share)
         self._assembler = Assembler(dataset, self._planner, shares)
         self._position = Position()
-        self._elements = self._start()
+        self._start()
 
     @property
     def num_requests(self) -> int:
@@ -195,8 +197,11 @@ class RequestIterator(Iterator[InputElement]):
 
         Raises:
           StopIteration: after the last epoch.
+          ValueError: the iterator is closed.
         """
-        batch, fill, self._position = next(self._elements)
+        if not self._elements:
+            raise ValueError("the input is closed; set_state starts it again")
+        batch, fill, self._position = next(self._elements[0])
         return InputElement(batch, fill, self.get_state())
 
     def get_state(self) -> dict[str, Any]:
@@ -218,26 +223,31 @@ class RequestIterator(Iterator[InputElement]):
         changed = [k for k in {**saved, **here} if saved.get(k) != here.get(k)]
         if changed:
             changes = ", ".join(f"{k}: {saved.get(k)} -> {here.get(k)}" for k in changed)
-            raise ValueError(
+            raise UserError(
                 f"the input position was saved with another input config ({changes}); restore "
                 "that config, or start without the position"
             )
         fields = dataclasses.fields(Position)
         self._position = Position(**{f.name: state[f.name] for f in fields})
         self.close()
-        self._elements = self._start()
+        self._start()
 
     def close(self) -> None:
-        """Stops the threads; no batch can be asked for afterwards."""
-        self._elements.close()
+        """Stops the threads; no batch can be asked for until `set_state`."""
+        self._finalize()
 
-    def _start(self) -> grain.DatasetIterator:
+    def _start(self) -> None:
         plans = _PlanDataset(self._planner, self._position).map(self._assembler)
-        return iter(
-            grain.experimental.multithread_prefetch(
-                plans, num_threads=self._config.num_threads, buffer_size=self._config.prefetch
-            )
+        batches = grain.experimental.multithread_prefetch(
+            plans, num_threads=self._config.num_threads, buffer_size=self._config.prefetch
         )
+        self._elements = [iter(batches)]
+        # At exit too: Grain's threads do not survive the end of the interpreter quietly.
+        self._finalize = weakref.finalize(self, _close, self._elements)
+
+
+def _close(elements: list[grain.DatasetIterator]) -> None:
+    elements.pop().close()
 
 
 def _sequence_config(config: InputConfig) -> dict[str, Any]:

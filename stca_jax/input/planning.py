@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from stca_jax.errors import UserError
 from stca_jax.input.dataset import RequestIndex
 from stca_jax.input.length import FixedLength, LengthConfig, Window, uniform, window_start
 from stca_jax.input.packing import chunk_starts, pack_rows, split_requests
@@ -315,7 +316,7 @@ def select_requests(index: RequestIndex, config: InputConfig) -> RequestIndex:
     selected = index.of_split(config.split)
     selected = selected.select(selected.history_end >= config.min_history)
     if not len(selected):
-        raise ValueError(
+        raise UserError(
             f"no request of split {config.split!r} has min_history={config.min_history} or more "
             "earlier events"
         )

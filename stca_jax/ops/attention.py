@@ -15,19 +15,22 @@ Dimensions: R rows, L history tokens per row, M targets per row, H heads, K head
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from stca_jax.batch import covered_tokens
+from stca_jax.ops import pallas_tpu
 from stca_jax.ops.encoder import HistoryEncoder, encode_history
+from stca_jax.ops.kernels import Kernels, kernel_attention
 from stca_jax.ops.reference import Order, reference_attention
 from stca_jax.ops.sharded import merge_softmax, on_mesh
 from stca_jax.ops.tiled import Weights, tiled_attention
 from stca_jax.ops.tiles import BlockSizes, default_block_sizes
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "mosaic_tpu"]
 
 
 class AttentionOutput(NamedTuple):
@@ -53,7 +56,7 @@ def target_to_history_attention(
     *,
     history_score: Float[Array, "R L H"] | None = None,
     order: Order | None = None,
-    implementation: Implementation | None = None,
+    implementation: Implementation | Kernels | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> AttentionOutput:
     """Softmax attention of each target over its own range of the row (E3, E4).
@@ -70,9 +73,12 @@ def target_to_history_attention(
       history_start: First token of each target's range.
       history_end: One past its last token; `start == end` is an empty history.
       history_score: Optional additive score of each token and head, the same for every target.
-      order: "absorbed" or "projected"; None takes the one with fewer FLOPs.
-      implementation: "reference" (einsums) or "xla" (tiles that follow the ranges); None is "xla".
-      block_sizes: Tile sizes of "xla".
+      order: "absorbed" or "projected"; None takes the one with fewer FLOPs if every target reads the
+        whole row. Where rows pack many requests, pass `cheaper_order` of the targets of one request.
+      implementation: "reference" (einsums), "xla" (tiles that follow the ranges; anywhere) or
+        "mosaic_tpu" (Pallas kernels; lowering them for anything but a TPU raises); None is "xla".
+        Or kernels of your own.
+      block_sizes: Tile sizes, where the defaults do not suit.
 
     Returns:
       `AttentionOutput`; `output` has the dtype of `query`.
@@ -97,7 +103,7 @@ def history_layer(
     *,
     history_score: Float[Array, "R L H"] | None = None,
     order: Order | None = None,
-    implementation: Implementation | None = None,
+    implementation: Implementation | Kernels | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> AttentionOutput:
     """The history path of a layer in one pass: encode the tokens (E1) and attend to them (E3, E4).
@@ -146,7 +152,7 @@ def _attention(
     history_end: Array,
     history_score: Array | None,
     order: Order | None,
-    implementation: Implementation | None,
+    implementation: Implementation | Kernels | None,
     block_sizes: BlockSizes | None,
 ) -> AttentionOutput:
     """Both public functions: `encoder` is None where the tokens are encoded already."""
@@ -154,11 +160,11 @@ def _attention(
            order, implementation)  # fmt: skip
     order = order or cheaper_order(query.shape[1], query.shape[2], tokens.shape[-1])
     weights = (encoder, w_key.astype(query.dtype), w_value.astype(query.dtype))
-    single_device = functools.partial(
-        _reference if implementation == "reference" else _tiled,
-        order=order,
-        sizes=block_sizes or default_block_sizes(query.shape[1]),
-    )
+    if implementation == "reference":
+        single_device = functools.partial(_reference, order=order)
+    else:
+        grouped = _grouped_attention(implementation, order, query, block_sizes)
+        single_device = functools.partial(_grouped, order=order, attend=grouped)
     output, log_sum_exp = on_mesh(
         single_device, merge_softmax, weights, query, (tokens, history_score),
         history_start, history_end,
@@ -172,9 +178,8 @@ _Tokens = tuple[Array, Array | None]
 
 def _reference(
     weights: _Weights, query: Array, per_token: _Tokens, start: Array, end: Array,
-    *, order: Order, sizes: BlockSizes,
+    *, order: Order,
 ) -> tuple[Array, Array]:  # fmt: skip
-    del sizes  # no tiles
     encoder, w_key, w_value = weights
     covered = covered_tokens(start, end, per_token[0].shape[1])[..., None]
     history, history_score = (None if x is None else jnp.where(covered, x, 0) for x in per_token)
@@ -183,10 +188,26 @@ def _reference(
     return reference_attention(query, history, w_key, w_value, start, end, history_score, order)
 
 
-def _tiled(
+def _grouped_attention(
+    implementation: Implementation | Kernels | None,
+    order: Order,
+    query: Array,
+    block_sizes: BlockSizes | None,
+) -> Callable[..., tuple[Array, Array]]:
+    """`tiled_attention` or its equivalent by kernels, with block sizes."""
+    M, H = query.shape[1:3]
+    if implementation in (None, "xla"):
+        return functools.partial(tiled_attention, sizes=block_sizes or default_block_sizes(M))
+    kernels = pallas_tpu.MosaicKernels() if implementation == "mosaic_tpu" else implementation
+    sizes = block_sizes or pallas_tpu.default_block_sizes(H if order == "absorbed" else 1)
+    return functools.partial(kernel_attention, kernels, sizes=sizes)
+
+
+def _grouped(
     weights: _Weights, query: Array, per_token: _Tokens, start: Array, end: Array,
-    *, order: Order, sizes: BlockSizes,
+    *, order: Order, attend: Callable[..., tuple[Array, Array]],
 ) -> tuple[Array, Array]:  # fmt: skip
+    """Brings an order into the form of grouped attention, see `stca_jax.ops.tiled`."""
     encoder, w_key, w_value = weights
     tokens, history_score = per_token
     covered = covered_tokens(start, end, tokens.shape[1])
@@ -196,8 +217,8 @@ def _tiled(
     else:
         grouped = jnp.einsum("rmhk,dhk->rmhd", scaled, w_key)[:, :, None]
         tile_weights = Weights(encoder, None, None)
-    output, log_sum_exp = tiled_attention(
-        grouped.astype(tokens.dtype), tokens, tile_weights, covered, start, end, history_score, sizes
+    output, log_sum_exp = attend(
+        grouped.astype(tokens.dtype), tokens, tile_weights, covered, start, end, history_score
     )
     if order == "projected":
         output = output[:, :, :, 0]
@@ -215,7 +236,7 @@ def _check(
     history_end: Array,
     history_score: Array | None,
     order: Order | None,
-    implementation: Implementation | None,
+    implementation: Implementation | Kernels | None,
 ) -> None:
     if query.ndim != 4 or tokens.ndim != 3:
         raise ValueError(
@@ -242,5 +263,5 @@ def _check(
         ("order", order, get_args(Order)),
         ("implementation", implementation, get_args(Implementation)),
     ):
-        if choice is not None and choice not in choices:
+        if isinstance(choice, str) and choice not in choices:
             raise ValueError(f"{name} is {choice!r}; it must be one of {choices} or None")

@@ -29,9 +29,7 @@ class HistoryEncoder(NamedTuple):
     bias: Float[Array, " D"]
 
 
-def encode_history(
-    encoder: HistoryEncoder, tokens: Float[Array, "... D"]
-) -> Float[Array, "... D"]:
+def encode_history(encoder: HistoryEncoder, tokens: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """LN(((x W_u) * swish(x W_v)) W_o), in the dtype of the tokens; statistics in float32."""
     return encode_transposed(transpose_out(encoder), tokens)
 

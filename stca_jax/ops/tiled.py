@@ -143,7 +143,9 @@ class _Softmax(NamedTuple):
 def _forward(tiling: Tiling, query: Array, weights: Weights, blocks: _Blocks, ranges: _Ranges):
     def block_step(i: Array, state: _Softmax) -> _Softmax:
         block = ranges.pairs.blocks[i]
-        keys, values = _first_and_last(_keys_and_values(weights, blocks.tokens[block], ranges.covered[block]))
+        keys, values = _first_and_last(
+            _keys_and_values(weights, blocks.tokens[block], ranges.covered[block])
+        )
 
         def pair_step(p: Array, state: _Softmax) -> _Softmax:
             pair = _pair(tiling, ranges, block, p)
@@ -155,7 +157,9 @@ def _forward(tiling: Tiling, query: Array, weights: Weights, blocks: _Blocks, ra
             value = _tile_of(values, tiling, pair.history)
             summed = summed * rescale[..., None] + _dot(weight.astype(value.dtype), value, 1, 1)
             updates = (new_peak, total * rescale + weight.sum(1), summed)
-            return _Softmax(*(x.at[pair.target].set(u) for x, u in zip(state, updates, strict=True)))
+            return _Softmax(
+                *(x.at[pair.target].set(u) for x, u in zip(state, updates, strict=True))
+            )
 
         return lax.fori_loop(0, ranges.pairs.num_pairs[block], pair_step, state)
 
@@ -216,12 +220,18 @@ def _backward(tiling: Tiling, residuals, cotangents):
             return d_query, d_encoded, d_score_block
 
         zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in encoded)
-        d_score_block = None if blocks.score is None else jnp.zeros(blocks.score.shape[1:], jnp.float32)
+        d_score_block = (
+            None if blocks.score is None else jnp.zeros(blocks.score.shape[1:], jnp.float32)
+        )
         d_query, d_encoded, d_score_block = lax.fori_loop(
             0, ranges.pairs.num_pairs[block], pair_step, (d_query, zeros, d_score_block)
         )
-        d_w, d_x = encode_vjp(tuple(d.astype(x.dtype) for d, x in zip(d_encoded, encoded, strict=True)))
-        d_weights = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), d_weights, d_w)
+        d_w, d_x = encode_vjp(
+            tuple(d.astype(x.dtype) for d, x in zip(d_encoded, encoded, strict=True))
+        )
+        d_weights = jax.tree.map(
+            lambda total, part: total + part.astype(jnp.float32), d_weights, d_w
+        )
         d_tokens = d_blocks.tokens.at[block].set(d_x)
         d_score = d_blocks.score
         if d_score is not None:
@@ -233,9 +243,7 @@ def _backward(tiling: Tiling, residuals, cotangents):
         jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights),
         jax.tree.map(jnp.zeros_like, blocks),
     )
-    d_query, d_weights, d_blocks = lax.fori_loop(
-        0, ranges.pairs.num_blocks, block_step, gradients
-    )
+    d_query, d_weights, d_blocks = lax.fori_loop(0, ranges.pairs.num_blocks, block_step, gradients)
     d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
     return d_query.astype(query.dtype), d_weights, d_blocks, None
 

@@ -32,7 +32,7 @@ class BlockSizes:
 
     tokens: int = 512
     history: int = 512
-    targets: int = 32
+    targets: int = 16
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes below 1."""

@@ -64,7 +64,7 @@ class StepMetrics(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """Logits beside what metrics need to know of each target slot of a global batch.
+    """Logits beside what metrics need to know of each target slot; device or NumPy arrays.
 
     Attributes:
       logit: float32.
@@ -74,11 +74,11 @@ class Predictions(NamedTuple):
       request_id: The request's index in the dataset.
     """
 
-    logit: Float[Array, "R M tasks"]
-    label: Float[Array, "R M tasks"]
-    target_mask: Bool[Array, "R M"]
-    user_id: Int[Array, "R M"]
-    request_id: Int[Array, "R M"]
+    logit: Float[Any, "R M tasks"]
+    label: Float[Any, "R M tasks"]
+    target_mask: Bool[Any, "R M"]
+    user_id: Int[Any, "R M"]
+    request_id: Int[Any, "R M"]
 
 
 class Program(NamedTuple):
@@ -275,8 +275,7 @@ def _state_shardings(
     def table(name: str) -> NamedSharding:
         return by_path["embedding", "tables", name, "rows"]
 
-    return dataclasses.replace(
-        abstract_state,
+    shardings: dict[str, Any] = dict(
         step=replicated,
         dense=jax.tree_util.tree_map_with_path(sharding_of, abstract_state.dense),
         tables={name: table(name) for name in abstract_state.tables},
@@ -286,3 +285,4 @@ def _state_shardings(
             for name in abstract_state.accumulators
         },
     )
+    return TrainState(**shardings)

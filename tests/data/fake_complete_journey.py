@@ -69,8 +69,8 @@ def make_tables(seed: int = 0) -> dict[str, dict[str, list]]:
         "promotions": {
             "product_id": [p for p, _, _ in promoted] + [promoted[0][0], 123],
             "store_id": [s for _, s, _ in promoted] + [promoted[0][1], 330],
-            "display_location": rng.choice(list("01345679A"), len(promoted)).tolist() + ["0", "9"],
-            "mailer_location": rng.choice(list("0ADHX"), len(promoted)).tolist() + ["0", "A"],
+            "display_location": [*rng.choice(list("01345679A"), len(promoted)).tolist(), "0", "9"],
+            "mailer_location": [*rng.choice(list("0ADHX"), len(promoted)).tolist(), "0", "A"],
             "week": [w for _, _, w in promoted] + [promoted[0][2], 2],
         },
     }

@@ -7,6 +7,7 @@ import json
 import pathlib
 import resource
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -27,9 +28,16 @@ def files(directory: pathlib.Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in directory.iterdir()}
 
 
-def test_two_builds_are_byte_identical(tmp_path):
-    first, second = build(tmp_path / "a"), build(tmp_path / "b")
-    assert files(first) == files(second)
+def test_builds_of_two_processes_are_byte_identical(tmp_path):
+    script = "import sys; from small_dataset import Builder as B; B(data_dir=sys.argv[1])"
+    script += ".download_and_prepare()"
+    tests = pathlib.Path(small_dataset.__file__).parent
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "other")],
+        env={"PYTHONPATH": f"{tests}:{tests.parent}", "HOME": str(tmp_path)},
+        check=True,
+    )
+    assert files(build(tmp_path)) == files(tmp_path / "other" / "small" / "1.0.0")
 
 
 def test_metadata_describe_the_files(tmp_path):
@@ -68,12 +76,15 @@ def test_an_invalid_record_stops_the_build_and_leaves_nothing(tmp_path, monkeypa
     assert not list(tmp_path.rglob("metadata.json"))
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["write", "close"])
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch, method):
     class FullDisk(array_record_module.ArrayRecordWriter):
-        def close(self):
-            super().close()
-            raise RuntimeError("write() failed: No space left on device; writing x; at byte 4096")
+        pass
 
+    def fail(self, *_):
+        raise RuntimeError("write() failed: No space left on device; writing x; at byte 4096")
+
+    setattr(FullDisk, method, fail)
     monkeypatch.setattr(array_record_module, "ArrayRecordWriter", FullDisk)
     with pytest.raises(OSError, match="free some, or choose another data_dir") as caught:
         build(tmp_path)

@@ -95,9 +95,12 @@ def requests_of(record: UserRecord):
                 strict=True,
             )
         )
-        yield int(record.request_time[k]), int(record.request_split[k]), int(
-            record.history_end[k]
-        ), targets
+        yield (
+            int(record.request_time[k]),
+            int(record.request_split[k]),
+            int(record.history_end[k]),
+            targets,
+        )
 
 
 def check_user(record: UserRecord, raw: Raw, num_items: int) -> None:
@@ -299,6 +302,12 @@ def test_exposures_match_the_source(exposure, raw, tables):
             assert not bought or time in times
     assert kept == pytest.approx(0.3 * possible, abs=5 * np.sqrt(0.21 * possible))
     assert exposure.metadata["notes"]["negative_rate"] == 0.3
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.5])
+def test_bad_rates_are_refused(rate):
+    with pytest.raises(ValueError, match=rf"negative_rate is {rate}; it must be in \(0, 1\]"):
+        journey.PromotionExposure(name="bad", negative_rate=rate)
 
 
 def test_missing_package_says_how_to_install_it(tmp_path, monkeypatch):

@@ -20,6 +20,12 @@ from stca_jax.input.records import SPLITS, validate_record
 TINY = CONFIGS["tiny"]
 
 
+def build(folder: pathlib.Path, config=None) -> pathlib.Path:
+    builder = Builder(data_dir=folder, config=config)
+    builder.download_and_prepare()
+    return pathlib.Path(builder.data_path)
+
+
 @pytest.fixture(scope="module")
 def records():
     return list(generator.generate_users(TINY))
@@ -28,7 +34,12 @@ def records():
 @pytest.fixture(scope="module")
 def many_records():
     """Enough targets for statistics: standard errors below 0.01."""
-    return list(generator.generate_users(dataclasses.replace(TINY, num_users=500)))
+    return list(generator.generate_users(dataclasses.replace(TINY, num_users=300)))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return RequestDataset(build(tmp_path_factory.mktemp("data"), "tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +70,7 @@ def test_candidates_of_a_request_are_distinct(records):
 
 
 def test_log_lengths_follow_the_config():
-    config = dataclasses.replace(TINY, num_users=400)
+    config = dataclasses.replace(TINY, num_users=300, events_per_request=512)
     lengths = [len(r.event_time) for r in generator.generate_users(config)]
     assert min(lengths) >= TINY.min_events
     assert max(lengths) <= TINY.max_events
@@ -98,7 +109,7 @@ def test_default_and_long_share_a_catalogue():
     np.testing.assert_array_equal(ours.topic_of_category, theirs.topic_of_category)
 
 
-def test_a_user_does_not_depend_on_the_others(records):
+def test_a_user_does_not_depend_on_how_many_there_are(records):
     fewer = list(generator.generate_users(dataclasses.replace(TINY, num_users=3)))
     np.testing.assert_array_equal(fewer[2].history["item"], records[2].history["item"])
     np.testing.assert_array_equal(fewer[2].label, records[2].label)
@@ -170,9 +181,10 @@ def test_labels_have_the_true_probability(many_records, catalogue):
         assert abs(label[which].mean() - p.mean()) < 4 * error
 
 
-def test_longer_windows_rank_better(many_records, catalogue):
-    lengths = [8, 32, 64, 128, 256, 512]
-    rows = reference_rows(many_records, catalogue, lengths)
+def test_longer_windows_rank_better(tmp_path):
+    config = dataclasses.replace(TINY, num_users=400)
+    folder = build(tmp_path, SyntheticInterestsConfig(name="more_users", generator=config))
+    rows = reference_rows(RequestDataset(folder), [8, 32, 128, 512])
     truth = np.array([row["truth"] for row in rows])
     assert np.all(np.diff(truth) > 0.005)
     assert truth[0] < 0.65
@@ -180,12 +192,13 @@ def test_longer_windows_rank_better(many_records, catalogue):
     for row in rows:
         # Counting sees one of the terms, the logistic regression all but topics.
         assert row["counting"] < row["logistic"] < row["truth"]
+        assert row["refitted"] == pytest.approx(row["truth"], abs=0.01)
 
 
-def test_reference_rows_score_the_test_requests(records, catalogue):
-    (row,) = reference_rows(records, catalogue, [64])
+def test_reference_rows_score_the_test_requests(dataset, catalogue):
+    (row,) = reference_rows(dataset, [64])
     label, logit = [], []
-    for record in records:
+    for record in map(dataset.record, range(len(dataset))):
         for k in np.flatnonzero(record.request_split == SPLITS.index("test")):
             targets = slice(record.target_offset[k], record.target_offset[k + 1])
             label.extend(record.label[targets, 0])
@@ -219,20 +232,15 @@ def test_another_catalogue_is_refused(records, catalogue):
         generator.true_logit(records[0], catalogue, -1)
 
 
-def build(folder: pathlib.Path, config=None) -> pathlib.Path:
-    builder = Builder(data_dir=folder, config=config)
-    builder.download_and_prepare()
-    return pathlib.Path(builder.data_path)
-
-
-def test_builder_writes_the_generated_users_byte_for_byte_twice(tmp_path, records):
-    first, second = (build(tmp_path / name, "tiny") for name in ("first", "second"))
-    names = sorted(p.name for p in first.glob("*.array_record*"))
+def test_builds_are_equal_byte_for_byte(tmp_path, dataset):
+    folder = build(tmp_path, "tiny")
+    names = sorted(p.name for p in folder.glob("*.array_record*"))
     assert names
     for name in names:
-        assert (first / name).read_bytes() == (second / name).read_bytes()
+        assert (folder / name).read_bytes() == (dataset.directory / name).read_bytes()
 
-    dataset = RequestDataset(first)
+
+def test_builder_writes_the_generated_users(dataset, records):
     assert len(dataset) == len(records)
     assert dataset.schema == generator.make_schema(TINY)
     for i in (0, 50, 95):

@@ -46,9 +46,7 @@ def final_state(workdir, dataset):
 
 def metric_lines(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {n: v for n, v in line.items() if n != "time" and "second" not in n} for line in lines
-    ]
+    return [{n: v for n, v in line.items() if n != "time" and "second" not in n} for line in lines]
 
 
 def assert_same_run(found, expected, dataset):

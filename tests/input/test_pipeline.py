@@ -310,7 +310,7 @@ def test_fill_counts_what_stands_in_the_global_batch():
 
 
 def test_every_process_gets_near_equal_tokens_and_the_same_statistics():
-    dataset = random_dataset(300, max_events=200, max_requests=4, max_targets=2)
+    dataset = random_dataset(1000, max_events=200, max_requests=4, max_targets=2)
     config = config_of(rows_per_batch=32, targets_per_row=3, epochs=1, look_ahead=4096)
     processes = [make_input(dataset, config, process_index=p, process_count=4) for p in range(4)]
     worst = []
@@ -318,7 +318,8 @@ def test_every_process_gets_near_equal_tokens_and_the_same_statistics():
         assert len({e.fill for e in elements}) == 1
         tokens = [e.batch.history_end.max(1).sum() for e in elements]
         worst.append(max(tokens) / np.mean(tokens))
-    assert np.mean(worst[:-1]) < 1.05
+    assert len(worst) > 5
+    assert max(worst[:-1]) < 1.03  # in the order of packing, 1.1 to 1.3
 
 
 def test_shorter_draws_pack_into_fewer_rows():

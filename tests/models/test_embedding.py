@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from strategies import SCHEMA, request_batches, spoil_padding
-from tiny_ranker import compile_fast, random_params
+from tiny_ranker import compile_fast, random_params, with_params
 
 from stca_jax.batch import covered_tokens
 from stca_jax.models.embedding import (
@@ -40,9 +40,7 @@ TIME_PARAMS = random_params(TIME_FEATURES)
 
 @compile_fast
 def embed_times(params, batch):
-    graphdef, state = nnx.split(TIME_FEATURES)
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)(batch)
+    return with_params(TIME_FEATURES, params)(batch)
 
 
 @settings(deadline=None, max_examples=30)

@@ -5,7 +5,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from tiny_ranker import compile_fast, random_params
+from tiny_ranker import compile_fast, random_params, with_params
 
 from stca_jax.models.layers import LayerNorm, Linear, SwiGLU
 
@@ -24,9 +24,7 @@ def apply(build, x):
 
     @compile_fast
     def run(params, x):
-        graphdef, state = nnx.split(module)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graphdef, state)(x)
+        return with_params(module, params)(x)
 
     return params, run(params, x)
 

@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from tiny_ranker import compile_fast, random_params
+from tiny_ranker import compile_fast, random_params, with_params
 
 from stca_jax.models.rankmixer import RankMixer, RankMixerConfig, mix_tokens
 
@@ -24,9 +24,7 @@ def test_rank_mixer_matches_oracle(num_blocks):
 
     @compile_fast
     def run(params, tokens):
-        graphdef, state = nnx.split(module)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graphdef, state)(tokens)
+        return with_params(module, params)(tokens)
 
     found = run(params, tokens)
     for n in range(4):

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from tiny_ranker import compile_fast, random_params
+from tiny_ranker import compile_fast, random_params, with_params
 
 from stca_jax.models.sequence import SequenceInput
 from stca_jax.models.stca import Stca, StcaConfig
@@ -27,9 +27,7 @@ def stca():
 
     @compile_fast
     def gather(params, inputs):
-        graphdef, state = nnx.split(module)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graphdef, state)(inputs)
+        return with_params(module, params)(inputs)
 
     return params, gather
 

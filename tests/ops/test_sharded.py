@@ -118,8 +118,9 @@ def check_match():
 
 def check_indivisible():
     problem, start, end, case = inputs(False)
-    with jax.set_mesh(make_mesh(8, 1)), pytest.raises(
-        ValueError, match="rows 4 does not divide over mesh axis 'data' of size 8"
+    with (
+        jax.set_mesh(make_mesh(8, 1)),
+        pytest.raises(ValueError, match="rows 4 does not divide over mesh axis 'data' of size 8"),
     ):
         step(False, "absorbed", case)(problem, start, end)
 

@@ -63,17 +63,19 @@ def test_tasks_weigh_the_same():
 
 
 @pytest.mark.parametrize("weighting", ["target", "request"])
-def test_gradient_is_the_weighted_residual_and_zero_in_padding(weighting):
-    """Even if labels, counts and logits in padding are NaN or huge."""
+def test_padding_reaches_neither_loss_nor_gradient(weighting):
+    """Labels, counts and logits there are NaN or huge; the gradient is the weighted residual."""
     batch, logits = two_requests()
     mask, label = batch.target_mask, batch.label
     weights = np.array([1, 1, 1, 1]) if weighting == "target" else np.array([1 / 3] * 3 + [1])
     expected = np.zeros_like(logits)
     residual = expit(logits[mask].astype(float)) - label[mask]
     expected[mask] = residual * (weights / weights.sum() / 2)[:, None]
+    clean_loss = binary_cross_entropy(logits, batch, weighting)
     logits[~mask] = np.nan
-    found = jax.grad(binary_cross_entropy)(logits, spoil_padding(batch), weighting)
-    np.testing.assert_allclose(found, expected, atol=1e-7)
+    loss, grad = jax.value_and_grad(binary_cross_entropy)(logits, spoil_padding(batch), weighting)
+    assert loss == clean_loss
+    np.testing.assert_allclose(grad, expected, atol=1e-7)
 
 
 def test_confident_logits_do_not_overflow():

@@ -1,15 +1,16 @@
 """The training loop in one process: resuming, refusing, stopping, and compiling once."""
 
-import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
 
+from experiments.configs import tiny
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
 from stca_jax.training import trainer
@@ -20,22 +21,26 @@ from stca_jax.training.trainer import restore_for_evaluation, train
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_dataset):
     """A run of 25 steps that was never interrupted, and its program."""
-    from experiments.configs import tiny
-
     config = short(tiny.get_config())
     workdir = tmp_path_factory.mktemp("finished")
     programs = []
     original = trainer.make_program
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            trainer, "make_program", lambda *a, **k: programs.append(original(*a, **k)) or programs[0]
+            trainer,
+            "make_program",
+            lambda *a, **k: programs.append(original(*a, **k)) or programs[0],
         )
         result = train(config, tiny_dataset, workdir)
     return config, workdir, result, programs[0]
 
 
 def short(config, **overrides):
-    values = {"training.max_steps": "25", "checkpoint.every_steps": "10", "checkpoint.keep_last": "9"}
+    values = {
+        "training.max_steps": "25",
+        "checkpoint.every_steps": "10",
+        "checkpoint.keep_last": "9",
+    }
     return apply_overrides(config, values | overrides)
 
 
@@ -84,8 +89,6 @@ def test_resumed_run_is_bit_identical(finished, tiny_dataset, tmp_path, lost):
 
 
 def copy_without(workdir, target, steps):
-    import shutil
-
     shutil.copytree(workdir, target)
     for step in steps:
         shutil.rmtree(target / "checkpoints" / str(step))
@@ -123,14 +126,14 @@ def test_half_written_checkpoint_is_never_taken_for_whole(finished, tiny_dataset
 
 def test_workdir_of_another_config_is_refused_with_the_differences(finished, tiny_dataset):
     config, workdir, _, _ = finished
-    other = apply_overrides(config, {"model.sequence.num_layers": "3", "seed": "1"})
+    other = apply_overrides(config, {"model.sequence.num_layers": 3, "seed": 1})
     with pytest.raises(UserError, match=r"num_layers: 2 -> 3[\s\S]*seed: 0 -> 1"):
         train(other, tiny_dataset, workdir)
 
 
 def test_checkpoint_of_another_model_lists_the_arrays(finished, tiny_dataset):
     config, workdir, _, _ = finished
-    other = apply_overrides(config, {"model.sequence.width": "32"})
+    other = apply_overrides(config, {"model.sequence.width": 32})
     with pytest.raises(UserError, match=r"ffn/up: checkpoint has float32\[3, 18, 36\], this model"):
         restore_for_evaluation(other, tiny_dataset, workdir, 25)
 
@@ -140,8 +143,12 @@ def test_divergence_names_step_and_requests_and_keeps_the_last_checkpoint(
 ):
     config = short(
         tiny_config,
-        **{"optimizer.learning_rate": "1e30", "optimizer.warmup_steps": "0", "checkpoint.every_steps": "1"},
-    )  # fmt: skip
+        **{
+            "optimizer.learning_rate": 1e30,
+            "optimizer.warmup_steps": 0,
+            "checkpoint.every_steps": 1,
+        },
+    )
     with pytest.raises(UserError, match=r"loss of step \d+ is (nan|inf).* ids \d+, \d+"):
         train(config, tiny_dataset, tmp_path)
     steps = Checkpointer(tmp_path).steps()
@@ -155,7 +162,6 @@ def test_signal_saves_a_checkpoint_and_the_run_goes_on(
     finished, tiny_dataset, tmp_path, monkeypatch, number
 ):
     config, workdir, _, _ = finished
-    config = dataclasses.replace(config)
     original = trainer.device_batch
     calls = []
 
@@ -176,7 +182,7 @@ def test_signal_saves_a_checkpoint_and_the_run_goes_on(
 
 
 def test_best_checkpoint_survives_retention(tiny_config, tiny_dataset, tmp_path):
-    config = short(tiny_config, **{"checkpoint.keep_last": "1", "checkpoint.every_steps": "5",
+    config = short(tiny_config, **{"checkpoint.keep_last": 1, "checkpoint.every_steps": 5,
                                    "evaluation.metric": "num_targets"})  # fmt: skip
     train(config, tiny_dataset, tmp_path)  # a constant metric: the first checkpoint stays the best
     assert Checkpointer(tmp_path).steps() == [5, 25]

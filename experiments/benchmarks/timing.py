@@ -1,0 +1,128 @@
+"""What the kernel benchmarks share: synchronised interleaved timing, GEMM peak, reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Step = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one step.
+
+    Attributes:
+      best: Fastest repetition: least disturbed by whatever else the machine does.
+      median: Median repetition.
+    """
+
+    best: float
+    median: float
+
+
+def compiled_step(function: Callable[..., Any], *arguments: Any) -> tuple[Step, int]:
+    """Compiles ahead of time.
+
+    Args:
+      function: What to time.
+      *arguments: Its arguments, on the device.
+
+    Returns:
+      A call that blocks until the result is there, and the bytes of temporary memory.
+    """
+    compiled = jax.jit(function).lower(*arguments).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return lambda: jax.block_until_ready(compiled(*arguments)), temporary
+
+
+def time_interleaved(
+    steps: Mapping[str, Step], *, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
+    """Times steps in turns, so that a noisy neighbour disturbs all of them alike.
+
+    Args:
+      steps: Blocking calls by name; each is called once before the clock starts.
+      seconds: About how long to measure each; at least three repetitions.
+      clock: `time.process_time` measures the CPU time of a single-threaded run, which a shared
+        machine disturbs less.
+    """
+    durations: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    pending = set(steps)
+    while pending:
+        for name in [n for n in steps if n in pending]:
+            began = clock()
+            steps[name]()
+            durations[name].append(clock() - began)
+            if len(durations[name]) >= 3 and sum(durations[name]) >= seconds:
+                pending.remove(name)
+    return {n: Timing(min(d), float(np.median(d))) for n, d in durations.items()}
+
+
+def gemm_steps(dtype: Any, width: int) -> dict[str, tuple[Step, float]]:
+    """Matrix products whose best rate is the peak: large squares, and the FFN's own shape.
+
+    Returns:
+      Blocking calls and their FLOPs, by name.
+    """
+    sizes = [(2048, width, 2 * width), (1024,) * 3]
+    if jax.default_backend() != "cpu":
+        sizes += [(4096,) * 3, (8192,) * 3]
+    result = {}
+    for n, k, m in sizes:
+        step, _ = compiled_step(jnp.dot, jnp.ones((n, k), dtype), jnp.ones((k, m), dtype))
+        result[f"gemm {n}x{k}x{m}"] = (step, 2.0 * n * k * m)
+    return result
+
+
+def peak_flops(dtype: Any, width: int, *, clock: Callable[[], float] = time.perf_counter) -> float:
+    """FLOP/s of the fastest of `gemm_steps`, each called often enough to hide the dispatch."""
+    steps = gemm_steps(dtype, width)
+
+    def repeated(step: Step) -> Step:
+        return lambda: [step() for _ in range(10)]
+
+    timings = time_interleaved({n: repeated(s) for n, (s, _) in steps.items()}, seconds=0.3,
+                               clock=clock)  # fmt: skip
+    return max(10 * flops / timings[n].best for n, (_, flops) in steps.items())
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions, for every line of a report."""
+    model = platform.processor()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = (line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        first: dict[str, str] = {}
+        for key, value in fields:
+            first.setdefault(key.strip(), value.strip())
+        names = ("model name", "cpu family", "model")
+        model = " ".join(f"{n} {first[n]}" for n in names if n in first)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"device": jax.devices()[0].device_kind, "cpu": model, "cores": cores,
+            "jax": jax.__version__}  # fmt: skip
+
+
+def write_json_lines(path: str | None, records: list[dict[str, Any]]) -> None:
+    """One JSON object a line, each with `environment`."""
+    if path:
+        shared = environment()
+        lines = [json.dumps(shared | record) + "\n" for record in records]
+        pathlib.Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def fitted_exponent(lengths: list[int], seconds: list[float]) -> float:
+    """Slope of log(seconds) over log(length)."""
+    return float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])

@@ -1,0 +1,267 @@
+"""TPU kernels of the op (Mosaic): ranges by scalar prefetch, so skipped tiles are not even read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from stca_jax.ops.kernels import LOWEST_PEAK, NO_SCORE, Inputs
+from stca_jax.ops.tiles import BlockSizes, Tiling
+
+# Mosaic gives a kernel 16 MiB of VMEM by default on every generation since v4; the compiler needs
+# some of it for itself.
+_VMEM_BYTES = 14 * 2**20
+_LANES = 128
+
+
+def default_block_sizes(num_heads_per_group: int) -> BlockSizes:
+    """Tiles of 512 tokens and one to two vector registers of targets x heads."""
+    return BlockSizes(history=512, targets=max(8, 2 * _LANES // num_heads_per_group))
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicKernels:
+    """`Kernels` of the TPU.
+
+    Attributes:
+      interpret: Run on the CPU, by JAX's interpreter of Pallas.
+    """
+
+    interpret: Any = False
+
+    def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
+        """See `Kernels`."""
+        J, G, E, C = inputs.query.shape
+        _check_vmem(tiling, inputs)
+        spec = _target_specs(E, C)
+        return pl.pallas_call(
+            functools.partial(_forward_kernel, tile=tiling.history),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(J, G, tiling.tiles_per_row),
+                in_specs=[spec.row, spec.row, spec.wide, *_key_specs(tiling, E)],
+                out_specs=[spec.wide, spec.head_row],
+                scratch_shapes=[
+                    pltpu.VMEM((1, C), jnp.float32),
+                    pltpu.VMEM((1, C), jnp.float32),
+                    pltpu.VMEM((E, C), jnp.float32),
+                ],
+            ),
+            out_shape=[
+                jax.ShapeDtypeStruct((J, G, E, C), jnp.float32),
+                jax.ShapeDtypeStruct((J, G, 1, C), jnp.float32),
+            ],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary")
+            ),
+            interpret=self.interpret,
+            name="target_to_history_forward",
+        )(inputs.first, inputs.last, inputs.start, inputs.end, inputs.query, inputs.key,
+          inputs.value)  # fmt: skip
+
+    def backward(
+        self, tiling: Tiling, inputs: Inputs, d_output: Array, log_sum_exp: Array, delta: Array
+    ) -> tuple[Array, Array, Array]:
+        """See `Kernels`."""
+        J, G, E, C = inputs.query.shape
+        spec = _target_specs(E, C)
+        arguments = (inputs.first, inputs.last, inputs.start, inputs.end, log_sum_exp, delta,
+                     inputs.query, d_output, inputs.key, inputs.value)  # fmt: skip
+        targets = [spec.row, spec.row, spec.head_row, spec.head_row, spec.wide, spec.wide]
+        d_query = pl.pallas_call(
+            functools.partial(_query_kernel, tile=tiling.history),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(J, G, tiling.tiles_per_row),
+                in_specs=[*targets, *_key_specs(tiling, E)],
+                out_specs=spec.wide,
+                scratch_shapes=[pltpu.VMEM((E, C), jnp.float32)],
+            ),
+            out_shape=jax.ShapeDtypeStruct((J, G, E, C), jnp.float32),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary")
+            ),
+            interpret=self.interpret,
+            name="target_to_history_backward_query",
+        )(*arguments)
+        d_key, d_value = self._key_gradients(tiling, arguments)
+        return d_query, d_key, d_value
+
+    def _key_gradients(self, tiling: Tiling, arguments: tuple[Array, ...]) -> tuple[Array, Array]:
+        R, G, L, E = arguments[-1].shape
+        C = arguments[2].shape[-1]
+        per_row = tiling.target_tiles_per_row
+        spec = _target_specs(E, C, lambda r, g, i, j: (r * per_row + j, g))
+        block = pl.BlockSpec((1, 1, tiling.history, E), lambda r, g, i, j, *_: (r, g, i, 0))
+        shape = jax.ShapeDtypeStruct((R, G, L, E), arguments[-1].dtype)
+        accumulator = pltpu.VMEM((tiling.history, E), jnp.float32)
+        targets = [spec.row, spec.row, spec.head_row, spec.head_row, spec.wide, spec.wide]
+        d_key, d_value = pl.pallas_call(
+            functools.partial(_key_kernel, tile=tiling.history, tiles_per_row=per_row),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(R, G, tiling.tiles_per_row, per_row),
+                in_specs=[*targets, block, block],
+                out_specs=[block, block],
+                scratch_shapes=[accumulator, accumulator],
+            ),
+            out_shape=[shape, shape],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+            ),
+            interpret=self.interpret,
+            name="target_to_history_backward_key",
+        )(*arguments)
+        return d_key, d_value
+
+
+@dataclasses.dataclass(frozen=True)
+class _TargetSpecs:
+    """Blocks of arrays by target tile: [J, 1, C], [J, G, 1, C] and [J, G, E, C]."""
+
+    row: pl.BlockSpec
+    head_row: pl.BlockSpec
+    wide: pl.BlockSpec
+
+
+def _target_specs(E: int, C: int, tile_of: Any = lambda j, g, *_: (j, g)) -> _TargetSpecs:
+    """Specs for grids whose first four ids `tile_of` maps to target tile and group."""
+
+    def index(*ids: Any) -> tuple[Any, ...]:
+        return (*tile_of(*ids[:4]), 0, 0)
+
+    def row(*ids: Any) -> tuple[Any, ...]:
+        return (tile_of(*ids[:4])[0], 0, 0)
+
+    return _TargetSpecs(
+        row=pl.BlockSpec((1, 1, C), row),
+        head_row=pl.BlockSpec((1, 1, 1, C), index),
+        wide=pl.BlockSpec((1, 1, E, C), index),
+    )
+
+
+def _key_specs(tiling: Tiling, E: int) -> list[pl.BlockSpec]:
+    """Keys and values of the band; past its end the last block stays, and nothing is fetched."""
+
+    def index(j: Any, g: Any, i: Any, first: Any, last: Any) -> tuple[Any, ...]:
+        inside = jnp.clip(first[j] + i, 0, jnp.maximum(last[j] - 1, 0))
+        return lax.div(j, jnp.int32(tiling.target_tiles_per_row)), g, inside, 0
+
+    return [pl.BlockSpec((1, 1, tiling.history, E), index)] * 2
+
+
+def _check_vmem(tiling: Tiling, inputs: Inputs) -> None:
+    E, C = inputs.query.shape[2:]
+    wide, lanes = (-(-x // _LANES) * _LANES for x in (E, C))
+    size = inputs.key.dtype.itemsize
+    blocks = 2 * 2 * tiling.history * wide * (size + 4)  # keys, values, their gradients; twice
+    tiles = 2 * 4 * E * lanes * 4
+    scores = 4 * tiling.history * lanes * 4
+    needed = blocks + tiles + scores
+    if needed > _VMEM_BYTES:
+        raise ValueError(
+            f"blocks of {tiling.history} tokens x {C} targets and heads, width {E}, need about "
+            f"{needed / 2**20:.0f} MiB of VMEM; the kernel has {_VMEM_BYTES / 2**20:.0f} MiB. "
+            "Pass smaller block_sizes"
+        )
+
+
+def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision,
+                           preferred_element_type=jnp.float32)  # fmt: skip
+
+
+def _masked_scores(key: Array, query: Array, start: Array, end: Array, position: Any) -> Array:
+    """[t, C] scores; `NO_SCORE` outside a range."""
+    score = _dot(key, query, 1, 0)
+    position = position + lax.broadcasted_iota(jnp.int32, score.shape, 0)
+    return jnp.where((position >= start) & (position < end), score, NO_SCORE)
+
+
+def _forward_kernel(first, last, start, end, query, key, value, output, log_sum_exp, peak, total,
+                    summed, *, tile):  # fmt: skip
+    j, i = pl.program_id(0), pl.program_id(2)
+
+    @pl.when(i == 0)
+    def _():
+        peak[...] = jnp.full_like(peak, LOWEST_PEAK)
+        total[...] = jnp.zeros_like(total)
+        summed[...] = jnp.zeros_like(summed)
+
+    @pl.when(first[j] + i < last[j])
+    def _():
+        score = _masked_scores(key[0, 0], query[0, 0], start[0], end[0], (first[j] + i) * tile)
+        new_peak = jnp.maximum(peak[...], score.max(0, keepdims=True))
+        weight = jnp.exp(score - new_peak)
+        rescale = jnp.exp(peak[...] - new_peak)
+        total[...] = total[...] * rescale + weight.sum(0, keepdims=True)
+        block = value[0, 0]
+        summed[...] = summed[...] * rescale + _dot(block, weight.astype(block.dtype), 0, 0)
+        peak[...] = new_peak
+
+    @pl.when(i == pl.num_programs(2) - 1)
+    def _():
+        nonempty = total[...] > 0
+        safe_total = jnp.where(nonempty, total[...], 1)
+        output[0, 0] = summed[...] / safe_total
+        log_sum_exp[0, 0] = jnp.where(nonempty, peak[...] + jnp.log(safe_total), 0)
+
+
+def _score_gradients(start, end, log_sum_exp, delta, query, d_output, key, value, position):
+    """[t, C] weights and gradients of the scores, in the dtype of the keys."""
+    score = _masked_scores(key[0, 0], query[0, 0], start[0], end[0], position)
+    weight = jnp.exp(score - log_sum_exp[0, 0])
+    d_score = weight * (_dot(value[0, 0], d_output[0, 0], 1, 0) - delta[0, 0])
+    return weight.astype(key.dtype), d_score.astype(key.dtype)
+
+
+def _query_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, key, value,
+                  d_query, summed, *, tile):  # fmt: skip
+    j, i = pl.program_id(0), pl.program_id(2)
+
+    @pl.when(i == 0)
+    def _():
+        summed[...] = jnp.zeros_like(summed)
+
+    @pl.when(first[j] + i < last[j])
+    def _():
+        _, d_score = _score_gradients(start, end, log_sum_exp, delta, query, d_output, key, value,
+                                      (first[j] + i) * tile)  # fmt: skip
+        summed[...] += _dot(key[0, 0], d_score, 0, 0)
+
+    @pl.when(i == pl.num_programs(2) - 1)
+    def _():
+        d_query[0, 0] = summed[...]
+
+
+def _key_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, key, value,
+                d_key, d_value, key_sum, value_sum, *, tile, tiles_per_row):  # fmt: skip
+    r, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    target_tile = r * tiles_per_row + j
+
+    @pl.when(j == 0)
+    def _():
+        key_sum[...] = jnp.zeros_like(key_sum)
+        value_sum[...] = jnp.zeros_like(value_sum)
+
+    @pl.when((first[target_tile] <= i) & (i < last[target_tile]))
+    def _():
+        weight, d_score = _score_gradients(
+            start, end, log_sum_exp, delta, query, d_output, key, value, i * tile
+        )
+        key_sum[...] += _dot(d_score, query[0, 0], 1, 1)
+        value_sum[...] += _dot(weight, d_output[0, 0], 1, 1)
+
+    @pl.when(j == tiles_per_row - 1)
+    def _():
+        d_key[0, 0] = key_sum[...].astype(d_key.dtype)
+        d_value[0, 0] = value_sum[...].astype(d_value.dtype)
