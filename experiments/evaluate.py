@@ -61,7 +61,13 @@ def main() -> None:
     for length in settings.lengths:
         started = time.perf_counter()
         predictions = evaluate_split(
-            program, state, dataset, config, split=_SPLIT.value, length=length
+            program,
+            state,
+            dataset,
+            config,
+            split=_SPLIT.value,
+            length=length,
+            max_requests=settings.max_requests,
         )
         rows += metric_rows(predictions, dataset.schema.tasks, model="model", length=length)
         _log.info("length %d: %.1f s", length, time.perf_counter() - started)

@@ -43,16 +43,18 @@ class EvaluationConfig:
     Attributes:
       lengths: History lengths of the final evaluation, in events.
       min_history: Only requests with at least this many earlier events, whatever the length.
-      validation_length: History length of the validation at each checkpoint of a training run.
       max_requests: At most this many requests, drawn at random once; None is all of them.
+      validation_length: History length of the validation at each checkpoint of a training run.
+      validation_requests: The same limit for that validation.
       metric: Column that chooses the best checkpoint on the validation split.
       larger_is_better: Whether a larger value of the metric is better.
     """
 
     lengths: tuple[int, ...] = (50, 100, 200, 500, 1_000, 2_000, 4_000)
     min_history: int = 0
-    validation_length: int = 1_000
     max_requests: int | None = None
+    validation_length: int = 1_000
+    validation_requests: int | None = 2_000
     metric: str = "auc"
     larger_is_better: bool = True
 

@@ -2,11 +2,17 @@
 
 import os
 import pathlib
+import tempfile
 
 import pytest
 
 # The compile-only plugins of other platforms, where installed, are for the tests that name them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile the same small programs again and again, in this process and in others.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "stca_jax_test_compilations")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 from data.preparation import prepare

@@ -155,7 +155,7 @@ def request_step(
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:  # fmt: skip
     """Gradients in weights, tokens and targets, and the arguments to call them with."""
 
-    def loss(layers: list[Layer], tokens: Array, targets: Array, *ranges: Array) -> Array:
-        return jnp.square(sequence_module(layers, tokens, targets, *ranges, history_path)).sum()
+    def loss(layers: list[Layer], tokens: Array, targets: Array, start: Array, end: Array) -> Array:
+        return jnp.square(sequence_module(layers, tokens, targets, start, end, history_path)).sum()
 
     return jax.grad(loss, argnums=(0, 1, 2)), (layers, tokens, targets, start, end)

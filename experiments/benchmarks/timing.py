@@ -42,8 +42,8 @@ def compiled_step(function: Callable[..., Any], *arguments: Any) -> tuple[Step, 
       A call that blocks until the result is there, and the bytes of temporary memory.
     """
     compiled = jax.jit(function).lower(*arguments).compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    return lambda: jax.block_until_ready(compiled(*arguments)), temporary
+    memory: Any = compiled.memory_analysis()
+    return lambda: jax.block_until_ready(compiled(*arguments)), memory.temp_size_in_bytes
 
 
 def time_interleaved(

@@ -61,8 +61,8 @@ def _attention_path(order: Order, implementation: Any) -> sequence_modules.Histo
     return path
 
 
-def _fused_path(*arguments: Any) -> Array:
-    return history_layer(*arguments).output
+def _fused_path(order: Order) -> sequence_modules.HistoryPath:
+    return lambda *arguments: history_layer(*arguments, order=order).output
 
 
 def _random(*shape: int) -> Array:
@@ -83,7 +83,7 @@ def _steps(length: int, num_targets: int, requests: int, only_fused: bool) -> di
     start = jnp.zeros((requests, num_targets), jnp.int32)
     end = start + length
     order = cheaper_order(num_targets, _HEADS.value, _WIDTH.value)
-    fused = {"fused": ((tokens, targets, start, end, _fused_path), requests)}
+    fused = {"fused": ((tokens, targets, start, end, _fused_path(order)), requests)}
     if only_fused:
         return fused
     impressions = (
@@ -174,14 +174,15 @@ def _measure_packed() -> list[dict[str, Any]]:
     full_end = jnp.full_like(padded_end, longest)
     zeros = jnp.zeros_like(padded_end)
     width, count = _WIDTH.value, len(lengths)
+    fused = _fused_path(cheaper_order(m, _HEADS.value, width))
     layers = _layers()
     rows, targets = _random(count, longest, width), _random(count, m, width)
     cases = {
-        "padded, all rows full": (rows, targets, zeros, full_end, _fused_path),
-        "padded, ranges skipped": (rows, targets, zeros, padded_end, _fused_path),
+        "padded, all rows full": (rows, targets, zeros, full_end, fused),
+        "padded, ranges skipped": (rows, targets, zeros, padded_end, fused),
         "packed": (
             rows[:packed_rows], _random(packed_rows, slots * m, width),
-            packed_start, packed_end, _fused_path,
+            packed_start, packed_end, fused,
         ),
     }  # fmt: skip
     calls = {}

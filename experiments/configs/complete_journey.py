@@ -18,6 +18,6 @@ def get_config() -> ExperimentConfig:
             rows_per_batch=1,
             rows="user",
         ),
-        evaluation=EvaluationConfig(min_history=1_000, max_requests=2_000),
+        evaluation=EvaluationConfig(min_history=1_000, max_requests=5_000),
         checkpoint=CheckpointConfig(every_steps=300),
     )

@@ -27,6 +27,7 @@ def evaluate_split(
     *,
     split: str,
     length: int,
+    max_requests: int | None,
 ) -> Predictions:
     """Predictions of a split's requests at one history length.
 
@@ -37,15 +38,15 @@ def evaluate_split(
       config: How its requests are packed, and which of them are evaluated.
       split: "train", "validation" or "test".
       length: Events that each request may read, the most recent ones.
+      max_requests: Only a sample of so many requests, the same at each call; None is all of them.
     """
-    settings = config.evaluation
     batches = make_input(
         dataset,
         config.input.for_evaluation(
             split,
             length,
-            min_history=settings.min_history,
-            max_requests=settings.max_requests,
+            min_history=config.evaluation.min_history,
+            max_requests=max_requests,
         ),
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -9,7 +9,7 @@ Two orders of the same algebra (`order`):
 - "projected": K = X W_K and V = X W_V, then attention over K and V;
 - "absorbed": u = q W_K^T, attention over X itself, then W_V on the m weighted sums.
 
-Dimensions: R rows, L history tokens per row, M targets per row, H heads, K head width, D token width.
+Dimensions: R rows, L history tokens and M targets per row, H heads, K head width, D token width.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def target_to_history_attention(
       history_start: First token of each target's range.
       history_end: One past its last token; `start == end` is an empty history.
       history_score: Optional additive score of each token and head, the same for every target.
-      order: "absorbed" or "projected"; None takes the one with fewer FLOPs if every target reads the
-        whole row. Where rows pack many requests, pass `cheaper_order` of the targets of one request.
+      order: "absorbed" or "projected"; None takes the one with fewer FLOPs if every target reads
+        the whole row. Where rows pack many requests, pass `cheaper_order` of one request's targets.
       implementation: "reference" (einsums), "xla" (tiles that follow the ranges; anywhere) or
         "mosaic_tpu" (Pallas kernels; lowering them for anything but a TPU raises); None is "xla".
         Or kernels of your own.
@@ -181,8 +181,11 @@ def _reference(
     *, order: Order,
 ) -> tuple[Array, Array]:  # fmt: skip
     encoder, w_key, w_value = weights
-    covered = covered_tokens(start, end, per_token[0].shape[1])[..., None]
-    history, history_score = (None if x is None else jnp.where(covered, x, 0) for x in per_token)
+    history, history_score = per_token
+    covered = covered_tokens(start, end, history.shape[1])[..., None]
+    history = jnp.where(covered, history, 0)
+    if history_score is not None:
+        history_score = jnp.where(covered, history_score, 0)
     if encoder is not None:
         history = encode_history(encoder, history)
     return reference_attention(query, history, w_key, w_value, start, end, history_score, order)
@@ -196,9 +199,9 @@ def _grouped_attention(
 ) -> Callable[..., tuple[Array, Array]]:
     """`tiled_attention` or its equivalent by kernels, with block sizes."""
     M, H = query.shape[1:3]
-    if implementation in (None, "xla"):
+    if implementation is None or implementation == "xla":
         return functools.partial(tiled_attention, sizes=block_sizes or default_block_sizes(M))
-    kernels = pallas_tpu.MosaicKernels() if implementation == "mosaic_tpu" else implementation
+    kernels = pallas_tpu.MosaicKernels() if isinstance(implementation, str) else implementation
     sizes = block_sizes or pallas_tpu.default_block_sizes(H if order == "absorbed" else 1)
     return functools.partial(kernel_attention, kernels, sizes=sizes)
 

@@ -4,7 +4,7 @@ A kernel works on one target tile and one history tile at a time, in the transpo
 
     query [E, C]   keys, values [t, E]   scores [t, C]   output [E, C]
 
-where the C targets x heads of a tile lie along lanes: ranges, maxima and sums are rows of C numbers.
+where the C targets x heads of a tile lie along lanes: ranges, maxima and sums are rows of C.
 The history tiles that a target tile needs are a band `[first, last)`; the others are skipped.
 Encoded tokens are arrays of the whole row here; scores never are.
 """
@@ -74,7 +74,7 @@ def kernel_attention(
     sizes: BlockSizes,
 ) -> tuple[Float[Array, "R M G A E"], Float[Array, "R M G A"]]:
     """`tiled_attention` by kernels; same arguments and results."""
-    R, M, G, A, E = query.shape
+    R, M, _, A, E = query.shape
     x = jnp.where(covered[..., None], tokens, 0)
     if weights.encoder is not None:
         x = encode_history(weights.encoder, x)
@@ -150,12 +150,16 @@ def _backward(kernels: Kernels, tiling: Tiling, residuals: Any, cotangents: Any)
     d_output, d_log_sum_exp = (jnp.where(nonempty, x, 0) for x in cotangents)
     # d(score) = weight * (d(weight) - delta), log-sum-exp included: its gradient is the weight.
     delta = (d_output * output).sum(2, keepdims=True) - d_log_sum_exp
-    gradients = kernels.backward(
+    d_query, d_key, d_value = kernels.backward(
         tiling, inputs, d_output.astype(inputs.query.dtype), log_sum_exp, delta
     )
-    like = (inputs.query, inputs.key, inputs.value)
-    cast = (d.astype(x.dtype) for d, x in zip(gradients, like, strict=True))
-    return (Inputs(*cast, None, None, None, None),)  # type: ignore[arg-type]
+    gradients: dict[str, Any] = dict.fromkeys(Inputs._fields)  # None: integers have no gradient
+    gradients |= {
+        "query": d_query.astype(inputs.query.dtype),
+        "key": d_key.astype(inputs.key.dtype),
+        "value": d_value.astype(inputs.value.dtype),
+    }
+    return (Inputs(**gradients),)
 
 
 _attend.defvjp(_forward, _backward)

@@ -55,7 +55,8 @@ def match_statistics(
 ) -> MatchStatistics:
     """Counts exact matches of each target's ids within its range.
 
-    Integer comparisons over the tiles that ranges touch: the cost follows the ranges.  Not differentiable, and it needs no gradient: nothing in it is learned.
+    Integer comparisons over the tiles that ranges touch: the cost follows the ranges.  Not
+    differentiable, and it needs no gradient: nothing in it is learned.
 
     Args:
       target_ids: Id fields of the targets; the first one also gets decayed count and age.
@@ -94,8 +95,8 @@ def _tiled_statistics(
     decay_seconds: float,
 ) -> MatchStatistics:
     del weights  # nothing is learned
-    M = history_start.shape[1]
-    tiling = make_tiling(*per_token[1].shape, M, _BLOCK_SIZES)
+    R, M = history_start.shape
+    tiling = make_tiling(R, per_token[1].shape[1], M, _BLOCK_SIZES)
     pairs = touched_pairs(history_start, history_end, tiling)
     target_ids, now = (tile_targets(x, tiling) for x in per_target)
     token_ids, time = (tile_tokens(x, tiling) for x in per_token)

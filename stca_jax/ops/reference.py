@@ -56,7 +56,7 @@ def _scores(query: Array, history: Array, w_key: Array, order: Order) -> Float[A
 def _masked_softmax(
     score: Float[Array, "R M L H"], in_range: Bool[Array, "R M L"]
 ) -> tuple[Float[Array, "R M L H"], Float[Array, "R M H"]]:
-    """Softmax over the range and its log-sum-exp; zero and -inf, without NaN gradients, if empty."""
+    """Softmax over the range and its log-sum-exp; if empty, 0 and -inf without NaN gradients."""
     mask = in_range[..., None]
     score = jnp.where(mask, score, -jnp.inf)
     nonempty = mask.any(-2)

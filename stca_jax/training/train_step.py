@@ -53,12 +53,14 @@ class StepMetrics(NamedTuple):
     Attributes:
       loss: Of the batch, before the update.
       gradient_norm: Global norm of the dense gradient, before clipping.
-      parameter_norm: Global norm of the dense parameters.
+      table_gradient_norm: Global norm of the tables' gradient.
+      parameter_norm: Global norm of the dense parameters, after the update.
       learning_rate: Of the dense parameters.
     """
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
+    table_gradient_norm: Float[Array, ""]
     parameter_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
 
@@ -191,15 +193,17 @@ def make_program(
             )
             for name, rows in state.tables.items()
         }
+        dense = optax.apply_updates(state.dense, updates)
         metrics = StepMetrics(
             loss=loss,
             gradient_norm=optax.tree.norm(dense_gradient),
-            parameter_norm=optax.tree.norm(state.dense),
+            table_gradient_norm=optax.tree.norm(row_gradients),
+            parameter_norm=optax.tree.norm(dense),
             learning_rate=optimizer.learning_rate * scale,
         )
         new_state = TrainState(
             step=state.step + 1,
-            dense=optax.apply_updates(state.dense, updates),
+            dense=dense,
             tables={name: rows for name, (rows, _) in updated.items()},
             optimizer=optimizer_state,
             accumulators={name: sums for name, (_, sums) in updated.items()},

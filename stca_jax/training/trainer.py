@@ -57,7 +57,7 @@ def train(
 
     Raises:
       UserError: the workdir belongs to another config, a record file is damaged, the disk is full,
-        or the loss is not finite.
+        or a step is not finite.
     """
     claim_workdir(workdir, config)
     batches = make_input(
@@ -205,7 +205,13 @@ def validate(
     """Scores the validation split at one length, and marks the checkpoint if it is the best."""
     settings = config.evaluation
     predictions = evaluate_split(
-        program, state, dataset, config, split="validation", length=settings.validation_length
+        program,
+        state,
+        dataset,
+        config,
+        split="validation",
+        length=settings.validation_length,
+        max_requests=settings.validation_requests,
     )
     rows = metric_rows(predictions, dataset.schema.tasks)
     for row in rows:
@@ -244,15 +250,15 @@ class _RecentSteps:
         """Writes the mean of each full window, once it is one window old, or of all that is left.
 
         Raises:
-          UserError: the loss of a step is not finite; names the step and its requests.
+          UserError: a step is not finite; names the step and its requests.
         """
         while self._steps and (everything or len(self._steps) >= 2 * self._window):
             size = min(self._window, len(self._steps))
             window = [self._steps.popleft() for _ in range(size)]
             fetched = jax.device_get([s.metrics for s in window])
             for s, metrics in zip(window, fetched, strict=True):
-                if not np.isfinite(metrics.loss):
-                    raise UserError(_describe_divergence(s, float(metrics.loss)))
+                if not np.isfinite(metrics).all():
+                    raise UserError(_describe_divergence(s, metrics))
             summary = _summarise(window, fetched)
             speed = writer.progress(
                 window[-1].step,
@@ -272,13 +278,15 @@ def _summarise(window: list[_Step], fetched: list[StepMetrics]) -> dict[str, flo
     return {f"train/{name}": float(np.mean(values)) for name, values in columns.items()}
 
 
-def _describe_divergence(step: _Step, loss: float) -> str:
+def _describe_divergence(step: _Step, metrics: StepMetrics) -> str:
     batch = step.element.batch
     ids = np.unique(batch.request_id[batch.target_mask]).tolist()
     shown = ", ".join(map(str, ids[:20])) + (", …" if len(ids) > 20 else "")
     return (
-        f"the loss of step {step.step} is {loss}; training stopped and the last checkpoint is from "
-        f"before it. The batch held {len(ids)} requests with ids {shown}. Look for odd feature "
+        f"step {step.step} is not finite (loss {metrics.loss:.4g}, gradient norm "
+        f"{metrics.gradient_norm:.4g}, parameter norm {metrics.parameter_norm:.4g}); training "
+        f"stopped, and the last checkpoint is from before it. The batch held {len(ids)} requests "
+        f"with ids {shown}. Look for odd feature "
         "values there, lower optimizer.learning_rate, or lower optimizer.clip_norm"
     )
 

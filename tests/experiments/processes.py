@@ -4,16 +4,10 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
-# Compilations are shared between the processes of a test session.
-_CACHE = {
-    "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), "stca_jax_test_compilations"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
 
 
 def start(module: str, *args: str, **env: str) -> subprocess.Popen[str]:
@@ -21,7 +15,7 @@ def start(module: str, *args: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", module, *args],
         cwd=REPOSITORY,
-        env={**os.environ, **_CACHE, **env},
+        env={**os.environ, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -106,24 +107,27 @@ def objective(case: Case, problem: Problem | None = None) -> float:
 def run(case: Case, dtype: Any = jnp.float32, **options: Any):
     """The op's outputs and the gradients of `objective`."""
     problem = jax.tree.map(lambda x: jnp.asarray(x, dtype), case.problem)
-    start, end = jnp.asarray(case.start), jnp.asarray(case.end)
+    found = _run(case._replace(problem=problem), options=tuple(options.items()))
+    return jax.tree.map(np.asarray, found)
 
+
+@functools.partial(jax.jit, static_argnames="options")
+def _run(case: Case, options: tuple[tuple[str, Any], ...]):
     def loss(p: Problem):
-        shared = {"history_score": p.history_score, **options}
+        shared = {"history_score": p.history_score, **dict(options)}
+        ranges = (case.start, case.end)
         if p.encoder is None:
             out = target_to_history_attention(
-                p.query, p.tokens, p.w_key, p.w_value, start, end, **shared
+                p.query, p.tokens, p.w_key, p.w_value, *ranges, **shared
             )
         else:
-            out = history_layer(
-                p.query, p.tokens, p.encoder, p.w_key, p.w_value, start, end, **shared
-            )
+            out = history_layer(p.query, p.tokens, p.encoder, p.w_key, p.w_value, *ranges, **shared)
         counts = jnp.where(jnp.isfinite(out.log_sum_exp), out.log_sum_exp, 0)
         total = (out.output.astype(jnp.float32) * case.d_output).sum()
         return total + (counts * case.d_log_sum_exp).sum(), out
 
-    gradients, out = jax.jit(jax.grad(loss, has_aux=True))(problem)
-    return jax.tree.map(np.asarray, (out, gradients))
+    gradients, out = jax.grad(loss, has_aux=True)(case.problem)
+    return out, gradients
 
 
 def assert_matches_oracle(case: Case, *, dtype: Any = jnp.float32, tolerance: float = 2e-5,

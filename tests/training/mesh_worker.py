@@ -21,7 +21,7 @@ STEPS = 20
 
 
 def main(directory: str) -> None:
-    config = apply_overrides(tiny.get_config(), {"input.rows_per_batch": "8"})
+    config = apply_overrides(tiny.get_config(), {"model.sequence.width": 24})
     dataset = RequestDataset(directory)
     batches = make_input(dataset, config.input)
     elements = [next(batches) for _ in range(STEPS)]

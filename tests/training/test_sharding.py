@@ -63,6 +63,7 @@ def runs(tiny_dataset):
     return json.loads(finished.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_takes_the_same_steps_as_one_device(runs, mesh):
     heads = 8 if mesh == "(1, 1, 8)" else 2
@@ -73,6 +74,7 @@ def test_every_mesh_takes_the_same_steps_as_one_device(runs, mesh):
     assert difference <= 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_each_device_holds_only_its_own_rows_and_tokens(runs):
     assert runs["(8, 1, 1) heads=2"]["shard"] == [1, 256]
     assert runs["(4, 2, 1) heads=2"]["shard"] == [2, 128]

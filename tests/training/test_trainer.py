@@ -149,12 +149,11 @@ def test_divergence_names_step_and_requests_and_keeps_the_last_checkpoint(
             "checkpoint.every_steps": 1,
         },
     )
-    with pytest.raises(UserError, match=r"loss of step \d+ is (nan|inf).* ids \d+, \d+"):
+    with pytest.raises(
+        UserError, match=r"step 1 is not finite .*parameter norm inf.* ids \d+, \d+"
+    ):
         train(config, tiny_dataset, tmp_path)
-    steps = Checkpointer(tmp_path).steps()
-    for step in steps:
-        for leaf in jax.tree.leaves(state_at(config, tiny_dataset, tmp_path, step).tables):
-            assert np.isfinite(leaf).all()
+    assert Checkpointer(tmp_path).steps() == []  # step 1 was not worth keeping
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

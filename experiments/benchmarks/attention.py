@@ -1,0 +1,120 @@
+"""The op alone: every implementation and order, forward and backward; block sizes tuned on request.
+
+    python -m experiments.benchmarks.attention --json=attention.jsonl
+    python -m experiments.benchmarks.attention --autotune --implementation=mosaic_tpu
+
+`--autotune` times the op for a grid of block sizes on the device at hand and prints the best, to be
+passed as `block_sizes`.  Sizes whose blocks do not fit the device are reported and skipped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from experiments.benchmarks import timing
+from stca_jax.ops.attention import cheaper_order, history_layer
+from stca_jax.ops.encoder import HistoryEncoder
+from stca_jax.ops.tiles import BlockSizes
+
+_IMPLEMENTATIONS = flags.DEFINE_list("implementation", ["reference", "xla"], "What to measure.")
+_ORDERS = flags.DEFINE_list("order", ["absorbed", "projected"], "Orders to measure.")
+_ROWS = flags.DEFINE_integer("rows", 4, "R.")
+_LENGTH = flags.DEFINE_integer("length", 4096, "L.")
+_TARGETS = flags.DEFINE_list("targets", ["1", "16", "64", "256"], "M.")
+_WIDTH = flags.DEFINE_integer("width", 64, "d.")
+_HEADS = flags.DEFINE_integer("heads", 4, "h.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
+_CLOCK = flags.DEFINE_enum("clock", "wall", ["wall", "cpu"], "See train_step.")
+_AUTOTUNE = flags.DEFINE_bool("autotune", False, "Search block sizes.")
+_JSON = flags.DEFINE_string("json", None, "File for JSON lines.")
+
+_CANDIDATES = [
+    BlockSizes(tokens, history, targets)
+    for tokens, history, targets in itertools.product(
+        (512, 1024, 2048), (128, 256, 512, 1024, 2048), (8, 16, 32, 64)
+    )
+    if history <= tokens
+]
+
+
+def _step(num_targets: int, implementation: Any, order: Any, sizes: BlockSizes | None) -> Any:
+    """The fused layer's gradients in everything, and temporary bytes."""
+    rng = np.random.default_rng(0)
+    d, h, rows, length = _WIDTH.value, _HEADS.value, _ROWS.value, _LENGTH.value
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(d), _DTYPE.value)
+
+    encoder = HistoryEncoder(
+        normal(d, 2 * d), normal(d, 2 * d), normal(2 * d, d), jnp.ones(d), jnp.zeros(d)
+    )
+    heads = (d, h, d // h)
+    arguments = (normal(rows, num_targets, h, d // h), normal(rows, length, d), encoder,
+                 normal(*heads), normal(*heads))  # fmt: skip
+    start = jnp.zeros((rows, num_targets), jnp.int32)
+
+    def loss(*inputs: Any) -> jax.Array:
+        out = history_layer(*inputs, implementation=implementation, order=order, block_sizes=sizes)  # type: ignore[misc]
+        return out.output.astype(jnp.float32).sum() + out.log_sum_exp.sum()
+
+    gradient = jax.grad(loss, argnums=tuple(range(5)))
+    return timing.compiled_step(gradient, *arguments, start, start + length)
+
+
+def _compare() -> list[dict[str, Any]]:
+    clock = time.process_time if _CLOCK.value == "cpu" else time.perf_counter
+    records = []
+    for num_targets in map(int, _TARGETS.value):
+        calls, memory = {}, {}
+        for implementation, order in itertools.product(_IMPLEMENTATIONS.value, _ORDERS.value):
+            key = f"{implementation} {order}"
+            calls[key], memory[key] = _step(num_targets, implementation, order, None)
+        chosen = cheaper_order(num_targets, _HEADS.value, _WIDTH.value)
+        for key, measured in timing.time_interleaved(calls, seconds=1, clock=clock).items():
+            ms = 1e3 * measured.best / _ROWS.value
+            records.append({"step": key, "L": _LENGTH.value, "m": num_targets,
+                            "ms_per_request": ms, "temp_mb": memory[key] / 1e6,
+                            "chosen_order": chosen})  # fmt: skip
+            print(f"m={num_targets:<5d} {key:22s} {ms:9.3f} ms/request  "
+                  f"{memory[key] / 1e6:8.1f} MB   cost model: {chosen}", flush=True)  # fmt: skip
+    return records
+
+
+def _autotune() -> list[dict[str, Any]]:
+    clock = time.process_time if _CLOCK.value == "cpu" else time.perf_counter
+    records = []
+    for implementation, num_targets in itertools.product(
+        _IMPLEMENTATIONS.value, map(int, _TARGETS.value)
+    ):
+        calls: dict[str, Any] = {}
+        for sizes in _CANDIDATES:
+            try:
+                calls[repr(sizes)], _ = _step(num_targets, implementation, None, sizes)
+            except (ValueError, jax.errors.JaxRuntimeError) as error:
+                print(f"{sizes}: {str(error).splitlines()[0]}", flush=True)
+        timings = timing.time_interleaved(calls, seconds=0.3, clock=clock)
+        best = min(timings, key=lambda name: timings[name].best)
+        print(f"{implementation} m={num_targets}: block_sizes={best}", flush=True)
+        records += [{"step": implementation, "m": num_targets, "block_sizes": name,
+                     "ms_per_request": 1e3 * t.best / _ROWS.value}
+                    for name, t in timings.items()]  # fmt: skip
+    return records
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures, prints, and writes."""
+    del argv
+    print(timing.environment())
+    timing.write_json_lines(_JSON.value, _autotune() if _AUTOTUNE.value else _compare())
+
+
+if __name__ == "__main__":
+    app.run(main)
