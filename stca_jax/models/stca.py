@@ -19,6 +19,7 @@ from stca_jax.models.layers import LayerNorm, Linear, SwiGLU, parameter
 from stca_jax.models.sequence import SequenceInput, SequenceOutput
 from stca_jax.ops.attention import history_layer
 from stca_jax.ops.encoder import HistoryEncoder
+from stca_jax.ops.reference import Order
 
 _SECONDS_PER_DAY = 86_400.0
 # Log-sum-exps and log counts over 10,000 events are of order 10; the tokens they join, of order 1.
@@ -39,6 +40,8 @@ class StcaConfig:
         on its own, as the paper presumably does.
       count_channel: Give query fusion (E6) and output (E7) the log-sum-exp of each head's scores
         and the log of the number of events. Softmax averages; it cannot say how much matched.
+      attention_order: Order of the attention's algebra, see `stca_jax.ops.attention`; None takes the
+        one with fewer FLOPs if every target reads its whole row.
       recency_score: Add to each head's scores a learned rate times the event's time, exact for
         ranges that requests of different times share.
     """
@@ -50,6 +53,7 @@ class StcaConfig:
     initialization: Literal["matched", "independent"] = "matched"
     count_channel: bool = True
     recency_score: bool = False
+    attention_order: Order | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for impossible shapes."""
@@ -116,6 +120,7 @@ class StcaLayer(nnx.Module):
 
     def __init__(self, config: StcaConfig, index: int, *, rngs: nnx.Rngs):
         d, H, K = config.width, config.num_heads, config.head_width
+        self.order = config.attention_order
         hidden_width = config.ffn_ratio * d
         self.history_ffn = SwiGLU(d, hidden_width, d, rngs=rngs)
         self.history_norm = LayerNorm(d, rngs=rngs)
@@ -169,6 +174,7 @@ class StcaLayer(nnx.Module):
             inputs.history_start,
             inputs.history_end,
             history_score=history_score,
+            order=self.order,
         )
         heads = attended.output.reshape(query.shape)
         return self.w_output(heads), attended.log_sum_exp - request_score

