@@ -40,7 +40,7 @@ class StcaConfig:
         on its own, as the paper presumably does.
       count_channel: Give query fusion (E6) and output (E7) the log-sum-exp of each head's scores
         and the log of the number of events. Softmax averages; it cannot say how much matched.
-      attention_order: Order of the attention's algebra, see `stca_jax.ops.attention`; None takes the
+      attention_order: Order of the algebra, see `stca_jax.ops.attention`; None takes the
         one with fewer FLOPs if every target reads its whole row.
       recency_score: Add to each head's scores a learned rate times the event's time, exact for
         ranges that requests of different times share.
