@@ -55,9 +55,9 @@ def run(main: Callable[[], int | None], *, takes_config: bool = False) -> None:
 
 
 def _set_up_logging() -> None:
-    """Shows what this project reports; of the libraries', only warnings."""
+    """Shows what this project reports; of the libraries, only errors."""
     absl_logging.use_absl_handler()
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.ERROR)
     for name in ("stca_jax", "experiments", "data", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO)
 

@@ -1,4 +1,11 @@
-"""Next purchase on the 84.51 degrees Complete Journey grocery data."""
+"""Next purchase on the 84.51 degrees Complete Journey grocery data: the README's main job.
+
+Command: python -m experiments.train --config=experiments/configs/complete_journey.py --workdir=DIR
+Reaches: test AUC .840 at 4,000 events, .682 at 50 (python -m experiments.evaluate --workdir=DIR)
+Measured: 4.5 minutes of training, 2 cores of an AMD EPYC server (AVX2), 2026-11-25, one seed
+
+One row a batch: for a mesh of several devices, raise input.rows_per_batch.
+"""
 
 from stca_jax.experiment import EvaluationConfig, ExperimentConfig
 from stca_jax.input.length import BetaLength

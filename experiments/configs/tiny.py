@@ -1,6 +1,6 @@
 """The whole way in seconds: a small synthetic dataset and a small model.
 
-Command: python -m experiments.train --config=experiments/configs/tiny.py --workdir=/tmp/tiny
+Command: python -m experiments.train --config=experiments/configs/tiny.py --workdir=DIR
 """
 
 from stca_jax.experiment import EvaluationConfig, ExperimentConfig, TrainingConfig
