@@ -7,17 +7,18 @@ import difflib
 import fcntl
 import importlib
 import io
+import logging
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
 
 import tensorflow_datasets as tfds
-from absl import logging
 
 from data.base import UserDatasetBuilder
 from stca_jax.errors import UserError
 
+_log = logging.getLogger(__name__)
 _FOLDER = pathlib.Path(__file__).parent
 
 
@@ -66,7 +67,7 @@ def prepare(
         if not folder.exists():
             for interrupted in folder.parent.glob(f"incomplete.*_{folder.name}"):
                 shutil.rmtree(interrupted)
-            logging.info("Preparing %s in %s", name, folder)
+            _log.info("Preparing %s in %s", name, folder)
             config = tfds.download.DownloadConfig(
                 manual_dir=None if manual_dir is None else os.fspath(manual_dir)
             )

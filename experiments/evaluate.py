@@ -69,7 +69,7 @@ def main() -> None:
             length=length,
             max_requests=settings.max_requests,
         )
-        rows += metric_rows(predictions, dataset.schema.tasks, model="model", length=length)
+        rows += metric_rows(predictions, dataset.schema.tasks, model="stca", length=length)
         _log.info("length %d: %.1f s", length, time.perf_counter() - started)
     directory = workdir / "evaluation"
     directory.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ from stca_jax.input.pipeline import InputConfig
 from stca_jax.models.ranker import RankerConfig
 from stca_jax.training.checkpointing import CheckpointConfig
 from stca_jax.training.loss import LossWeighting
+from stca_jax.training.metrics_writer import WandbConfig
 from stca_jax.training.optimizer import OptimizerConfig
 from stca_jax.training.sharding import MeshConfig
 
@@ -77,7 +78,8 @@ class ExperimentConfig:
       checkpoint: When to save and what to keep.
       evaluation: What to measure.
       mesh: How devices are arranged.
-      seed: Of initial parameters, shuffling and length draws.
+      wandb: Also log to Weights & Biases.
+      seed: Of initial parameters; `input.seed` is that of order and lengths.
     """
 
     dataset: str
@@ -88,6 +90,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()
+    wandb: WandbConfig | None = None
     seed: int = 0
 
 
@@ -97,4 +100,5 @@ FREE_TO_CHANGE = (
     "evaluation.",
     "mesh.",
     "training.log_every_steps",
+    "wandb",
 )

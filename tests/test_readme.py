@@ -75,7 +75,7 @@ def test_main_job_beats_the_logistic_reference_at_every_length(tmp_path):
     table = {(r[0].strip(), int(r[1])): float(r[2]) for r in rows[2:]}
     lengths = sorted({length for _, length in table})
     assert lengths == [50, 100, 200, 500, 1_000, 2_000, 4_000]
-    model = [table["model", length] for length in lengths]
+    model = [table["stca", length] for length in lengths]
     assert model == sorted(model), "AUC must rise with the history length"
     for length in lengths:
-        assert table["model", length] > table["logistic", length] > table["counting", length]
+        assert table["stca", length] > table["logistic", length] > table["counting", length]

@@ -106,8 +106,8 @@ class GeneratorConfig:
     max_events: int
     num_topics: int = 32
     categories_per_topic: int = 5
-    items_per_category: int = 128
-    events_per_request: int = 128
+    items_per_category: int = 64
+    events_per_request: int = 64
     targets_per_request: int = 16
     num_days: int = 720
     seed: int = 0
@@ -140,7 +140,7 @@ class GeneratorConfig:
 CONFIGS = {
     "default": GeneratorConfig(num_users=640, min_events=512, max_events=10_240),
     "long": GeneratorConfig(
-        num_users=200, min_events=4_096, max_events=16_384, events_per_request=256
+        num_users=200, min_events=4_096, max_events=16_384, events_per_request=128
     ),
     "tiny": GeneratorConfig(
         num_users=96,

@@ -83,7 +83,14 @@ def train(
 
     recent = _RecentSteps(config.training.log_every_steps)
     with (
-        MetricsWriter(workdir, start_step=step, total_steps=num_steps) as writer,
+        MetricsWriter(
+            workdir,
+            start_step=step,
+            total_steps=num_steps,
+            wandb=config.wandb,
+            config=config_lib.flatten(config),
+            is_main_process=jax.process_index() == 0,
+        ) as writer,
         _Signals() as signals,
         jax.transfer_guard("disallow"),
     ):

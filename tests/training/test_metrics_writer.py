@@ -11,7 +11,6 @@ import types
 
 import numpy as np
 import pytest
-from absl import logging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stca_jax.training import metrics_writer
@@ -159,7 +158,7 @@ def test_killed_writer_loses_and_repeats_nothing(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics_writer.logging, "info", pytest.fail)
+    monkeypatch.setattr(metrics_writer._log, "info", pytest.fail)
     with MetricsWriter(tmp_path / "run", is_main_process=False, wandb=WandbConfig("p")) as writer:
         writer.write(1, {"a": 1.0})
         writer.progress(1)
@@ -179,7 +178,7 @@ class Clock:
 
 def test_progress_in_a_log(tmp_path, monkeypatch):
     clock, logged = Clock(monkeypatch), []
-    monkeypatch.setattr(logging, "info", lambda form, *args: logged.append(form % args))
+    monkeypatch.setattr(metrics_writer._log, "info", lambda form, *args: logged.append(form % args))
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with MetricsWriter(tmp_path, start_step=10, total_steps=10_000, log_every_seconds=30) as writer:
         assert writer.progress(20, loss=0.5) == {}
@@ -205,7 +204,7 @@ def test_progress_in_a_log(tmp_path, monkeypatch):
 
 def test_progress_on_a_terminal(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(logging, "info", pytest.fail)
+    monkeypatch.setattr(metrics_writer._log, "info", pytest.fail)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "20")

@@ -13,6 +13,7 @@ import pytest
 from experiments.configs import tiny
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
+from stca_jax.evaluation.evaluator import evaluate_split
 from stca_jax.training import trainer
 from stca_jax.training.checkpointing import Checkpointer, read_best
 from stca_jax.training.trainer import restore_for_evaluation, train
@@ -66,6 +67,26 @@ def test_train_step_compiles_once_and_predict_once_per_length(finished):
     *_, program = finished
     assert program.train_step.__wrapped__._cache_size() == 1
     assert program.predict.__wrapped__._cache_size() == 1  # one validation length
+
+
+def test_evaluation_compiles_once_per_length(finished, tiny_dataset):
+    config, workdir, *_ = finished
+    program, state = restore_for_evaluation(config, tiny_dataset, workdir, 25)
+    for length in (32, 300, 400, 300, 400):
+        evaluate_split(
+            program, state, tiny_dataset, config, split="test", length=length, max_requests=50
+        )
+    # A length that fits the training rows keeps their shape; each longer one has its own.
+    assert program.predict.__wrapped__._cache_size() == 3
+
+
+def test_loop_fetches_metrics_once_a_window(tiny_config, tiny_dataset, tmp_path, monkeypatch):
+    fetched = []
+    original = jax.device_get
+    monkeypatch.setattr(trainer.jax, "device_get", lambda x: fetched.append(x) or original(x))
+    monkeypatch.setattr(trainer, "validate", lambda *_: None)
+    train(short(tiny_config), tiny_dataset, tmp_path)  # 25 steps in windows of 5
+    assert len(fetched) == 5
 
 
 def test_finished_run_started_again_changes_nothing(finished, tiny_dataset):
