@@ -50,8 +50,9 @@ def test_python_example_runs(capsys):
 
 
 def test_tiny_run(tmp_path, data_dir):
-    run_here(block("tiny"), tmp_path, data_dir)
-    assert (tmp_path / "tiny" / "metrics.jsonl").exists()
+    output = run_here(block("tiny"), tmp_path, data_dir)
+    assert "--config.model.sequence.num_layers=2" in output  # --help
+    assert "| stca     |    256 |" in output
 
 
 def test_ci_runs_the_test_command():

@@ -118,7 +118,7 @@ def test_lattice(**point):
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(**LATTICE)
 def test_large_lattice(**point):
     check_lattice_point(**point)
