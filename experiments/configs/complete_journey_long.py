@@ -15,5 +15,5 @@ def get_config() -> ExperimentConfig:
         input=dataclasses.replace(
             short.input, length=BetaLength(minimum=8, maximum=4096, average=1024, alpha=0.25)
         ),
-        training=TrainingConfig(num_epochs=3),
+        training=TrainingConfig(num_epochs=2),
     )
