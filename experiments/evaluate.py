@@ -43,6 +43,7 @@ _DATA_DIR = flags.DEFINE_string(
 )
 _REFERENCE_TRAINING_REQUESTS = 12_000
 _SHOWN = ("model", "length", "task", "auc", "gauc_user", "gauc_request", "log_loss", "calibration")
+flags.adopt_module_key_flags(launch)
 _log = logging.getLogger(__name__)
 
 

@@ -32,8 +32,10 @@ def run(main: Callable[[], int | None], *, takes_config: bool = False) -> None:
         global _config_path, _overrides
         if takes_config:
             _config_path, _overrides, argv = config_lib.parse_config_args(argv)
-            if _config_path and {"--help", "-h"} & set(argv):
+        if {"--help", "-h"} & set(argv):
+            if _config_path:
                 _print_config_help()
+            app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
         rest = app.parse_flags_with_usage(list(argv))
         if rest[1:]:
             app.usage(detailed_error=f"unexpected argument {rest[1]!r}", exitcode=2)

@@ -29,6 +29,7 @@ _DATA_DIR = flags.DEFINE_string(
 )
 
 
+flags.adopt_module_key_flags(launch)
 _log = logging.getLogger(__name__)
 
 
