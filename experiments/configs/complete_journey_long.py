@@ -1,4 +1,11 @@
-"""Next purchase on Complete Journey, with more passes and longer windows."""
+"""Next purchase on Complete Journey: two passes and longer windows.
+
+Command: python -m experiments.train --workdir=DIR
+    --config=experiments/configs/complete_journey_long.py
+Reaches: test AUC .842 at 4,000 events, .696 at 50 (python -m experiments.evaluate --workdir=DIR)
+Measured: 18 minutes of training on a busy machine, 2 cores of an AMD EPYC server (AVX2),
+2026-11-25, one seed
+"""
 
 import dataclasses
 
