@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,7 +71,8 @@ def load_config() -> Any:
 
 
 def _report(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    # Not print: the text layer of sys.stderr loses lines while other threads write to it.
+    os.write(2, f"error: {error}\n".encode())
     return 1
 
 

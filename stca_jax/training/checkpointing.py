@@ -12,10 +12,12 @@ listed; a later run removes what is left of it.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
 import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +26,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from stca_jax.errors import UserError
+from stca_jax.files import write_json
 from stca_jax.training.train_step import TrainState
 
 _BEST = "best.json"
+_METADATA_BYTES = 256 * 1024  # what a checkpoint takes besides its arrays
 _log = logging.getLogger(__name__)
 
 
@@ -96,6 +100,8 @@ class Checkpointer:
             state=ocp.args.StandardSave(_as_tree(state)), input=ocp.args.JsonSave(position)
         )
         with _explain_disk_full(self.workdir):
+            self._manager.wait_until_finished()
+            self._require_space(state)
             self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
@@ -169,6 +175,20 @@ class Checkpointer:
         with _explain_disk_full(self.workdir):
             self._manager.close()
 
+    def _require_space(self, state: TrainState) -> None:
+        """Sees a full disk before Orbax does, whose writing threads print a traceback each."""
+        needed = _METADATA_BYTES + sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(state)
+            for shard in leaf.addressable_shards
+            if shard.replica_id == 0
+        )
+        free = shutil.disk_usage(self.workdir).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC, f"No space left: a checkpoint takes {needed:,} bytes, {free:,} are free"
+            )
+
     def _set_aside(self, step: int) -> None:
         directory = self.workdir / "checkpoints"
         os.rename(directory / str(step), self.workdir / f"unreadable-{step}")
@@ -237,13 +257,6 @@ def mark_best(
     return True
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
 class _explain_disk_full:  # noqa: N801 (used like a function)
     """Turns "no space left" errors, whichever layer raises them, into one UserError."""
 
@@ -255,9 +268,11 @@ class _explain_disk_full:  # noqa: N801 (used like a function)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is not None and "No space left" in str(error):
+            detail = f" ({error.strerror})" if isinstance(error, OSError) else ""
             raise UserError(
                 f"no space left on the disk of {self._workdir}: the checkpoint was not written and "
                 "earlier ones are whole. Free some space, then run the same command to go on"
+                + detail
             ) from error
 
 

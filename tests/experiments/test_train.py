@@ -156,6 +156,7 @@ def test_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path, data_dir):
         )
         assert status == 1
         assert "error: no space left on the disk" in output
+        assert "Traceback" not in output
         kept = Checkpointer(workdir).steps()
         assert kept
         assert kept == list(range(4, 4 * len(kept) + 1, 4))
