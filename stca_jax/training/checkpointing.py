@@ -27,10 +27,11 @@ from orbax.checkpoint import checkpoint_managers
 
 from stca_jax.errors import UserError
 from stca_jax.files import write_json
+from stca_jax.training.distributed import is_main_process, on_all_processes
 from stca_jax.training.train_step import TrainState
 
 _BEST = "best.json"
-_METADATA_BYTES = 256 * 1024  # what a checkpoint takes besides its arrays
+_METADATA_BYTES = 1 << 20  # what writing a checkpoint takes besides its arrays
 _log = logging.getLogger(__name__)
 
 
@@ -153,16 +154,18 @@ class Checkpointer:
         """
         unreadable = []
         for step in reversed(self.steps()):
+            restored = None
             try:
-                state, position = self.restore(step, abstract_state)
+                restored = self.restore(step, abstract_state)
             except UserError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds
                 unreadable.append(f"checkpoint {step}: {_first_line(error)}")
                 _log.error("%s; falling back to the one before it", unreadable[-1])
-                self._set_aside(step)
-                continue
-            return step, state, position
+            # Another process may have read its part all the same.
+            if on_all_processes(restored is not None) and restored is not None:
+                return step, *restored
+            self._set_aside(step)
         if unreadable:
             raise UserError(
                 f"no checkpoint in {self.workdir} can be read: {'; '.join(unreadable)}. They were "
@@ -191,7 +194,9 @@ class Checkpointer:
 
     def _set_aside(self, step: int) -> None:
         directory = self.workdir / "checkpoints"
-        os.rename(directory / str(step), self.workdir / f"unreadable-{step}")
+        if is_main_process():
+            os.rename(directory / str(step), self.workdir / f"unreadable-{step}")
+        on_all_processes(True)  # waits for the main process
         self._manager.reload()
 
     def _check_tree(self, step: int, abstract_state: TrainState) -> None:
