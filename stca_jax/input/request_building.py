@@ -14,8 +14,9 @@ processed, or on how they are spread over files and processes.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
@@ -43,6 +44,12 @@ def counter_hash(seed: int, *keys: np.ndarray | int) -> UInt64[np.ndarray, " n"]
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = z ^ (z >> np.uint64(31))
     return np.atleast_1d(state)
+
+
+def text_hash(values: Sequence[str]) -> Int[np.ndarray, " n"]:
+    """A 64-bit integer for each text, the same in every run."""
+    digests = b"".join(hashlib.blake2b(v.encode(), digest_size=8).digest() for v in values)
+    return np.frombuffer(digests, "<i8").astype(np.int64)
 
 
 def uniform(seed: int, *keys: np.ndarray | int) -> Float[np.ndarray, " n"]:
@@ -191,7 +198,7 @@ def next_item_targets(
       request: The request that each event belongs to.
       item: The event's item.
       request_key: Identifies each request, whatever else is in the data.
-      item_key: Identifies each item, ascending, whatever else is in the data.
+      item_key: Identifies each item, whatever else is in the data.
       train_count: How often each item occurs in training events.
       max_positives: Requests with more distinct items keep a random subset.
       negatives_per_positive: How many negatives are wanted for each positive kept.
@@ -253,19 +260,29 @@ def _sample_negatives(
     cumulative = np.cumsum(train_count, dtype=np.int64)
     if not len(cumulative) or cumulative[-1] < 1:
         raise ValueError("no item occurs in training events: move the validation start later")
-    draws = np.where(wanted > 0, 4 * wanted + 16, 0)
-    owner = np.repeat(np.arange(len(wanted)), draws)
-    draw = np.arange(len(owner)) - np.repeat(np.cumsum(draws) - draws, draws)
-    uniform = counter_hash(seed, _NEGATIVE, request_key[owner], draw) % np.uint64(cumulative[-1])
-    # An item of count c owns c consecutive integers; one of count 0 owns none.
-    item = np.searchsorted(cumulative, uniform.astype(np.int64), side="right")
-    pair = owner * len(train_count) + item
-    first = np.sort(np.unique(pair, return_index=True)[1])
-    pair = pair[first]
-    position = np.minimum(np.searchsorted(bought, pair), len(bought) - 1)
-    pair = pair[bought[position] != pair]
-    owner = pair // len(train_count)
-    return pair[_rank_in_run(owner) < wanted[owner]]
+
+    def draw(request: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """What so many draws give each request, the first ones it can use."""
+        owner = np.repeat(request, draws)
+        count = np.arange(len(owner)) - np.repeat(np.cumsum(draws) - draws, draws)
+        hashed = counter_hash(seed, _NEGATIVE, request_key[owner], count)
+        # An item of count c owns c consecutive integers; one of count 0 owns none.
+        uniform = (hashed % np.uint64(cumulative[-1])).astype(np.int64)
+        pair = owner * len(train_count) + np.searchsorted(cumulative, uniform, side="right")
+        pair = pair[np.sort(np.unique(pair, return_index=True)[1])]
+        position = np.minimum(np.searchsorted(bought, pair), len(bought) - 1)
+        pair = pair[bought[position] != pair]
+        owner = pair // len(train_count)
+        return pair[_rank_in_run(owner) < wanted[owner]]
+
+    # Few draws do for most requests; the others start again with all of theirs.
+    request = np.flatnonzero(wanted)
+    few = draw(request, wanted[request] + 2)
+    found = np.bincount(few // len(train_count), minlength=len(wanted))
+    short = np.flatnonzero(found < wanted)
+    rest = draw(short, 4 * wanted[short] + 16)
+    enough = few[found[few // len(train_count)] >= wanted[few // len(train_count)]]
+    return np.concatenate([enough, rest])
 
 
 def _rank_in_run(run: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import sys
 from data import preparation
 from small_dataset import Builder
 Builder.seconds_per_user = float(sys.argv[2])
-preparation._builder = lambda name, data_dir: Builder(data_dir=data_dir)
+preparation.make_builder = lambda name, data_dir: Builder(data_dir=data_dir)
 print(preparation.prepare("small", sys.argv[1]))
 """
 
@@ -71,7 +71,7 @@ def test_simultaneous_preparations_share_one_result(tmp_path):
 
 def test_a_prepared_dataset_is_returned_as_it_is(tmp_path, monkeypatch):
     make = lambda name, data_dir: small_dataset.Builder(data_dir=data_dir)  # noqa: E731
-    monkeypatch.setattr(preparation, "_builder", make)
+    monkeypatch.setattr(preparation, "make_builder", make)
     folder = preparation.prepare("small", tmp_path)
     monkeypatch.delattr(small_dataset.Builder, "user_data")
     assert preparation.prepare("small", tmp_path) == folder

@@ -1,0 +1,205 @@
+"""What a user says about a log: where it lies, what its columns mean, what to make of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from stca_jax.errors import UserError
+
+TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_DERIVED = ("item", "log_popularity", "hour", "weekday")  # features that every log gets
+_NEXT_ITEM = "next"  # the task of logs without labels
+_COLUMN = re.compile(
+    r"(?:(?P<name>\w+)=(?!=))?(?P<expression>.+?)(?::(?P<kind>numeric|categorical))?"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A feature or label, and how to read it from a table.
+
+    Attributes:
+      name: What it is called in the prepared dataset.
+      expression: A column's name, or an SQL expression of columns.
+      is_sql: Which of the two.
+      kind: "numeric", "categorical", or "" to go by the type: floats are numeric.
+    """
+
+    name: str
+    expression: str
+    is_sql: bool
+    kind: str
+
+    @classmethod
+    def parse(cls, text: str) -> Column:
+        """Reads "COLUMN" or "NAME=SQL", each with ":numeric" or ":categorical" behind it or not.
+
+        Raises:
+          UserError: the text is empty.
+        """
+        match = _COLUMN.fullmatch(text.strip())
+        if match is None:
+            raise UserError(f"{text!r} is no column; write COLUMN, or NAME=SQL EXPRESSION")
+        name, expression, kind = match.group("name", "expression", "kind")
+        return cls(name or expression, expression, name is not None, kind or "")
+
+    @property
+    def sql(self) -> str:
+        """The expression, quoted if it is a column's name."""
+        return f"({self.expression})" if self.is_sql else quoted(self.expression)
+
+
+def split_list(text: str) -> list[str]:
+    """Splits at commas that are in no quotes and no parentheses."""
+    parts, depth, quote = [""], 0, ""
+    for c in text:
+        if quote or c in "'\"":
+            quote = "" if c == quote else quote or c
+        else:
+            depth += (c == "(") - (c == ")")
+        if c == "," and not quote and not depth:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [part.strip() for part in parts]
+
+
+def quoted(name: str) -> str:
+    """A column's name in SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """A log of interactions and what to build from it.
+
+    A feature or label is the name of a column, or "NAME=SQL": an expression of columns in DuckDB's
+    SQL (columns of CSV files are text there, e.g. "like=rating::DOUBLE >= 4").  ":numeric" or
+    ":categorical" behind it overrides the type.
+
+    Attributes:
+      log: Parquet or CSV files, or folders of them; all are one log.
+      user_id: Column of the user, an integer or text.
+      item_id: Column of the item, an integer or text.
+      timestamp: Column of the time: a number, a date, or text of either.
+      time_unit: Unit of numbers: "s", "ms", "us", "ns", or "auto" to go by their size.
+      request_id: Column of the request that a labelled event was shown in.  Without it, events of
+        a user that are at most `session_gap` seconds apart are a request.
+      session_gap: Seconds; 0 joins events of one timestamp only.
+      labels: Tasks, 0 or 1.  Every event with labels is a target, and one without is history only.
+        With no labels, the task is to tell a user's next items from sampled ones.
+      target_features: Known when an item is shown: features of the target, and of the history.
+      history_features: Known only afterwards, such as an action or a watch time: features of the
+        history only.  Labels are among them without being named.
+      history_filter: SQL; events for which it does not hold are no history (without labels: are
+        left out altogether).
+      items: Files with a row per item, having the column `item_id`.
+      item_features: Features of the item table.
+      users: Files with a row per user, having the column `user_id`.
+      user_features: Features of the user table.
+      validation_start: Where requests for training end: a share of the events, such as "0.8", or a
+        date, such as "2024-03-01" or "2024-03-01 06:00" in UTC.
+      test_start: Likewise, where requests for validation end.
+      negatives_per_positive: Without labels: sampled items for each true one.
+      max_positives: Without labels: true items of a request, at most.
+      min_count: Training events that earn a value an id of its own.
+      num_oov: Ids that all other values of a feature are hashed into.
+      seed: Of all random choices.
+    """
+
+    log: tuple[str, ...]
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    timestamp: str = "timestamp"
+    time_unit: str = "auto"
+    request_id: str = ""
+    session_gap: int = 0
+    labels: tuple[str, ...] = ()
+    target_features: tuple[str, ...] = ()
+    history_features: tuple[str, ...] = ()
+    history_filter: str = ""
+    items: tuple[str, ...] = ()
+    item_features: tuple[str, ...] = ()
+    users: tuple[str, ...] = ()
+    user_features: tuple[str, ...] = ()
+    validation_start: str = "0.8"
+    test_start: str = "0.9"
+    negatives_per_positive: int = 1
+    max_positives: int = 16
+    min_count: int = 5
+    num_oov: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UserError, naming the option, for values that cannot be meant."""
+        if not self.log:
+            raise UserError("log is empty; give the log's files or folders")
+        if self.time_unit != "auto" and self.time_unit not in TIME_UNITS:
+            raise UserError(f"time_unit is {self.time_unit!r}; use auto or one of {[*TIME_UNITS]}")
+        for name, minimum in (
+            ("session_gap", 0),
+            ("negatives_per_positive", 1),
+            ("max_positives", 1),
+            ("min_count", 1),
+            ("num_oov", 1),
+        ):
+            if getattr(self, name) < minimum:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+        for features, table in (("item_features", "items"), ("user_features", "users")):
+            if bool(getattr(self, features)) != bool(getattr(self, table)):
+                raise UserError(f"{table} and {features} need each other: give both or neither")
+        if self.target_features and not self.labels:
+            raise UserError(
+                "target_features need labels: a sampled item has no row of the log to read "
+                f"{', '.join(self.target_features)} from. Give them as history_features"
+            )
+        if self.request_id and not self.labels:
+            raise UserError("request_id needs labels: without them requests are runs of events")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        names = [*_DERIVED, *(n for c in self.feature_columns.values() for n in map(_name, c))]
+        repeated = {n for n in names if names.count(n) > 1}
+        if repeated:
+            raise UserError(
+                f"features are named twice, or like one that every log gets ({', '.join(_DERIVED)})"
+                f": {', '.join(sorted(repeated))}. Rename with NEW_NAME=COLUMN"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LogConfig:
+        """Rebuilds what `dataclasses.asdict` gave, lists for tuples or not."""
+        fields: dict[str, Any] = {
+            n: tuple(v) if isinstance(v, list) else v for n, v in values.items()
+        }
+        return cls(**fields)
+
+    @property
+    def feature_columns(self) -> Mapping[str, tuple[Column, ...]]:
+        """Columns by where they come from: "label", "target", "history", "item", "user"."""
+        return {
+            "label": tuple(map(Column.parse, self.labels)),
+            "target": tuple(map(Column.parse, self.target_features)),
+            "history": tuple(map(Column.parse, self.history_features)),
+            "item": tuple(map(Column.parse, self.item_features)),
+            "user": tuple(map(Column.parse, self.user_features)),
+        }
+
+    @property
+    def feature_names(self) -> dict[str, tuple[str, ...]]:
+        """Names of the prepared dataset's features by level, as `Schema` has them."""
+        names = {level: tuple(map(_name, cs)) for level, cs in self.feature_columns.items()}
+        item = ("item", *names["item"], *names["target"])
+        return {
+            "history": (*item, *names["history"], *names["label"]),
+            "target": (*item, "log_popularity"),
+            "request": ("hour", "weekday", *names["user"]),
+            "tasks": names["label"] or (_NEXT_ITEM,),
+        }
+
+
+def _name(column: Column) -> str:
+    return column.name

@@ -1,0 +1,309 @@
+"""What a log holds: counted shard by shard, added up, and shown as the profile."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data.interaction_log.events import LEFT_OUT, LogSource
+from data.interaction_log.requests import Shard
+from stca_jax.errors import UserError
+from stca_jax.input.records import SPLITS
+
+_MINUTE = 60
+_LONGEST = 2**31 - 1  # seconds that a record's times can span
+
+Histogram = collections.Counter[int]
+
+
+@dataclasses.dataclass
+class ShardStatistics:
+    """Counts over the events of one shard; adding up gives those of the log.
+
+    Attributes:
+      num_users: Users.
+      num_events: Events.
+      num_requests: Requests.
+      num_tied: Events with the same user and time as another.
+      first_time: Of all events, in seconds since 1970.
+      last_time: Likewise.
+      log_length: Users by their number of events.
+      history_length: Requests by the length of their history.
+      event_minute: Events by minute since 1970.
+      request_minute: Requests by minute.
+      num_targets: Labelled events.
+      num_positive: Of them, those with label 1, by task.
+    """
+
+    num_users: int
+    num_events: int
+    num_requests: int
+    num_tied: int
+    first_time: int
+    last_time: int
+    log_length: Histogram
+    history_length: Histogram
+    event_minute: Histogram
+    request_minute: Histogram
+    num_targets: int
+    num_positive: list[int]
+
+    @classmethod
+    def of(cls, shard: Shard) -> ShardStatistics:
+        """Counts a shard that has events."""
+        requests, targets = shard.requests, shard.is_target
+        same = (shard.user[1:] == shard.user[:-1]) & (shard.time[1:] == shard.time[:-1])
+        tied = np.append(same, False) | np.insert(same, 0, False)
+        positive = (shard.labels[targets] == 1).sum(0).tolist() if shard.config.labels else []
+        return cls(
+            num_users=len(shard.user_ids),
+            num_events=len(shard.time),
+            num_requests=len(requests.time),
+            num_tied=int(tied.sum()),
+            first_time=int(shard.time.min()),
+            last_time=int(shard.time.max()),
+            log_length=_histogram(np.bincount(shard.user)),
+            history_length=_histogram(requests.history_end),
+            event_minute=_histogram(shard.time // _MINUTE),
+            request_minute=_histogram(requests.time // _MINUTE),
+            num_targets=int(targets.sum()),
+            num_positive=positive,
+        )
+
+    def to_dict(self) -> dict:
+        """A JSON-serialisable form, the inverse of `from_dict`."""
+        return {
+            n: sorted(v.items()) if isinstance(v, collections.Counter) else v
+            for n, v in vars(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> ShardStatistics:
+        """Rebuilds what `to_dict` gave."""
+        histograms = {f.name for f in dataclasses.fields(cls) if f.type == "Histogram"}
+        return cls(**{
+            n: collections.Counter(dict(map(tuple, v))) if n in histograms else v  # type: ignore[arg-type]
+            for n, v in values.items()
+        })  # fmt: skip
+
+
+def add_up(shards: Sequence[ShardStatistics]) -> ShardStatistics:
+    """Statistics of the log.
+
+    Raises:
+      UserError: there is no event, or times span more than records can hold.
+    """
+    if not shards:
+        raise UserError("no row of the log can be used; the rejected rows tell why")
+    total = {}
+    for field in dataclasses.fields(ShardStatistics):
+        values = [getattr(s, field.name) for s in shards]
+        if field.name == "first_time":
+            total[field.name] = min(values)
+        elif field.name == "last_time":
+            total[field.name] = max(values)
+        elif field.name == "num_positive":
+            total[field.name] = [sum(task) for task in zip(*values, strict=True)]
+        elif field.type == "Histogram":
+            total[field.name] = sum(values, collections.Counter())
+        else:
+            total[field.name] = sum(values)
+    result = ShardStatistics(**total)
+    if result.last_time - result.first_time > _LONGEST:
+        raise UserError(
+            f"times run from {_date(result.first_time)} to {_date(result.last_time)}, more than 68 "
+            "years; is there a wrong time among them, or is time_unit not what it should be?"
+        )
+    return result
+
+
+def split_times(source: LogSource, total: ShardStatistics) -> tuple[int, int]:
+    """Where validation and test begin, in seconds since 1970.
+
+    Shares of events are rounded to whole minutes.
+
+    Raises:
+      UserError: a value is no share and no date, or a split has no requests.
+    """
+    config = source.config
+    times = tuple(
+        _split_time(name, getattr(config, name), total)
+        for name in ("validation_start", "test_start")
+    )
+    for split, count in zip(SPLITS, split_counts(total, times), strict=True):
+        if not count:
+            raise UserError(
+                f"no requests are left for {split}: validation_start={config.validation_start} is "
+                f"{_date(times[0])}, test_start={config.test_start} is {_date(times[1])}, and "
+                f"requests run from {_date(min(total.request_minute) * _MINUTE)} to "
+                f"{_date(max(total.request_minute) * _MINUTE)}"
+            )
+    return times[0], times[1]
+
+
+def split_counts(total: ShardStatistics, times: Sequence[int]) -> list[int]:
+    """Requests of train, validation and test; exact if the times are whole minutes."""
+    counts = [0, 0, 0]
+    for minute, count in total.request_minute.items():
+        counts[int(np.searchsorted(times, minute * _MINUTE, side="right"))] += count
+    return counts
+
+
+def _split_time(name: str, value: str, total: ShardStatistics) -> int:
+    try:
+        share = float(value)
+    except ValueError:
+        return _parse_date(name, value)
+    if not 0 < share < 1:
+        raise UserError(f"{name} is {value}; give a share of the events between 0 and 1, or a date")
+    minutes = sorted(total.event_minute)
+    before = np.cumsum([total.event_minute[m] for m in minutes])
+    return int(minutes[np.searchsorted(before, share * before[-1])]) * _MINUTE
+
+
+def _parse_date(name: str, value: str) -> int:
+    try:
+        date = datetime.datetime.fromisoformat(value)
+    except ValueError:
+        raise UserError(
+            f"{name} is {value!r}; give a share of the events, such as 0.8, or a date in UTC, such "
+            "as 2024-03-01 or '2024-03-01 06:00'"
+        ) from None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=datetime.UTC)
+    return int(date.timestamp()) // _MINUTE * _MINUTE
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueCounts:
+    """How often values occur in training events.
+
+    Attributes:
+      columns: For each categorical column, "value" and "count"; 0 for values first seen later.
+      moments: For each numeric column: number, sum and sum of squares.
+      users: Ids of users with training events.
+    """
+
+    columns: dict[str, pa.Table]
+    moments: dict[str, np.ndarray]
+    users: pa.Array
+
+    @classmethod
+    def of(cls, shard: Shard, validation_start: int) -> ValueCounts:
+        """Counts a shard's columns "item" and "feature_…"."""
+        is_train = pa.array(shard.time < validation_start)
+        columns, moments = {}, {}
+        for name in shard.events.column_names:
+            if name != "item" and not name.startswith("feature_"):
+                continue
+            column = shard.events[name]
+            if pa.types.is_floating(column.type):
+                values = column.filter(is_train).drop_null().to_numpy()
+                moments[name] = np.array([len(values), values.sum(), (values**2).sum()])
+            else:
+                counted = pa.table({"value": column, "count": is_train.cast(pa.int64())})
+                columns[name] = _sum_counts(counted.filter(pc.is_valid(column)))
+        trained = np.unique(shard.user[shard.time < validation_start])
+        return cls(columns, moments, shard.user_ids.take(pa.array(trained)))
+
+    def __add__(self, other: ValueCounts) -> ValueCounts:
+        """The counts of two shards together."""
+        tables = {n: [t, other.columns[n]] for n, t in self.columns.items()}
+        return ValueCounts(
+            {n: _sum_counts(pa.concat_tables(pair)) for n, pair in tables.items()},
+            {n: m + other.moments[n] for n, m in self.moments.items()},
+            pa.concat_arrays([self.users, other.users]),
+        )
+
+
+def _sum_counts(table: pa.Table) -> pa.Table:
+    return (
+        table.group_by("value", use_threads=False)
+        .aggregate([("count", "sum")])
+        .rename_columns(["value", "count"])
+        .combine_chunks()
+    )
+
+
+def format_profile(
+    source: LogSource,
+    total: ShardStatistics,
+    reasons: Mapping[str, int],
+    num_items: int,
+    times: Sequence[int],
+) -> str:
+    """A page of text for people: what the log holds and what will be built from it."""
+    config = source.config
+    left_out = dict(reasons)
+    filtered = left_out.pop(LEFT_OUT, 0)
+    rejected = sum(left_out.values())
+    rows = total.num_events + filtered + rejected
+    names = config.feature_names
+    unused = sorted(set(source.log.all_columns) - set(source.log.columns))
+    lines = [
+        ("files", f"{len(source.log.files):,}, {rows:,} rows"),
+        ("columns not used", ", ".join(unused) or "none"),
+        ("time", f"{_date(total.first_time)} to {_date(total.last_time)} UTC"),
+        ("users, items", f"{total.num_users:,}, {num_items:,}"),
+        ("events", f"{total.num_events:,}, {total.num_tied / total.num_events:.1%} of them at the "
+                   "same second as another of the user"),
+        ("users with one event", f"{total.log_length[1]:,}"),
+        ("events per user", _percentiles(total.log_length)),
+        ("rejected rows", f"{rejected:,}"),
+        *((f"  {reason}", f"{count:,}") for reason, count in sorted(left_out.items())),
+        *([(LEFT_OUT, f"{filtered:,}")] if filtered else []),
+        ("requests", f"{total.num_requests:,}"),
+        ("history of a request", _percentiles(total.history_length)),
+        *_target_lines(source, total),
+        *_split_lines(total, times),
+        ("history features", ", ".join(names["history"])),
+        ("target features", ", ".join(names["target"])),
+        ("request features", ", ".join(names["request"])),
+    ]  # fmt: skip
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _target_lines(source: LogSource, total: ShardStatistics) -> list[tuple[str, str]]:
+    config = source.config
+    if not config.labels:
+        sampled = config.negatives_per_positive
+        return [("targets", f"the items of each request, {sampled} sampled for each")]
+    tasks = zip(config.feature_names["tasks"], total.num_positive, strict=True)
+    rates = [f"{task} {positive / max(total.num_targets, 1):.4f}" for task, positive in tasks]
+    return [("targets", f"{total.num_targets:,}"), ("label rates", ", ".join(rates))]
+
+
+def _split_lines(total: ShardStatistics, times: Sequence[int]) -> list[tuple[str, str]]:
+    starts = [total.first_time, *times]
+    counts = split_counts(total, times)
+    return [
+        (split, f"{count:,} requests from {_date(start)}")
+        for split, count, start in zip(SPLITS, counts, starts, strict=True)
+    ]
+
+
+def _percentiles(histogram: Histogram) -> str:
+    if not histogram:
+        return "none"
+    values = np.array(sorted(histogram))
+    before = np.cumsum([histogram[v] for v in values])
+    shown = [
+        (f"p{p}", values[np.searchsorted(before, p / 100 * before[-1])]) for p in (10, 50, 90, 99)
+    ]
+    return ", ".join(f"{name} {value:,}" for name, value in [*shown, ("max", values[-1])])
+
+
+def _histogram(values: np.ndarray) -> Histogram:
+    distinct, counts = np.unique(values, return_counts=True)
+    return collections.Counter(dict(zip(distinct.tolist(), counts.tolist(), strict=True)))
+
+
+def _date(seconds: int) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M")

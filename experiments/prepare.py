@@ -1,0 +1,131 @@
+"""Prepares a dataset: published files, or a log of interactions of one's own.
+
+python -m experiments.prepare --dataset=NAME[/CONFIG] [--manual_dir=DIR] [--data_dir=DIR]
+python -m experiments.prepare --dataset=interaction_log --name=NAME --log=PATH
+    [--user_id=COLUMN --item_id=COLUMN --timestamp=COLUMN --labels=COLUMN,... ...] [--dry_run]
+
+Of a log it first prints a profile; --dry_run stops there. The same command goes on after a kill.
+
+Exit status: 0 prepared, 1 an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from data import preparation
+from data.interaction_log.log_config import LogConfig, split_list
+from data.running import beam_runner
+from experiments import launch
+from stca_jax.errors import UserError
+from stca_jax.input.dataset import RequestDataset
+
+_DATASET = flags.DEFINE_string("dataset", None, "Dataset, or DATASET/CONFIG.", required=True)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where prepared datasets lie; by default in the user's cache directory."
+)
+_MANUAL_DIR = flags.DEFINE_string("manual_dir", None, "Folder of files downloaded by hand.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Of a log: stop after its profile.")
+_NAME = flags.DEFINE_string("name", None, "Of a log: what it is called, interaction_log/NAME.")
+_BEAM = flags.DEFINE_multi_string(
+    "beam",
+    None,
+    "Run the steps as Apache Beam pipelines with this option, such as --beam=--runner=FlinkRunner. "
+    "Workers must see all files under the same paths.",
+)
+_LOG_OPTIONS: dict[str, flags.FlagHolder] = {}
+
+
+def main() -> None:
+    """Prints a log's profile, prepares the dataset, and says where it lies."""
+    data_dir = pathlib.Path(_DATA_DIR.value or preparation.default_data_dir()).expanduser()
+    builder = _builder(data_dir)
+    if _BEAM.value:
+        builder.run = beam_runner(_BEAM.value)
+    if hasattr(builder, "stage"):
+        print(_profile(builder), flush=True)
+        if _DRY_RUN.value:
+            print("\nNothing was built: --dry_run. The same command without it goes on from here.")
+            return
+    elif _DRY_RUN.value:
+        raise UserError(f"--dry_run is for logs; {_DATASET.value} is not one")
+    folder = preparation.prepare_builder(builder, data_dir, manual_dir=_MANUAL_DIR.value)
+    dataset = RequestDataset(folder)
+    size = sum(file["bytes"] for file in dataset.metadata["record_files"].values())
+    print(f"\n{len(dataset):,} users, {len(dataset.index):,} requests, {size / 1e6:,.1f} MB")
+    name = f"{preparation.OWN_LOGS}/{_NAME.value}" if _NAME.value else _DATASET.value
+    print(f"in {folder}\nTrain with --config.dataset={name}")
+
+
+def _builder(data_dir: pathlib.Path) -> preparation.UserDatasetBuilder:
+    """The builder that the flags describe.
+
+    Raises:
+      UserError: flags that do not go together, or a log prepared differently under the same name.
+    """
+    given = {name for name in _LOG_OPTIONS if flags.FLAGS[name].present}
+    if _DATASET.value != preparation.OWN_LOGS:
+        if given or _NAME.value:
+            flag = sorted({*given, *(["name"] if _NAME.value else [])})[0]
+            raise UserError(f"--{flag} is of --dataset={preparation.OWN_LOGS}, not of others")
+        return preparation.make_builder(_DATASET.value, data_dir)
+    if not _NAME.value or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", _NAME.value):
+        raise UserError(f"--name is {_NAME.value!r}; call the log by letters, digits, -, _ and .")
+    module = preparation.import_builder(preparation.OWN_LOGS)
+    config = LogConfig(**{name: _value(name) for name in _LOG_OPTIONS})
+    builder = module.make_builder(_NAME.value, config, data_dir)
+    module.check_same(builder)
+    return builder
+
+
+def _profile(builder: preparation.UserDatasetBuilder) -> str:
+    """Reads and sorts the log, unless it is prepared already."""
+    folder = pathlib.Path(builder.data_path)
+    if folder.exists():
+        return (folder / "profile.txt").read_text()
+    with preparation.exclusive(folder.parent):
+        manual_dir = _MANUAL_DIR.value
+        return builder.stage(manual_dir and pathlib.Path(manual_dir)).profile()
+
+
+def _value(name: str) -> Any:
+    """A flag's value; lists are written with commas, or as repeated flags."""
+    value = _LOG_OPTIONS[name].value
+    if isinstance(value, int | str):
+        return value
+    return tuple(part for text in value or () for part in split_list(text))
+
+
+def _define_log_options() -> None:
+    """One flag for each attribute of `LogConfig`, described by its docstring."""
+    descriptions = _attribute_descriptions(LogConfig)
+    for field in dataclasses.fields(LogConfig):
+        default = None if field.default is dataclasses.MISSING else field.default
+        help_text = f"Of a log: {descriptions[field.name]}"
+        define: Callable[..., flags.FlagHolder] = flags.DEFINE_multi_string
+        if isinstance(default, int):
+            define = flags.DEFINE_integer
+        elif isinstance(default, str):
+            define = flags.DEFINE_string
+        _LOG_OPTIONS[field.name] = define(field.name, default, help_text)
+
+
+def _attribute_descriptions(cls: type) -> dict[str, str]:
+    """The Attributes section of a class's docstring, by attribute."""
+    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+_define_log_options()
+flags.adopt_module_key_flags(launch)
+
+if __name__ == "__main__":
+    launch.run(main)

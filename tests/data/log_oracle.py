@@ -1,0 +1,78 @@
+"""What a prepared log must hold, by plain loops over its rows; and what it does hold."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+
+import pyarrow.parquet as pq
+
+from stca_jax.input.dataset import RequestDataset
+
+
+def expected_requests(rows, *, request_id=None, gap=0, labels=(), in_history=lambda row: True):
+    """Requests of rows (dicts with user, item, time): user, time, history, targets, as values.
+
+    Returns:
+      A counter of (user, time, history, targets); history is a tuple of sorted (time, item), and
+      targets a tuple of sorted (item, *labels).
+    """
+    rows = [dict(t) for t in {tuple(sorted(r.items())) for r in rows}]  # equal rows are one
+    by_user = collections.defaultdict(list)
+    for row in rows:
+        by_user[row["user"]].append(row)
+    found = collections.Counter()
+    for user, log in by_user.items():
+        log.sort(key=lambda r: r["time"])
+        shown = [r for r in log if not labels or r[labels[0]] is not None]
+        groups = collections.defaultdict(list)
+        last, session = None, 0
+        for row in shown:
+            session += last is None or row["time"] - last > gap
+            last = row["time"]
+            groups[row[request_id] if request_id else session].append(row)
+        for group in groups.values():
+            time = min(r["time"] for r in group)
+            history = sorted((r["time"], r["item"]) for r in log
+                             if r["time"] < time and in_history(r))  # fmt: skip
+            targets = [(r["item"], *(r[n] for n in labels)) for r in group]
+            found[user, time, tuple(history), tuple(sorted(targets))] += 1
+    return found
+
+
+def prepared_requests(folder: pathlib.Path):
+    """The same, read from the record files; without users, whose ids records do not keep."""
+    dataset = RequestDataset(folder)
+    table = pq.read_table(folder / "vocabulary_item.parquet")
+    value = dict(zip(table["id"].to_pylist(), table["value"].to_pylist(), strict=True))
+    assert len(value) == len(table)  # a test's items all have ids of their own
+    origin = dataset.metadata["time_origin"]
+    found = collections.Counter()
+    for u in range(len(dataset)):
+        record = dataset.record(u)
+        for k, (time, end) in enumerate(zip(record.request_time, record.history_end, strict=True)):
+            history = zip(record.event_time[:end] + origin, record.history["item"][:end],
+                          strict=True)  # fmt: skip
+            t = slice(*record.target_offset[k : k + 2])
+            targets = [
+                (value[item], *map(int, label))
+                for item, label in zip(record.target["item"][t], record.label[t], strict=True)
+            ]
+            history = sorted((int(time), value[item]) for time, item in history)
+            found[int(time) + origin, tuple(history), tuple(sorted(targets))] += 1
+    return found
+
+
+def without_user(requests):
+    """Drops the user from what `expected_requests` gives."""
+    found = collections.Counter()
+    for (_, *rest), count in requests.items():
+        found[tuple(rest)] += count
+    return found
+
+
+def digests(folder: pathlib.Path):
+    """SHA-256 of each record file."""
+    files = json.loads((folder / "metadata.json").read_text())["record_files"]
+    return {name: description["sha256"] for name, description in files.items()}

@@ -1,0 +1,112 @@
+"""Preparing a log as a user does: profile, dry run, build, mistakes, training on it."""
+
+import random
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from processes import run
+
+T0 = 1_700_000_000
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    rng = random.Random(0)
+    rows = [
+        {
+            "uid": f"u{rng.randrange(60)}",
+            "video": rng.randrange(50),
+            "time_ms": (T0 + rng.randrange(30) * 86_400) * 1_000,
+            "click": float(rng.random() < 0.3),
+            "watched": rng.expovariate(1 / 20),
+        }
+        for _ in range(3_000)
+    ]
+    path = tmp_path_factory.mktemp("log") / "log.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def prepare(data_dir, log, *extra):
+    return run(
+        "experiments.prepare",
+        "--dataset=interaction_log",
+        "--name=mine",
+        f"--log={log}",
+        f"--data_dir={data_dir}",
+        "--user_id=uid",
+        "--item_id=video",
+        "--timestamp=time_ms",
+        "--labels=click,long=watched > 18.5",
+        "--history_features=watched",
+        *extra,
+    )
+
+
+def test_profile_then_dataset_then_training(tmp_path, log):
+    data_dir = tmp_path / "data"
+    status, output = prepare(data_dir, log, "--dry_run")
+    assert status == 0, output
+    profile = dict(re.findall(r"^(\S.*?)  +(\S.*)$", output, re.MULTILINE))
+    assert profile["files"] == "1, 3,000 rows"
+    assert profile["users, items"] == "60, 50"
+    assert profile["time"] == "2023-11-14 22:13 to 2023-12-13 22:13 UTC"
+    assert profile["history features"] == "item, watched, click, long"
+    assert "click 0.3" in profile["label rates"]
+    assert not (data_dir / "interaction_log" / "mine" / "1.0.0").exists()
+
+    status, output = prepare(data_dir, log)
+    assert status == 0, output
+    assert "60 users" in output
+    assert "--config.dataset=interaction_log/mine" in output
+
+    status, again = prepare(data_dir, log)
+    assert status == 0, again
+    status, output = prepare(data_dir, log, "--min_count=2")
+    assert status == 1
+    assert "min_count: 5 -> 2" in output
+    assert "Traceback" not in output
+
+    status, output = run(
+        "experiments.train",
+        "--config=experiments/configs/tiny.py",
+        "--config.dataset=interaction_log/mine",
+        "--config.training.max_steps=2",
+        f"--workdir={tmp_path / 'run'}",
+        f"--data_dir={data_dir}",
+    )
+    assert status == 0, output
+    assert "finished 2 steps" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset=interaction_log", "--log=x"], "--name is None"),
+        (["--dataset=interaction_log", "--name=a/b", "--log=x"], "--name is 'a/b'"),
+        (["--dataset=interaction_log", "--name=a"], "log is empty"),
+        (["--dataset=interaction_log", "--name=a", "--log=no_such_log"], "no_such_log"),
+        (["--dataset=interaction_log", "--name=a", "--log=x", "--lables=y"], "labels"),
+        (["--dataset=synthetic_interests/tiny", "--min_count=2"], "--min_count is of"),
+        (["--dataset=synthetic_interests/tiny", "--dry_run"], "--dry_run is for logs"),
+    ],
+)
+def test_mistakes(tmp_path, arguments, message):
+    status, output = run("experiments.prepare", f"--data_dir={tmp_path}", *arguments)
+    assert status == 1
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_training_on_an_unprepared_log_says_how_to_prepare_it(tmp_path):
+    status, output = run(
+        "experiments.train",
+        "--config=experiments/configs/tiny.py",
+        "--config.dataset=interaction_log/mine",
+        f"--workdir={tmp_path / 'run'}",
+        f"--data_dir={tmp_path}",
+    )
+    assert status == 1
+    assert "python -m experiments.prepare --dataset=interaction_log --name=mine" in output
