@@ -189,7 +189,8 @@ class Checkpointer:
         free = shutil.disk_usage(self.workdir).free
         if free < needed:
             raise OSError(
-                errno.ENOSPC, f"No space left: a checkpoint takes {needed:,} bytes, {free:,} are free"
+                errno.ENOSPC,
+                f"No space left: a checkpoint takes {needed:,} bytes, {free:,} are free",
             )
 
     def _set_aside(self, step: int) -> None:
