@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,12 +41,41 @@ class LogDatasetBuilder(UserDatasetBuilder, skip_registration=True):  # type: ig
         """Features by level."""
         return self.log_config(None).feature_names
 
+    def find_files(
+        self, manual_dir: pathlib.Path | None, folder: str, names: Sequence[str]
+    ) -> list[str]:
+        """Paths of published files, in `manual_dir` or in a folder of it.
+
+        Args:
+          manual_dir: None gives the bare names.
+          folder: What the published archive unpacks to.
+          names: Of the files.
+
+        Raises:
+          FileNotFoundError: a file is missing; says which, and where to get it.
+        """
+        if manual_dir is None:
+            return list(names)
+        places = [place for place in (manual_dir / folder, manual_dir) if place.is_dir()]
+        for place in places:
+            if all((place / name).exists() for name in names):
+                return [str(place / name) for name in names]
+        place = places[0] if places else manual_dir
+        missing = [name for name in names if not (place / name).exists()]
+        raise FileNotFoundError(
+            f"{place} lacks {', '.join(missing)}. {self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+        )
+
     def stage(self, manual_dir: pathlib.Path | None) -> Staging:
         """Sorts the log into shards, or goes on with it; the first step of preparing it.
 
         Raises:
           UserError: the log, or what was said of it, is wrong.
         """
+        if manual_dir is None and self.MANUAL_DOWNLOAD_INSTRUCTIONS:
+            raise FileNotFoundError(
+                f"give --manual_dir, a folder of the files. {self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+            )
         source = LogSource.open(self.log_config(manual_dir))
         return Staging(source, pathlib.Path(self.data_path).parent / STAGING, self.run)
 

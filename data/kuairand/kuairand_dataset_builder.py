@@ -1,0 +1,86 @@
+"""KuaiRand: what users of a short-video app were shown, and did, by Kuaishou and USTC."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import tensorflow_datasets as tfds
+
+from data.interaction_log.interaction_log_dataset_builder import LogDatasetBuilder
+from data.interaction_log.log_config import LogConfig
+
+_STANDARD = ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08")
+_RANDOM = "log_random_4_22_to_5_08"
+
+
+@dataclasses.dataclass
+class Size(tfds.core.BuilderConfig):
+    """One of the published sizes.
+
+    Attributes:
+      folder: What its archive unpacks to.
+      parts: How many files each standard log is split into.
+    """
+
+    folder: str = ""
+    parts: int = 1
+
+
+class Builder(LogDatasetBuilder):
+    """See README.md."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "Download KuaiRand-1K.tar.gz, KuaiRand-27K.tar.gz or KuaiRand-Pure.tar.gz from "
+        "https://zenodo.org/records/10439422 and unpack it in the folder."
+    )
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        Size(name="1k", folder="KuaiRand-1K/data", description="1,000 users, all they saw."),
+        Size(name="27k", folder="KuaiRand-27K/data", parts=2, description="27,285 users."),
+        Size(name="pure", folder="KuaiRand-Pure/data", description="7,583 videos only."),
+    ]
+
+    def log_config(self, manual_dir: pathlib.Path | None) -> LogConfig:
+        """Whether a video is clicked, viewed long, and liked."""
+        size = self.builder_config
+        assert isinstance(size, Size)
+        suffixes = [f"_part{k + 1}" for k in range(size.parts)] if size.parts > 1 else [""]
+        logs = [f"{log}_{size.name}{suffix}.csv" for log in _STANDARD for suffix in suffixes]
+        logs.append(f"{_RANDOM}_{size.name}.csv")
+        tables = [f"video_features_basic_{size.name}.csv", f"user_features_{size.name}.csv"]
+        *found, videos, users = self.find_files(manual_dir, size.folder, [*logs, *tables])
+        return LogConfig(
+            log=tuple(found),
+            user_id="user_id",
+            item_id="video_id",
+            timestamp="time_ms",
+            time_unit="ms",
+            labels=("click=is_click", "long_view", "like=is_like"),
+            target_features=("tab",),
+            history_features=(
+                "watched=least(play_time_ms::DOUBLE / greatest(duration_ms::DOUBLE, 1), 5)",
+            ),
+            items=(videos,),
+            item_features=(
+                "author=author_id",
+                "video_type",
+                "music=music_id",
+                "tag=split_part(tag, ',', 1)",
+                "duration=video_duration:numeric",
+            ),
+            users=(users,),
+            user_features=(
+                "user_active_degree",
+                "is_live_streamer",
+                "is_video_author",
+                "follow_user_num_range",
+                "fans_user_num_range",
+                "friend_user_num_range",
+                "register_days_range",
+            ),
+            # Midnights in Beijing: the first log is for training, as its authors propose.
+            validation_start="2022-04-21 16:00",
+            test_start="2022-04-24 16:00",
+        )

@@ -1,0 +1,47 @@
+"""Yambda: listens and likes in a music service, by Yandex."""
+
+from __future__ import annotations
+
+import pathlib
+
+import tensorflow_datasets as tfds
+
+from data.interaction_log.interaction_log_dataset_builder import LogDatasetBuilder
+from data.interaction_log.log_config import LogConfig
+
+
+class Builder(LogDatasetBuilder):
+    """See README.md."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "From https://huggingface.co/datasets/yandex/yambda download flat/SIZE/multi_event.parquet "
+        "(SIZE is 50m, 500m or 5b) and artist_item_mapping.parquet, and keep these paths."
+    )
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        tfds.core.BuilderConfig(name=size, description=f"About {size} events.")
+        for size in ("50m", "500m", "5b")
+    ]
+
+    def log_config(self, manual_dir: pathlib.Path | None) -> LogConfig:
+        """Whether at least half of a track is listened to."""
+        assert self.builder_config is not None
+        events, artists = self.find_files(
+            manual_dir,
+            "yambda",
+            (f"flat/{self.builder_config.name}/multi_event.parquet", "artist_item_mapping.parquet"),
+        )
+        return LogConfig(
+            log=(events,),
+            user_id="uid",
+            item_id="item_id",
+            timestamp="timestamp",
+            time_unit="s",
+            # Likes and dislikes have no label, and so are history only.
+            labels=("listen=CASE WHEN event_type = 'listen' THEN played_ratio_pct >= 50 END",),
+            target_features=("is_organic", "track_length_seconds:numeric"),
+            history_features=("event_type", "played_ratio_pct:numeric"),
+            items=(artists,),
+            item_features=("artist=artist_id",),
+        )
