@@ -5,16 +5,30 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
 from stca_jax import config as config_lib
 from stca_jax.errors import UserError
+from stca_jax.training import distributed
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors that a user can mend.")
+DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where prepared datasets lie; by default in the user's cache directory."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, to train with several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join other processes as Cloud TPU, SLURM or Kubernetes describe them."
+)
 _overrides: dict[str, str] = {}
 _config_path: str | None = None
 
@@ -45,9 +59,15 @@ def run(main: Callable[[], int | None], *, takes_config: bool = False) -> None:
 
     def guarded(_: Sequence[str]) -> int | None:
         try:
+            _join_other_processes()
             return main()
-        except (UserError, OSError) as error:  # of OSError: a missing source, a full disk
-            if _DEBUG.value:
+        except Exception as error:
+            is_expected = isinstance(error, UserError | OSError)  # a missing source, a full disk
+            if distributed.is_joined():
+                if not is_expected or _DEBUG.value:
+                    traceback.print_exc()
+                distributed.leave(_report(error if is_expected else _lost(error)))
+            if not is_expected or _DEBUG.value:
                 raise
             return _report(error)
 
@@ -57,12 +77,33 @@ def run(main: Callable[[], int | None], *, takes_config: bool = False) -> None:
         sys.exit(_report(error))
 
 
+def _join_other_processes() -> None:
+    given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _DISTRIBUTED.value or any(x is not None for x in given):
+        distributed.join(*given)
+        if not distributed.is_main_process():
+            _set_levels(logging.WARNING)
+
+
+def _lost(error: Exception) -> UserError:
+    """What an error that is not the user's most often means where several processes compute."""
+    return UserError(
+        f"process {jax.process_index()} stops, with the {type(error).__name__} above: a mistake in "
+        "the program, or another process ended or cannot be reached; its own output says why. Run "
+        "the same commands again to go on from the latest checkpoint"
+    )
+
+
 def _set_up_logging() -> None:
     """Shows what this project reports; of the libraries, only errors."""
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.ERROR)
+    _set_levels(logging.INFO)
+
+
+def _set_levels(level: int) -> None:
     for name in ("stca_jax", "experiments", "data", "__main__"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(level)
 
 
 def load_config() -> Any:

@@ -28,9 +28,6 @@ from stca_jax.errors import UserError
 from stca_jax.input.dataset import RequestDataset
 
 _DATASET = flags.DEFINE_string("dataset", None, "Dataset, or DATASET/CONFIG.", required=True)
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Where prepared datasets lie; by default in the user's cache directory."
-)
 _MANUAL_DIR = flags.DEFINE_string("manual_dir", None, "Folder of files downloaded by hand.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Of a log: stop after its profile.")
 _NAME = flags.DEFINE_string("name", None, "Of a log: what it is called, interaction_log/NAME.")
@@ -45,7 +42,7 @@ _LOG_OPTIONS: dict[str, flags.FlagHolder] = {}
 
 def main() -> None:
     """Prints a log's profile, prepares the dataset, and says where it lies."""
-    data_dir = pathlib.Path(_DATA_DIR.value or preparation.default_data_dir()).expanduser()
+    data_dir = pathlib.Path(launch.DATA_DIR.value or preparation.default_data_dir()).expanduser()
     builder = _builder(data_dir)
     if _BEAM.value:
         builder.run = beam_runner(_BEAM.value)

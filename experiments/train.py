@@ -24,9 +24,6 @@ from stca_jax.training.trainer import train
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run: checkpoints, metrics, config.", required=True
 )
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Where prepared datasets lie; by default in the user's cache directory."
-)
 
 
 flags.adopt_module_key_flags(launch)
@@ -37,7 +34,7 @@ def main() -> int:
     """Prepares the dataset on first use, then trains."""
     config = launch.load_config()
     workdir = pathlib.Path(_WORKDIR.value).expanduser()
-    dataset = RequestDataset(prepare(config.dataset, _DATA_DIR.value))
+    dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
     result = train(config, dataset, workdir)
     if result.signal is not None:
         _log.warning(

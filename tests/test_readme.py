@@ -25,7 +25,7 @@ def run_here(command: str, tmp_path: pathlib.Path, data_dir: pathlib.Path) -> st
         "/tmp/stca", str(tmp_path)
     )
     command = re.sub(
-        r"(-m experiments\.(?:prepare|train|evaluate))", rf"\1 --data_dir={data_dir}", command
+        r"(-m experiments\.(?:prepare|train|evaluate|plan))", rf"\1 --data_dir={data_dir}", command
     )
     finished = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
@@ -56,6 +56,25 @@ def test_tiny_run(tmp_path, data_dir):
     output = run_here(block("tiny"), tmp_path, data_dir)
     assert "--config.model.sequence.num_layers=2" in output  # --help
     assert "| stca     |    256 |" in output
+
+
+@pytest.mark.slow
+def test_following_a_run(tmp_path, data_dir):
+    commands = block("tiny").splitlines()
+    run_here(f"{commands[1]} --config.training.max_steps=20", tmp_path, data_dir)
+    install, _, follow = block("follow").partition("\n")
+    assert "[report]" in install
+    follow = follow.replace("--watch", "--watch --timeout=0 --noreferences")
+    output = run_here(follow, tmp_path, data_dir)
+    assert "validation split, checkpoint 20" in output
+    assert "<svg" in (tmp_path / "tiny.html").read_text()
+
+
+@pytest.mark.slow
+def test_plan(tmp_path, data_dir):
+    install, _, plan = block("plan").partition("\n")
+    assert "libtpu" in install
+    assert "fits" in run_here(plan, tmp_path, data_dir)
 
 
 def test_ci_runs_the_test_command():

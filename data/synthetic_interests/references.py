@@ -29,12 +29,6 @@ from stca_jax.evaluation import metrics, references, tables
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.records import SPLITS
 
-_CONFIG = flags.DEFINE_enum("config", "default", list(CONFIGS), "Builder config.")
-_LENGTHS = flags.DEFINE_list("lengths", None, "History lengths; by default powers of two.")
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Where prepared datasets lie; by default in the user's cache directory."
-)
-
 
 def reference_rows(dataset: RequestDataset, lengths: Sequence[int]) -> list[tables.Row]:
     """AUC on the test requests of each reference, one row per length."""
@@ -85,11 +79,15 @@ def main(argv: Sequence[str]) -> None:
     """Prints the table."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    dataset = RequestDataset(prepare(f"synthetic_interests/{_CONFIG.value}", _DATA_DIR.value))
-    lengths = [int(n) for n in _LENGTHS.value or ()]
-    lengths = lengths or _doubling_lengths(CONFIGS[_CONFIG.value].max_events)
+    options = flags.FLAGS
+    dataset = RequestDataset(prepare(f"synthetic_interests/{options.config}", options.data_dir))
+    lengths = [int(n) for n in options.lengths or ()]
+    lengths = lengths or _doubling_lengths(CONFIGS[options.config].max_events)
     print(tables.format_table(reference_rows(dataset, lengths)))
 
 
 if __name__ == "__main__":
+    flags.DEFINE_enum("config", "default", list(CONFIGS), "Builder config.")
+    flags.DEFINE_list("lengths", None, "History lengths; by default powers of two.")
+    flags.DEFINE_string("data_dir", None, "Where prepared datasets lie; by default a cache folder.")
     app.run(main)

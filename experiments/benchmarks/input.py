@@ -41,6 +41,7 @@ from data.synthetic_interests.synthetic_interests_dataset_builder import (
     Builder as SyntheticInterests,
 )
 from data.synthetic_interests.synthetic_interests_dataset_builder import SyntheticInterestsConfig
+from experiments import launch
 from experiments.benchmarks.history_copies import HistoryCopies
 from stca_jax.batch import RequestBatch
 from stca_jax.input.dataset import RequestDataset
@@ -55,7 +56,6 @@ from stca_jax.input.pipeline import (
 )
 from stca_jax.input.planning import BatchPlan, Planner, Position
 
-_DATA_DIR = flags.DEFINE_string("data_dir", str(default_data_dir()), "Prepared datasets.")
 _LOGS = flags.DEFINE_multi_enum(
     "log", None, ["complete_journey", "zipf", "10k"], "Logs to measure; by default all."
 )
@@ -245,9 +245,10 @@ def main(argv: Sequence[str]) -> None:
     """Runs the logs and prints a table for each."""
     del argv
     logging.set_verbosity(logging.ERROR)
+    data_dir = pathlib.Path(launch.DATA_DIR.value or default_data_dir())
     for name in _LOGS.value or LOGS:
         with tempfile.TemporaryDirectory() as scratch:
-            lines = benchmark(name, pathlib.Path(_DATA_DIR.value), pathlib.Path(scratch))
+            lines = benchmark(name, data_dir, pathlib.Path(scratch))
         print_table(name, lines)
         if _JSON.value:
             with open(_JSON.value, "a") as file:

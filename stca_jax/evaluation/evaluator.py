@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from stca_jax.evaluation.metrics import ranking_metrics
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import make_input
-from stca_jax.training.sharding import device_batch
+from stca_jax.training.sharding import device_batch, input_share
 from stca_jax.training.train_step import Predictions, Program, TrainState
 
 Row = dict[str, Any]
@@ -40,6 +40,7 @@ def evaluate_split(
       length: Events that each request may read, the most recent ones.
       max_requests: Only a sample of so many requests, the same at each call; None is all of them.
     """
+    share, num_shares = input_share(program.batch_shardings.history_time.mesh)
     batches = make_input(
         dataset,
         config.input.for_evaluation(
@@ -48,8 +49,8 @@ def evaluate_split(
             min_history=config.evaluation.min_history,
             max_requests=max_requests,
         ),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share,
+        process_count=num_shares,
     )
     return predict_all(program, state, (element.batch for element in batches))
 
@@ -89,12 +90,19 @@ def _fetched(
         yield jax.device_get(running)
 
 
-def metric_rows(predictions: Predictions, tasks: tuple[str, ...], **columns: Any) -> list[Row]:
+def metric_rows(
+    predictions: Predictions,
+    tasks: tuple[str, ...],
+    *,
+    on_failure: Callable[[str, Exception], None] | None = None,
+    **columns: Any,
+) -> list[Row]:
     """One row of ranking metrics per task.
 
     Args:
       predictions: From `predict_all`.
       tasks: Names of the tasks; a column "task" is added if there are several.
+      on_failure: See `ranking_metrics`.
       **columns: Put first in each row, such as `model="stca"`.
     """
     rows = []
@@ -104,6 +112,7 @@ def metric_rows(predictions: Predictions, tasks: tuple[str, ...], **columns: Any
             predictions.logit[:, k],
             predictions.user_id,
             predictions.request_id,
+            on_failure=on_failure,
         )
         named = {"task": task} if len(tasks) > 1 else {}
         rows.append({**columns, **named, **metrics})

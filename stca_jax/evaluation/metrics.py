@@ -5,6 +5,7 @@ only; a million predictions take tens of milliseconds, whatever the number of us
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64, Integer, Shaped, UInt64
@@ -136,7 +137,12 @@ def normalized_entropy(label: Labels, logit: Scores) -> float:
 
 
 def ranking_metrics(
-    label: Labels, logit: Scores, user_id: Groups, request_id: Groups
+    label: Labels,
+    logit: Scores,
+    user_id: Groups,
+    request_id: Groups,
+    *,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, float]:
     """All metrics of one set of predictions, as one row of a result table.
 
@@ -148,31 +154,44 @@ def ranking_metrics(
       logit: [n] floats.
       user_id: [n] integers.
       request_id: [n] integers that differ between the requests of all users.
+      on_failure: called with the name and the error of each metric that fails, which is then left
+        out of the row; None raises the error.
 
     Returns:
       `auc`, `gauc_user`, `gauc_request`, `log_loss`, `calibration` and `normalized_entropy`; then
-      the counts `num_targets`, `num_positives`, `num_users`, `num_requests`, and
-      `one_class_users` and `one_class_requests`, which the grouped AUCs leave out.
+      the counts `num_targets`, `num_positives`, and of users and of requests `num_users`,
+      `num_requests`, with `one_class_users` and `one_class_requests` which grouped AUCs leave out.
 
     Raises:
-      ValueError: as for `auc` and `grouped_auc`.
+      ValueError: as for `auc` and `grouped_auc`, without `on_failure`.
     """
-    user = grouped_auc(label, logit, user_id)
-    request = grouped_auc(label, logit, request_id)
-    return {
-        "auc": auc(label, logit),
-        "gauc_user": user.value,
-        "gauc_request": request.value,
-        "log_loss": log_loss(label, logit),
-        "calibration": calibration(label, logit),
-        "normalized_entropy": normalized_entropy(label, logit),
-        "num_targets": np.size(label),
-        "num_positives": int(np.count_nonzero(label)),
-        "num_users": user.num_groups,
-        "num_requests": request.num_groups,
-        "one_class_users": user.num_one_class_groups,
-        "one_class_requests": request.num_one_class_groups,
+    values: dict[str, float] = {}
+    counts = {"num_targets": np.size(label), "num_positives": int(np.count_nonzero(label))}
+    metrics: dict[str, Callable[[], float | GroupedAuc]] = {
+        "auc": lambda: auc(label, logit),
+        "gauc_user": lambda: grouped_auc(label, logit, user_id),
+        "gauc_request": lambda: grouped_auc(label, logit, request_id),
+        "log_loss": lambda: log_loss(label, logit),
+        "calibration": lambda: calibration(label, logit),
+        "normalized_entropy": lambda: normalized_entropy(label, logit),
     }
+    for name, metric in metrics.items():
+        try:
+            value = metric()
+        except Exception as error:
+            if on_failure is None:
+                raise
+            on_failure(name, error)
+            continue
+        if isinstance(value, GroupedAuc):
+            groups = name.removeprefix("gauc_") + "s"
+            counts |= {
+                f"num_{groups}": value.num_groups,
+                f"one_class_{groups}": value.num_one_class_groups,
+            }
+            value = value.value
+        values[name] = value
+    return {**values, **counts}
 
 
 def _checked(label: Labels, score: Scores) -> tuple[Bool[np.ndarray, " n"], Scores]:

@@ -23,6 +23,8 @@ class EmbeddingConfig:
     Attributes:
       item_width: Width of the item table; None is the model's width, which needs no projection.
       feature_width: Width of every other table.
+      replicated_rows: A trainer keeps tables of at most so many rows on every device, and divides
+        larger ones over all devices.
       time_delta: Embed request time - event time (log-spaced buckets). Needs rows of exclusive
         history, since the feature depends on the request.
       recency_index: Embed the number of events between the event and the request (log-spaced
@@ -31,6 +33,7 @@ class EmbeddingConfig:
 
     item_width: int | None = None
     feature_width: int = 16
+    replicated_rows: int = 4_096
     time_delta: bool = False
     recency_index: bool = False
 
@@ -40,17 +43,20 @@ class EmbeddingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.replicated_rows < 0:
+            raise ValueError(f"replicated_rows is {self.replicated_rows}; it must not be negative")
 
 
 class EmbeddingTable(nnx.Module):
-    """Rows of one vocabulary."""
+    """Rows of one vocabulary; a large one names its row axis, along which it can be divided."""
 
-    def __init__(self, num_rows: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, num_rows: int, width: int, *, large: bool = False, rngs: nnx.Rngs):
         # Rows of unit expected norm: at step 0 an item is as similar to itself as queries need.
         def init(key: Array, shape: tuple[int, ...]) -> Array:
             return jax.random.normal(key, shape) / jnp.sqrt(width)
 
-        self.rows = parameter(rngs, (num_rows, width), ("table_row", "table_width"), init)
+        row_axis = "table_row" if large else None
+        self.rows = parameter(rngs, (num_rows, width), (row_axis, "table_width"), init)
 
     def __call__(self, ids: Int[Array, ...]) -> Float[Array, "... width"]:
         """Looks rows up, in the table's own dtype."""
@@ -68,17 +74,37 @@ class FeatureEmbedding(nnx.Module):
         }
         self.tables = nnx.Dict(
             {
-                name: EmbeddingTable(rows, self.widths[name], rngs=rngs)
+                name: EmbeddingTable(
+                    rows, self.widths[name], large=rows > config.replicated_rows, rngs=rngs
+                )
                 for name, rows in schema.vocabularies.items()
             }
         )
 
-    def __call__(self, features: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
-        """Embeddings of the categorical features and [..., 1] columns of the numeric ones."""
-        return [
-            self.tables[n](features[n]) if self.schema.is_categorical(n) else features[n][..., None]
-            for n in names
-        ]
+    def __call__(
+        self,
+        features: Mapping[str, Array],
+        names: Sequence[str],
+        embedded: Mapping[str, Float[Array, "... width"]] | None = None,
+    ) -> list[Array]:
+        """Embeddings of the categorical features and [..., 1] columns of the numeric ones.
+
+        Args:
+          features: Ids and numbers, by name.
+          names: Which of them, in which order.
+          embedded: Embeddings looked up elsewhere, of tables that this module need not hold.
+        """
+        embedded = embedded or {}
+
+        def embed(name: str) -> Array:
+            if name in embedded:
+                return embedded[name]
+            values = features[name]
+            return (
+                self.tables[name](values) if self.schema.is_categorical(name) else values[..., None]
+            )
+
+        return [embed(name) for name in names]
 
     def width_of(self, names: Sequence[str]) -> int:
         """Total width of what `__call__` returns for `names`."""

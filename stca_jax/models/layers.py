@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 Initializer = Callable[[Array, tuple[int, ...]], Array]
+
+
+def recomputed(function: Callable[..., Any], remat: bool) -> Callable[..., Any]:
+    """The function; if `remat`, the backward pass keeps its inputs only and runs it again."""
+    return jax.checkpoint(lambda *args: function(*args)) if remat else function
 
 
 def scaled_normal(key: Array, shape: tuple[int, ...]) -> Array:

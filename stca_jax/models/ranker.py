@@ -18,7 +18,7 @@ from stca_jax.models.embedding import (
     TokenFusion,
     clear_padding,
 )
-from stca_jax.models.layers import Linear
+from stca_jax.models.layers import Linear, recomputed
 from stca_jax.models.rankmixer import RankMixer, RankMixerConfig
 from stca_jax.models.sequence import SequenceInput
 from stca_jax.models.stca import Stca, StcaConfig, log_count
@@ -41,6 +41,10 @@ class RankerConfig:
         over its own range: what feature stores call user-item cross counts.
       match_decay_days: Time constant of the decayed match count.
       dtype: Compute dtype. Parameters, softmax, statistics and losses are float32 in any case.
+      remat: What the backward pass computes again instead of keeping it: "none", the fusion of
+        "history" tokens (the widest activations, for 1/N of the forward pass), or "all": that,
+        every layer of the sequence module and every block of the backbone. (The attention op keeps
+        neither scores nor encoded tokens in any case, unless by kernels.)
     """
 
     sequence: StcaConfig = StcaConfig()
@@ -49,6 +53,7 @@ class RankerConfig:
     match_channel: bool = True
     match_decay_days: float = 28.0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "history", "all"] = "none"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a decay that is not positive."""
@@ -91,7 +96,7 @@ class Ranker(nnx.Module):
         target_width = self.embedding.width_of(self.target_names) + num_statistics
         self.history_fusion = TokenFusion(item_width, history_width, d, ratio, rngs=rngs)
         self.target_fusion = TokenFusion(item_width, target_width, d, ratio, rngs=rngs)
-        self.sequence = Stca(config.sequence, rngs=rngs)
+        self.sequence = Stca(config.sequence, remat=config.remat == "all", rngs=rngs)
         # Tokens of E8: z, the user's, the candidate's.
         widths = {"summary": d, "target": d}
         if schema.request:
@@ -106,23 +111,37 @@ class Ranker(nnx.Module):
         self.token_maps = nnx.Dict(
             {n: Linear(w, mixer_width, rngs=rngs, use_bias=True) for n, w in widths.items()}
         )
-        self.backbone = RankMixer(config.backbone, len(widths), mixer_width, rngs=rngs)
+        self.backbone = RankMixer(
+            config.backbone, len(widths), mixer_width, remat=config.remat == "all", rngs=rngs
+        )
         self.head = Linear(
             mixer_width, len(schema.tasks), rngs=rngs, logical_axes=("embed", None), use_bias=True
         )
 
-    def __call__(self, batch: RequestBatch) -> Float[Array, "R M tasks"]:
+    def __call__(
+        self,
+        batch: RequestBatch,
+        embedded: Mapping[str, Mapping[str, Float[Array, "R N width"]]] | None = None,
+    ) -> Float[Array, "R M tasks"]:
         """Logits in float32; padding slots hold finite numbers without meaning.
+
+        Args:
+          batch: What to score.
+          embedded: Embeddings by level and name of tables that are not looked up here, as those
+            that a trainer divides over its devices.
 
         Raises:
           ValueError: token features need rows of exclusive history and the batch shares it.
         """
         batch = _without_garbage(batch)
+        embedded = embedded or {}
         dtype = jnp.dtype(self.config.dtype)
         statistics = self._match_statistics(batch)
-        target_parts = self.embedding(batch.target, self.target_names) + statistics
-        history_parts = self.embedding(batch.history, self.history_names)
-        tokens = self.history_fusion(_cast(history_parts + self.time_features(batch), dtype))
+        target_parts = self.embedding(batch.target, self.target_names, embedded.get("target"))
+        target_parts += statistics
+        history_parts = self.embedding(batch.history, self.history_names, embedded.get("history"))
+        fuse = recomputed(self.history_fusion, self.config.remat != "none")
+        tokens = fuse(_cast(history_parts + self.time_features(batch), dtype))
         targets = self.target_fusion(_cast(target_parts, dtype))
         gathered = self.sequence(
             SequenceInput(
@@ -138,7 +157,7 @@ class Ranker(nnx.Module):
         sources: Mapping[str, list[Array]] = {
             "summary": [gathered.summary],
             "target": [targets],
-            "request": self.embedding(batch.request, self.schema.request),
+            "request": self.embedding(batch.request, self.schema.request, embedded.get("request")),
             "numbers": [*numbers, *statistics, gathered.counts],
         }
         mixer_tokens = [

@@ -7,13 +7,14 @@ axis inside, its gradient was measured at more than twice the time.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from stca_jax.models.layers import LayerNorm, parameter, zeros
+from stca_jax.models.layers import LayerNorm, parameter, recomputed, zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,16 @@ def mix_tokens(x: Float[Array, "T N W"]) -> Float[Array, "T N W"]:
 class RankMixer(nnx.Module):
     """Blocks of x = LN(mix(x) + x), x = LN(ffn(x) + x), then the mean over tokens."""
 
-    def __init__(self, config: RankMixerConfig, num_tokens: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: RankMixerConfig,
+        num_tokens: int,
+        width: int,
+        *,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.remat = remat
         if width % num_tokens:
             raise ValueError(
                 f"RankMixer width {width} must be a multiple of its {num_tokens} tokens"
@@ -89,6 +99,10 @@ class RankMixer(nnx.Module):
         """Hidden state of E9 for N targets."""
         x = tokens
         for block in self.blocks:
-            x = block["mix_norm"](mix_tokens(x) + x)
-            x = block["ffn_norm"](block["ffn"](x) + x)
+            x = recomputed(functools.partial(_mix, block), self.remat)(x)
         return x.mean(0)
+
+
+def _mix(block: nnx.Dict, x: Float[Array, "T N W"]) -> Float[Array, "T N W"]:
+    x = block["mix_norm"](mix_tokens(x) + x)
+    return block["ffn_norm"](block["ffn"](x) + x)

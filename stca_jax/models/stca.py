@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from stca_jax.models.layers import LayerNorm, Linear, SwiGLU, parameter
+from stca_jax.models.layers import LayerNorm, Linear, SwiGLU, parameter, recomputed
 from stca_jax.models.sequence import SequenceInput, SequenceOutput
 from stca_jax.ops.attention import history_layer
 from stca_jax.ops.encoder import HistoryEncoder
@@ -205,8 +205,9 @@ def _recency_rates(key: Array, shape: tuple[int, ...]) -> Array:
 class Stca(nnx.Module):
     """The sequence module: N layers and the output z."""
 
-    def __init__(self, config: StcaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: StcaConfig, *, remat: bool = False, rngs: nnx.Rngs):
         self.config = config
+        self.remat = remat
         self.layers = nnx.List([StcaLayer(config, i, rngs=rngs) for i in range(config.num_layers)])
         self.output_fusion = Fusion(config, config.num_layers, rngs=rngs)
         d = config.width
@@ -221,7 +222,7 @@ class Stca(nnx.Module):
         if self.config.count_channel:
             counts.append(log_count(num_events)[..., None].astype(dtype))
         for layer in self.layers:
-            output, log_sum_exp = layer(inputs, outputs, counts)
+            output, log_sum_exp = recomputed(layer, self.remat)(inputs, outputs, counts)
             outputs.append(output)
             if self.config.count_channel:
                 matched = jnp.where(num_events[..., None] > 0, log_sum_exp, 0) * _COUNT_SCALE

@@ -1,13 +1,19 @@
-"""Optimizers: optax for dense parameters, row-wise Adagrad for embedding tables."""
+"""Optimizers: optax for dense parameters, row-wise Adagrad or Adam for embedding tables."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+RowSlots = dict[str, Array]  # what an optimizer remembers of each row; first axes are rows
+
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8  # of row-wise Adam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +27,10 @@ class OptimizerConfig:
       learning_rate: Its peak learning rate.
       weight_decay: Decoupled weight decay of the dense parameters.
       clip_norm: The dense gradient is scaled down to at most this global norm.
-      table_learning_rate: Peak learning rate of the tables' row-wise Adagrad.
-      table_accumulator: What a row's sum of squared gradients starts from.
+      tables: Optimizer of the embedding tables, row by row. Adagrad keeps one number per row,
+        Adam a first moment as wide as the row, and two numbers.
+      table_learning_rate: Its peak learning rate.
+      table_accumulator: What Adagrad's sum of squared gradients starts from.
       warmup_steps: Length of the warm-up.
       final_fraction: Learning rate at the last step over the peak.
     """
@@ -31,6 +39,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-3
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    tables: Literal["adagrad", "adam"] = "adagrad"
     table_learning_rate: float = 0.03
     table_accumulator: float = 1e-8
     warmup_steps: int = 100
@@ -76,25 +85,80 @@ def dense_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTr
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
-def adagrad_rows(
-    table: Float[Array, "V W"],
-    accumulator: Float[Array, " V"],
-    ids: Int[Array, " U"],
+class RowOptimizer(NamedTuple):
+    """An optimizer of table rows, each of which learns on its own.
+
+    A row without a gradient stays as it is, and so do its slots: updating only the rows that a
+    batch touches is exactly the same as updating all of them.
+
+    Attributes:
+      init: (number of rows, width) -> slots.
+      update: (rows, slots, gradient, learning rate) -> (rows, slots), for any selection of rows.
+    """
+
+    init: Callable[[int, int], RowSlots]
+    update: Callable[
+        [Float[Array, "U W"], RowSlots, Float[Array, "U W"], Float[Array, ""]],
+        tuple[Float[Array, "U W"], RowSlots],
+    ]
+
+
+def row_optimizer(config: OptimizerConfig) -> RowOptimizer:
+    """Row-wise Adagrad or Adam, as configured."""
+    if config.tables == "adam":
+        return _ROW_ADAM
+    return RowOptimizer(
+        # Typed: a state of weakly typed numbers would compile the step twice.
+        lambda num_rows, _: {
+            "square_sum": jnp.full(num_rows, config.table_accumulator, jnp.float32)
+        },
+        _update_adagrad,
+    )
+
+
+def _update_adagrad(
+    rows: Float[Array, "U W"],
+    slots: RowSlots,
     gradient: Float[Array, "U W"],
     learning_rate: Float[Array, ""],
-) -> tuple[Float[Array, "V W"], Float[Array, " V"]]:
-    """Row-wise Adagrad on the touched rows only: one accumulated square per row.
+) -> tuple[Float[Array, "U W"], RowSlots]:
+    """Row-wise Adagrad: one sum per row, of the mean squared gradient."""
+    square_sum = slots["square_sum"] + jnp.square(gradient).mean(-1)
+    step = learning_rate * gradient / jnp.sqrt(square_sum)[:, None]
+    return rows - step, {"square_sum": square_sum}
 
-    Rows with a zero gradient stay as they are, so updating only the rows that a batch touches is
-    exactly the dense update.
 
-    Args:
-      table: Embedding rows.
-      accumulator: Sum over steps of the mean squared gradient of each row.
-      ids: Distinct row ids; an id >= V is an unused place and is dropped.
-      gradient: Gradient of those rows.
-      learning_rate: Scalar.
+def _init_adam(num_rows: int, width: int) -> RowSlots:
+    return {
+        "mean": jnp.zeros((num_rows, width)),
+        "mean_square": jnp.zeros(num_rows),
+        "count": jnp.zeros(num_rows, jnp.int32),
+    }
+
+
+def _update_adam(
+    rows: Float[Array, "U W"],
+    slots: RowSlots,
+    gradient: Float[Array, "U W"],
+    learning_rate: Float[Array, ""],
+) -> tuple[Float[Array, "U W"], RowSlots]:
+    """Row-wise Adam: one second moment per row, and time that counts the row's own updates.
+
+    A row that is touched again after a thousand steps goes on where it was: its moments do not
+    decay meanwhile, and its bias correction knows how few gradients it has seen.
     """
-    squares = accumulator.at[ids].get(mode="clip") + jnp.square(gradient).mean(-1)
-    step = -learning_rate * gradient / jnp.sqrt(squares)[:, None]
-    return table.at[ids].add(step, mode="drop"), accumulator.at[ids].set(squares, mode="drop")
+    count = slots["count"] + 1
+    mean = _BETA1 * slots["mean"] + (1 - _BETA1) * gradient
+    mean_square = _BETA2 * slots["mean_square"] + (1 - _BETA2) * jnp.square(gradient).mean(-1)
+    scale = jnp.sqrt(mean_square / (1 - _BETA2**count)) + _EPSILON
+    step = learning_rate * mean / ((1 - _BETA1**count) * scale)[:, None]
+    new = rows - step, {"mean": mean, "mean_square": mean_square, "count": count}
+    touched = (gradient != 0).any(-1)
+
+    def where_touched(value: Array, old: Array) -> Array:
+        return jnp.where(touched.reshape(-1, *[1] * (value.ndim - 1)), value, old)
+
+    return jax.tree.map(where_touched, new, (rows, slots))
+
+
+_ROW_ADAM = RowOptimizer(_init_adam, _update_adam)

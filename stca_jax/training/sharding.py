@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -25,6 +26,8 @@ class MeshConfig:
       data: Rows of the batch. -1 takes the devices that the other axes leave.
       sequence: History tokens of one row.
       model: FFN hidden units, attention heads.
+
+    Large tables are divided over the product of all three, which must divide 3,072.
     """
 
     data: int = -1
@@ -60,7 +63,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Mesh axis of each logical axis of a parameter; None is replicated.
+    """Mesh axis or axes of each logical axis of a parameter; None is replicated.
 
     Attributes:
       embed: Token width.
@@ -68,7 +71,7 @@ class ShardingRules:
       mlp: Hidden width of an FFN.
       head: Attention heads.
       head_width: Width of one head.
-      table_row: Rows of an embedding table.
+      table_row: Rows of a large embedding table; `table_rows` moves rows between all devices.
       table_width: Width of an embedding table.
     """
 
@@ -77,7 +80,7 @@ class ShardingRules:
     mlp: str | None = "model"
     head: str | None = "model"
     head_width: str | None = None
-    table_row: str | None = None
+    table_row: tuple[str, ...] = MESH_AXES
     table_width: str | None = None
 
     def partition_spec(self, logical_axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -96,10 +99,13 @@ def parameter_sharding(
     logical_axes = parameter.get_metadata()["logical_axes"]
     spec = rules.partition_spec(logical_axes)
     for size, logical, axis in zip(parameter.shape, logical_axes, spec, strict=True):
-        if axis and size % mesh.shape[axis]:
+        axes = (axis,) if isinstance(axis, str) else axis or ()
+        devices = math.prod(mesh.shape[a] for a in axes)
+        if size % devices:
+            names = " x ".join(map(repr, axes))
             raise UserError(
                 f"{path}: axis {logical!r} of size {size} is not divisible by mesh axis "
-                f"{axis!r} of size {mesh.shape[axis]}; change the model or --config.mesh.{axis}"
+                f"{names} of size {devices}; change the model or --config.mesh"
             )
     return NamedSharding(mesh, spec)
 
@@ -117,15 +123,42 @@ def batch_shardings(mesh: Mesh, batch: RequestBatch) -> RequestBatch:
     return shardings.replace(history={name: tokens for name in batch.history}, history_time=tokens)
 
 
+@functools.lru_cache
+def input_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of the rows of each global batch this process reads, and how many there are.
+
+    Processes along `sequence` or `model` hold the same rows and read the same share.
+
+    Raises:
+      UserError: the devices of some process hold other rows than a share of equal size.
+    """
+    rows: dict[int, set[int]] = {}
+    for position, devices in enumerate(mesh.devices):
+        for device in devices.flat:
+            rows.setdefault(device.process_index, set()).add(position)
+    shares = sorted({tuple(sorted(held)) for held in rows.values()})
+    if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != len(mesh.devices):
+        raise UserError(
+            f"mesh {dict(mesh.shape)} cuts through the devices of a process "
+            f"({len(mesh.local_devices)} each): make data, or sequence x model, a multiple of them"
+        )
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
 def device_batch(batch: RequestBatch, shardings: RequestBatch) -> RequestBatch:
     """Puts this process's rows on its devices: one global array, no copy between hosts.
 
     Args:
-      batch: NumPy arrays with the rows of this process.
+      batch: NumPy arrays with the rows of this process, its `input_share`.
       shardings: From `batch_shardings`.
     """
-    return jax.tree.map(
-        lambda rows, sharding: jax.make_array_from_process_local_data(sharding, rows),
-        batch,
-        shardings,
-    )
+    _, num_shares = input_share(shardings.history_time.mesh)
+    # Meant, but with several processes JAX does not know; see the trainer's transfer guard.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(
+            lambda rows, sharding: jax.make_array_from_process_local_data(
+                sharding, rows, (num_shares * len(rows), *rows.shape[1:])
+            ),
+            batch,
+            shardings,
+        )

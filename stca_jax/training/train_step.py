@@ -5,23 +5,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from stca_jax.batch import RequestBatch
+from stca_jax.errors import UserError
 from stca_jax.models.ranker import Ranker, RankerConfig
 from stca_jax.schema import Schema
 from stca_jax.training import table_rows
-from stca_jax.training.loss import LossWeighting, binary_cross_entropy
-from stca_jax.training.optimizer import OptimizerConfig, adagrad_rows, dense_optimizer, schedule
+from stca_jax.training.averaging import with_average
+from stca_jax.training.loss import LossWeighting, binary_cross_entropy, target_weights
+from stca_jax.training.optimizer import (
+    OptimizerConfig,
+    RowSlots,
+    dense_optimizer,
+    row_optimizer,
+    schedule,
+)
 from stca_jax.training.sharding import ShardingRules, batch_shardings, parameter_sharding
 
+OnDivergence = Literal["stop", "skip"]
 Tables = dict[str, Float[Array, "V W"]]
 
 
@@ -32,16 +42,16 @@ class TrainState:
     Attributes:
       step: Steps taken.
       dense: Parameters other than tables, nested by module.
-      tables: Rows of each embedding table.
+      tables: Rows of each embedding table, in the order of `stca_jax.training.table_rows`.
       optimizer: optax state of the dense parameters.
-      accumulators: Row-wise Adagrad's sums, by table.
+      table_optimizer: What the row-wise optimizer remembers, by table.
     """
 
     step: Int[Array, ""]
     dense: dict[str, Any]
     tables: Tables
     optimizer: Any
-    accumulators: dict[str, Float[Array, " V"]]
+    table_optimizer: dict[str, RowSlots]
 
 
 jax.tree_util.register_dataclass(TrainState)
@@ -56,6 +66,8 @@ class StepMetrics(NamedTuple):
       table_gradient_norm: Global norm of the tables' gradient.
       parameter_norm: Global norm of the dense parameters, after the update.
       learning_rate: Of the dense parameters.
+      diverged: The loss, a norm or an updated parameter is not finite, or the dense gradient is too
+        large. If the step was skipped, the other metrics are of the update that was not made.
     """
 
     loss: Float[Array, ""]
@@ -63,6 +75,7 @@ class StepMetrics(NamedTuple):
     table_gradient_norm: Float[Array, ""]
     parameter_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
+    diverged: Bool[Array, ""]
 
 
 class Predictions(NamedTuple):
@@ -114,7 +127,7 @@ def split_ranker(ranker: Ranker) -> tuple[nnx.GraphDef, dict[str, Any], Tables]:
 def merge_ranker(
     graph: nnx.GraphDef, dense: Mapping[str, Any], tables: Mapping[str, Array]
 ) -> Ranker:
-    """The inverse of `split_ranker`; tables may be cut down to the rows a batch touches."""
+    """The inverse of `split_ranker`; tables that are not read may have any rows."""
     rows = {"tables": {name: {"rows": rows} for name, rows in tables.items()}}
     return nnx.merge(graph, nnx.State({**dense, "embedding": rows}))
 
@@ -129,6 +142,10 @@ def make_program(
     num_steps: int,
     seed: int,
     loss_weighting: LossWeighting = "target",
+    accumulate_steps: int = 1,
+    on_divergence: OnDivergence = "stop",
+    max_gradient_norm: float | None = None,
+    ema_decay: float = 0.0,
     rules: ShardingRules | None = None,
 ) -> Program:
     """Builds the functions of a training run; nothing is compiled or allocated yet.
@@ -142,16 +159,39 @@ def make_program(
       num_steps: Length of the learning-rate schedule.
       seed: Of the initial parameters.
       loss_weighting: See `stca_jax.training.loss`.
+      accumulate_steps: Micro-batches that a batch is cut into, one after the other in the memory of
+        one; the update is that of the whole batch.
+      on_divergence: What a step does whose `StepMetrics.diverged` is set: "stop" leaves it to the
+        caller to stop, "skip" leaves parameters and optimizer as they are.
+      max_gradient_norm: A larger dense gradient counts as divergence; None is no limit.
+      ema_decay: Predict with an average of the dense parameters, see `stca_jax.training.averaging`;
+        0 keeps none.  Tables are not averaged: a step would have to touch every row.
       rules: Which mesh axis each parameter axis lies along.
 
     Raises:
-      UserError: a parameter cannot be divided by the mesh.
+      UserError: a parameter or the batch cannot be divided by the mesh.
     """
+    rows_per_unit = mesh.shape["data"] * accumulate_steps
+    if batch.num_rows % rows_per_unit:
+        raise UserError(
+            f"a batch of {batch.num_rows} rows cannot be divided over mesh axis 'data' of size "
+            f"{mesh.shape['data']} and {accumulate_steps} micro-batches: make input.rows_per_batch "
+            f"a multiple of {rows_per_unit}, or change mesh.data or training.accumulate_steps"
+        )
     transform = dense_optimizer(optimizer, num_steps)
+    if ema_decay:
+        transform = with_average(transform, ema_decay)
+    table_transform = row_optimizer(optimizer)
     fraction = schedule(optimizer, num_steps)
+    stored = table_rows.stored_schema(schema, model.embedding.replicated_rows)
+    divided = {
+        name: size
+        for name, size in stored.vocabularies.items()
+        if size > model.embedding.replicated_rows
+    }
 
     def new_ranker() -> Ranker:
-        return Ranker(model, schema, rngs=nnx.Rngs(seed))
+        return Ranker(model, stored, rngs=nnx.Rngs(seed))
 
     abstract_ranker = nnx.eval_shape(new_ranker)
     graph, _, _ = split_ranker(abstract_ranker)
@@ -163,55 +203,97 @@ def make_program(
             dense=dense,
             tables=tables,
             optimizer=transform.init(dense),
-            accumulators={
-                name: jnp.full(len(rows), optimizer.table_accumulator)
-                for name, rows in tables.items()
+            table_optimizer={
+                name: table_transform.init(*rows.shape) for name, rows in tables.items()
             },
         )
 
+    def loss_and_gradients(
+        dense: dict[str, Any],
+        rows: Tables,
+        batch: RequestBatch,
+        touched: dict[str, table_rows.TouchedRows],
+    ) -> tuple[Array, tuple[dict[str, Any], Tables]]:
+        total_weight = target_weights(batch, loss_weighting).sum()
+        places = {name: t.places for name, t in touched.items()}
+
+        def loss_of(
+            dense: dict[str, Any], rows: Tables, batch: RequestBatch, places: dict[str, Any]
+        ) -> Array:
+            here = {name: t._replace(places=places[name]) for name, t in touched.items()}
+            embedded = table_rows.embed(rows, here, batch, mesh)
+            logits = merge_ranker(graph, dense, rows)(batch, embedded)
+            return binary_cross_entropy(logits, batch, loss_weighting, total_weight)
+
+        of_batch = jax.value_and_grad(loss_of, argnums=(0, 1))
+        if accumulate_steps == 1:
+            return of_batch(dense, rows, batch, places)
+
+        def micro_batches(x: Array) -> Array:
+            # Every k-th row, so that each device cuts its own rows and none travels.
+            return x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1)
+
+        def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of_batch(dense, rows, *micro_batch)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, (total_weight, (dense, rows)))
+        return lax.scan(add, zeros, jax.tree.map(micro_batches, (batch, places)))[0]
+
     def train_step(state: TrainState, batch: RequestBatch) -> tuple[TrainState, StepMetrics]:
-        num_rows = {name: len(rows) for name, rows in state.tables.items()}
-        local_batch, touched = table_rows.touch(batch, num_rows)
-        touched_tables = table_rows.gather(state.tables, touched)
-
-        def loss_of(dense: dict[str, Any], tables: Tables) -> Array:
-            logits = merge_ranker(graph, dense, tables)(local_batch)
-            return binary_cross_entropy(logits, batch, loss_weighting)
-
-        loss, (dense_gradient, row_gradients) = jax.value_and_grad(loss_of, argnums=(0, 1))(
-            state.dense, touched_tables
+        touched = table_rows.touch(batch, divided, mesh)
+        rows = table_rows.fetch(state.tables, touched, mesh)
+        loss, (dense_gradient, row_gradients) = loss_and_gradients(
+            state.dense, rows, batch, touched
         )
         updates, optimizer_state = transform.update(dense_gradient, state.optimizer, state.dense)
-        scale = fraction(state.step)
-        updated = {
-            name: adagrad_rows(
-                rows,
-                state.accumulators[name],
-                touched[name],
-                row_gradients[name],
-                optimizer.table_learning_rate * scale,
-            )
-            for name, rows in state.tables.items()
-        }
         dense = optax.apply_updates(state.dense, updates)
+        gradient_norm, row_norm, parameter_norm = map(
+            optax.tree.norm, (dense_gradient, row_gradients, dense)
+        )
+        diverged = ~jnp.isfinite(loss + gradient_norm + row_norm + parameter_norm)
+        if max_gradient_norm is not None:
+            diverged |= gradient_norm > max_gradient_norm
+        if on_divergence == "skip":
+            dense, optimizer_state = jax.tree.map(
+                lambda old, new: jnp.where(diverged, old, new),
+                (state.dense, state.optimizer),
+                (dense, optimizer_state),
+            )
+            # Rows without a gradient stay as they are.
+            row_gradients = jax.tree.map(lambda g: jnp.where(diverged, 0, g), row_gradients)
+        scale = fraction(state.step)
+        tables, table_optimizer, table_square = table_rows.update(
+            state.tables,
+            state.table_optimizer,
+            touched,
+            row_gradients,
+            table_transform,
+            optimizer.table_learning_rate * scale,
+            mesh,
+        )
         metrics = StepMetrics(
             loss=loss,
-            gradient_norm=optax.tree.norm(dense_gradient),
-            table_gradient_norm=optax.tree.norm(row_gradients),
-            parameter_norm=optax.tree.norm(dense),
+            gradient_norm=gradient_norm,
+            table_gradient_norm=jnp.sqrt(table_square),
+            parameter_norm=parameter_norm,
             learning_rate=optimizer.learning_rate * scale,
+            diverged=diverged,
         )
         new_state = TrainState(
             step=state.step + 1,
             dense=dense,
-            tables={name: rows for name, (rows, _) in updated.items()},
+            tables=tables,
             optimizer=optimizer_state,
-            accumulators={name: sums for name, (_, sums) in updated.items()},
+            table_optimizer=table_optimizer,
         )
         return new_state, metrics
 
     def predict(state: TrainState, batch: RequestBatch) -> Predictions:
-        logit = merge_ranker(graph, state.dense, state.tables)(batch)
+        touched = table_rows.touch(batch, divided, mesh)
+        rows = table_rows.fetch(state.tables, touched, mesh)
+        embedded = table_rows.embed(rows, touched, batch, mesh)
+        dense = state.optimizer.average if ema_decay else state.dense
+        logit = merge_ranker(graph, dense, rows)(batch, embedded)
         return Predictions(logit, batch.label, batch.target_mask, batch.user_id, batch.request_id)
 
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -284,9 +366,9 @@ def _state_shardings(
         dense=jax.tree_util.tree_map_with_path(sharding_of, abstract_state.dense),
         tables={name: table(name) for name in abstract_state.tables},
         optimizer=jax.tree_util.tree_map_with_path(sharding_of, abstract_state.optimizer),
-        accumulators={
-            name: NamedSharding(mesh, PartitionSpec(table(name).spec[0]))
-            for name in abstract_state.accumulators
+        table_optimizer={
+            name: dict.fromkeys(slots, NamedSharding(mesh, PartitionSpec(*table(name).spec[:1])))
+            for name, slots in abstract_state.table_optimizer.items()
         },
     )
     return TrainState(**shardings)

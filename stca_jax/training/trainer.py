@@ -8,23 +8,27 @@ import json
 import logging
 import pathlib
 import signal
-import time
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from stca_jax import config as config_lib
 from stca_jax.batch import empty_batch
 from stca_jax.errors import UserError
 from stca_jax.evaluation.evaluator import evaluate_split, metric_rows
-from stca_jax.experiment import FREE_TO_CHANGE, ExperimentConfig
+from stca_jax.experiment import FREE_TO_CHANGE, ExperimentConfig, TrainingConfig
+from stca_jax.files import write_json
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import InputElement, count_batches, make_input
 from stca_jax.schema import Schema
-from stca_jax.training.checkpointing import Checkpointer, mark_best, write_json
+from stca_jax.training.checkpointing import Checkpointer, mark_best, read_best
+from stca_jax.training.distributed import SharedSignal, is_main_process
+from stca_jax.training.flops import chip_of, model_flops
 from stca_jax.training.metrics_writer import MetricsWriter
-from stca_jax.training.sharding import device_batch, make_mesh
+from stca_jax.training.monitoring import PhaseClock, Profiler, device_memory
+from stca_jax.training.sharding import device_batch, input_share, make_mesh
 from stca_jax.training.train_step import Program, StepMetrics, TrainState, make_program
 
 _log = logging.getLogger(__name__)
@@ -57,17 +61,14 @@ def train(
 
     Raises:
       UserError: the workdir belongs to another config, a record file is damaged, the disk is full,
-        or a step is not finite.
+        or a step diverged and `training.on_divergence` is "stop" (or all steps of a line did).
     """
     claim_workdir(workdir, config)
-    batches = make_input(
-        dataset,
-        config.input,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     num_steps = count_steps(config, dataset)
     program = experiment_program(config, dataset.schema, num_steps)
+    mesh = program.batch_shardings.history_time.mesh
+    share, num_shares = input_share(mesh)
+    batches = make_input(dataset, config.input, process_index=share, process_count=num_shares)
     checkpointer = Checkpointer(workdir, config.checkpoint)
     restored = checkpointer.restore_latest(program.abstract_state)
     if restored is None:
@@ -81,7 +82,9 @@ def train(
         checkpointer.close()
         return TrainingResult(step, num_steps)
 
-    recent = _RecentSteps(config.training.log_every_steps)
+    shared_signal = SharedSignal(mesh)
+    recent = _RecentSteps(config, dataset.schema, num_shares)
+    clock = recent.clock
     with (
         MetricsWriter(
             workdir,
@@ -89,28 +92,34 @@ def train(
             total_steps=num_steps,
             wandb=config.wandb,
             config=config_lib.flatten(config),
-            is_main_process=jax.process_index() == 0,
+            is_main_process=is_main_process(),
         ) as writer,
         _Signals() as signals,
+        Profiler(config.profile, workdir) as profiler,
         jax.transfer_guard("disallow"),
     ):
         stopped_by = None
         while step < num_steps and stopped_by is None:
-            started = time.perf_counter()
             element = next(batches)
-            waited = time.perf_counter() - started
-            batch = device_batch(element.batch, program.batch_shardings)
-            state, metrics = program.train_step(state, batch)
+            clock.lap("input")
+            with profiler.step(step + 1, state):
+                batch = device_batch(element.batch, program.batch_shardings)
+                state, metrics = program.train_step(state, batch)
             step += 1
-            recent.add(step, metrics, element, waited)
-            recent.report(writer)
-            stopped_by = signals.received if step < num_steps else None
+            recent.add(step, metrics, element)
+            stopped_by = shared_signal.agree(signals.received)
+            if step == num_steps:
+                stopped_by = None
             due = step % config.checkpoint.every_steps == 0 or step == num_steps
-            if due or stopped_by is not None:
-                recent.report(writer, everything=True)
+            is_saving = due or stopped_by is not None
+            recent.report(writer, everything=is_saving)
+            clock.lap("step")
+            if is_saving:
                 checkpointer.save(state, step, element.state)
+                clock.lap("checkpoint")
             if due and stopped_by is None:
                 validate(config, dataset, program, state, step, workdir, writer)
+                clock.lap("validation")
         checkpointer.close()
         batches.close()
     return TrainingResult(step, num_steps, stopped_by)
@@ -134,8 +143,9 @@ def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
                 f"{workdir} holds a run of another config (there -> now):\n  {listed}\n"
                 "Use the same values to go on with it, or another --workdir"
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, config_lib.to_dict(config))
+    if is_main_process():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, config_lib.to_dict(config))
 
 
 def load_workdir_config(workdir: pathlib.Path) -> ExperimentConfig:
@@ -160,13 +170,16 @@ def count_steps(config: ExperimentConfig, dataset: RequestDataset) -> int:
     return num_steps
 
 
-def experiment_program(config: ExperimentConfig, schema: Schema, num_steps: int) -> Program:
-    """The experiment's compiled functions, on a mesh of all devices.
+def experiment_program(
+    config: ExperimentConfig, schema: Schema, num_steps: int, mesh: Mesh | None = None
+) -> Program:
+    """The experiment's compiled functions.
 
     Args:
       config: The experiment.
       schema: Of its dataset.
       num_steps: Length of the learning-rate schedule.
+      mesh: By default the configured one, of all devices.
 
     Raises:
       UserError: the mesh does not fit the devices, the batch or the model.
@@ -182,11 +195,15 @@ def experiment_program(config: ExperimentConfig, schema: Schema, num_steps: int)
         config.model,
         schema,
         config.optimizer,
-        make_mesh(config.mesh),
+        mesh or make_mesh(config.mesh),
         shapes,
         num_steps=num_steps,
         seed=config.seed,
         loss_weighting=config.training.loss_weighting,
+        accumulate_steps=config.training.accumulate_steps,
+        on_divergence=config.training.on_divergence,
+        max_gradient_norm=config.training.max_gradient_norm,
+        ema_decay=config.training.ema_decay,
     )
 
 
@@ -194,6 +211,10 @@ def restore_for_evaluation(
     config: ExperimentConfig, dataset: RequestDataset, workdir: pathlib.Path, step: int
 ) -> tuple[Program, TrainState]:
     """The program of a run and the state of one of its checkpoints, on this process's devices."""
+    # A state fits any number of micro-batches, but their number constrains the mesh.
+    config = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, accumulate_steps=1)
+    )
     program = experiment_program(config, dataset.schema, num_steps=1)
     checkpointer = Checkpointer(workdir)
     state, _ = checkpointer.restore(step, program.abstract_state)
@@ -228,7 +249,10 @@ def validate(
         writer.write(step, numbers)
     value = float(np.mean([row[settings.metric] for row in rows]))
     _log.info("step %d: validation %s %.4f", step, settings.metric, value)
-    mark_best(workdir, step, settings.metric, value, larger_is_better=settings.larger_is_better)
+    best = read_best(workdir)
+    is_followed = best is not None and "@" in best["metric"]  # an evaluation job marks better ones
+    if is_main_process() and not is_followed:
+        mark_best(workdir, step, settings.metric, value, larger_is_better=settings.larger_is_better)
 
 
 class _Step(NamedTuple):
@@ -237,61 +261,109 @@ class _Step(NamedTuple):
     step: int
     metrics: StepMetrics
     element: InputElement
-    input_seconds: float
 
 
 class _RecentSteps:
     """Steps whose metrics are still on the device.
 
     A window of steps is fetched when the next one is full, so that fetching waits for no step.
+
+    Attributes:
+      clock: Of the loop; its laps since the last report are averaged over the steps reported.
     """
 
-    def __init__(self, window: int):
-        self._window = window
+    def __init__(self, config: ExperimentConfig, schema: Schema, num_shares: int):
+        self.clock = PhaseClock()
+        self._num_shares = num_shares  # of a global batch, of which this process reads one
+        self._training = config.training
+        self._flops = model_flops(config.model, schema, config.input.targets_per_row)
         self._steps: collections.deque[_Step] = collections.deque()
 
-    def add(self, step: int, metrics: StepMetrics, element: InputElement, waited: float) -> None:
-        """Remembers a step that was started, after waiting so many seconds for its batch."""
-        self._steps.append(_Step(step, metrics, element, waited))
+    def add(self, step: int, metrics: StepMetrics, element: InputElement) -> None:
+        """Remembers a step that was started."""
+        self._steps.append(_Step(step, metrics, element))
 
-    def report(self, writer: MetricsWriter, *, everything: bool = False) -> None:
+    def report(self, writer: MetricsWriter, *, everything: bool) -> None:
         """Writes the mean of each full window, once it is one window old, or of all that is left.
 
         Raises:
-          UserError: a step is not finite; names the step and its requests.
+          UserError: a step diverged, or a window of them where they are skipped; names the step and
+            its requests.
         """
-        while self._steps and (everything or len(self._steps) >= 2 * self._window):
-            size = min(self._window, len(self._steps))
-            window = [self._steps.popleft() for _ in range(size)]
-            fetched = jax.device_get([s.metrics for s in window])
-            for s, metrics in zip(window, fetched, strict=True):
-                if not np.isfinite(metrics).all():
-                    raise UserError(_describe_divergence(s, metrics))
-            summary = _summarise(window, fetched)
-            speed = writer.progress(
-                window[-1].step,
-                loss=summary["train/loss"],
-                tokens=sum(s.element.fill.tokens for s in window),
-                targets=sum(s.element.fill.targets for s in window),
-            )
-            writer.write(window[-1].step, summary | speed)
+        size = self._training.log_every_steps
+        windows: list[list[_Step]] = []
+        while self._steps and (everything or len(self._steps) >= 2 * size):
+            windows.append([self._steps.popleft() for _ in range(min(size, len(self._steps)))])
+        summaries = [self._summarise(window) for window in windows]
+        if not windows:
+            return
+        # Windows reported together are timed together: the first of them ended unseen.
+        self.clock.lap("step")
+        reported = [step for window in windows for step in window]
+        fills = [s.element.fill for s in reported]
+        speed = writer.progress(
+            reported[-1].step,
+            loss=summaries[-1]["train/loss"],
+            tokens=sum(fill.tokens for fill in fills),
+            targets=sum(fill.targets for fill in fills),
+        )
+        timing = self._timing(reported, is_compiled=bool(speed))
+        for window, summary in zip(windows, summaries, strict=True):
+            writer.write(window[-1].step, summary | speed | timing)
+
+    def _summarise(self, window: list[_Step]) -> dict[str, float]:
+        """Means over the steps of a window that were not skipped."""
+        fetched = jax.device_get([s.metrics for s in window])
+        diverged = [bool(m.diverged) for m in fetched]
+        is_skipping = self._training.on_divergence == "skip"
+        if all(diverged) if is_skipping else any(diverged):
+            first = diverged.index(True)
+            raise UserError(_describe_divergence(window[first], fetched[first], self._training))
+        kept = [m for m in fetched if not m.diverged]
+        columns = {n: [getattr(m, n) for m in kept] for n in StepMetrics._fields if n != "diverged"}
+        fills = [s.element.fill.metrics() for s in window]
+        columns |= {n: [f[n] for f in fills] for n in fills[0]}
+        summary = {f"train/{name}": float(np.mean(values)) for name, values in columns.items()}
+        if is_skipping:
+            summary["train/skipped_steps"] = sum(diverged)
+        return summary
+
+    def _timing(self, reported: list[_Step], *, is_compiled: bool) -> dict[str, float]:
+        """Where the time since the last report went, per step, and what the devices made of it."""
+        laps = self.clock.take()
+        timing = {
+            f"train/{phase}_seconds": laps.get(phase, 0.0) / len(reported)
+            for phase in ("input", "step", "checkpoint", "validation")
+        }
+        if is_compiled:
+            flops = sum(self._flops_of(step) for step in reported)
+            rate = flops / (laps["input"] + laps["step"])
+            timing["speed/model_flops_per_second"] = rate
+            devices = jax.devices()
+            if chip := chip_of(devices[0].device_kind):
+                timing["speed/model_flops_utilization"] = rate / (chip.flops * len(devices))
+        return timing | device_memory(jax.local_devices())
+
+    def _flops_of(self, step: _Step) -> float:
+        """Of the global batch; every share of it is taken to have as long ranges as ours."""
+        batch, fill = step.element.batch, step.element.fill
+        lengths = np.where(batch.target_mask, batch.history_end - batch.history_start, 0)
+        pairs = int(lengths.sum(dtype=np.int64)) * self._num_shares
+        return self._flops.train_step(fill.tokens, fill.targets, pairs)
 
 
-def _summarise(window: list[_Step], fetched: list[StepMetrics]) -> dict[str, float]:
-    """Means over a window of steps."""
-    columns = {n: [getattr(m, n) for m in fetched] for n in StepMetrics._fields}
-    fills = [s.element.fill.metrics() for s in window]
-    columns |= {n: [f[n] for f in fills] for n in fills[0]}
-    columns["input_seconds"] = [s.input_seconds for s in window]
-    return {f"train/{name}": float(np.mean(values)) for name, values in columns.items()}
-
-
-def _describe_divergence(step: _Step, metrics: StepMetrics) -> str:
+def _describe_divergence(step: _Step, metrics: StepMetrics, training: TrainingConfig) -> str:
     batch = step.element.batch
     ids = np.unique(batch.request_id[batch.target_mask]).tolist()
     shown = ", ".join(map(str, ids[:20])) + (", …" if len(ids) > 20 else "")
+    numbers = (metrics.loss, metrics.gradient_norm, metrics.parameter_norm)
+    what = "is not finite"
+    if np.isfinite(numbers).all() and training.max_gradient_norm is not None:
+        what = f"exceeds max_gradient_norm {training.max_gradient_norm:g}"
+    if training.on_divergence == "skip":
+        what += f", nor was any of the next {training.log_every_steps - 1} steps usable"
     return (
-        f"step {step.step} is not finite (loss {metrics.loss:.4g}, gradient norm "
+        f"step {step.step} {what} (loss {metrics.loss:.4g}, gradient norm "
         f"{metrics.gradient_norm:.4g}, parameter norm {metrics.parameter_norm:.4g}); training "
         f"stopped, and the last checkpoint is from before it. The batch held {len(ids)} requests "
         f"with ids {shown}. Look for odd feature "
@@ -317,4 +389,4 @@ class _Signals:
     def _remember(self, number: int, frame: Any) -> None:
         del frame
         self.received = signal.Signals(number)
-        _log.warning("%s: saving a checkpoint after this step", self.received.name)
+        _log.warning("%s: saving a checkpoint as soon as possible", self.received.name)

@@ -188,6 +188,27 @@ def test_ranking_metrics_row():
     }
 
 
+def test_failing_metric_does_not_stop_the_others(monkeypatch):
+    label, logit, user = random_predictions(300)
+    expected = metrics.ranking_metrics(label, logit, user, user)
+
+    def fail(*_):
+        raise MemoryError("too many groups")
+
+    monkeypatch.setattr(metrics, "calibration", fail)
+    failures = []
+    row = metrics.ranking_metrics(
+        label, logit, user, user, on_failure=lambda *failure: failures.append(failure)
+    )
+    del expected["calibration"]
+    assert row == expected
+    ((name, error),) = failures
+    assert name == "calibration"
+    assert str(error) == "too many groups"
+    with pytest.raises(MemoryError):
+        metrics.ranking_metrics(label, logit, user, user)
+
+
 @pytest.mark.parametrize(
     ("label", "score", "message"),
     [

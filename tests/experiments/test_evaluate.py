@@ -2,11 +2,22 @@
 
 import csv
 import json
+import random
+import shutil
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pytest
-from processes import run
+from processes import REPOSITORY, run, start, wait_until
+from sklearn.metrics import roc_auc_score
 
+from data.synthetic_interests import generator
+from stca_jax.evaluation.evaluator import evaluate_split, metric_rows
+from stca_jax.input.records import SPLITS
 from stca_jax.training.checkpointing import Checkpointer, read_best
+from stca_jax.training.trainer import load_workdir_config, restore_for_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +42,60 @@ def evaluate(workdir, data_dir, *arguments):
 def test_table_has_every_model_at_every_length(workdir, data_dir):
     status, output = evaluate(workdir, data_dir, "--lengths=16,300", "--step=last")
     assert status == 0, output
-    for name in ("counting", "logistic", "stca"):
+    for name in ("counting", "logistic", "truth", "stca"):
         assert len([line for line in output.splitlines() if line.startswith(f"| {name}")]) == 2
     with (workdir / "evaluation" / "test-12.csv").open() as file:
         table = list(csv.DictReader(file))
     lines = (workdir / "evaluation" / "test-12.jsonl").read_text().splitlines()
     assert [json.loads(line)["model"] for line in lines] == [row["model"] for row in table]
     assert {row["num_targets"] for row in table} == {table[0]["num_targets"]}  # the same targets
+
+
+def test_truth_is_the_true_function_of_the_window(workdir, data_dir, tiny_dataset):
+    assert evaluate(workdir, data_dir, "--lengths=16,300", "--step=6")[0] == 0
+    lines = (workdir / "evaluation" / "test-6.jsonl").read_text().splitlines()
+    truth = {row["length"]: row["auc"] for row in map(json.loads, lines) if row["model"] == "truth"}
+    config = generator.GeneratorConfig(**tiny_dataset.metadata["notes"]["generator"])
+    catalogue = generator.make_catalogue(config)
+    for length, auc in truth.items():
+        logits, labels = [], []
+        for user in range(len(tiny_dataset)):
+            record = tiny_dataset.record(user)
+            is_test = record.request_split == SPLITS.index("test")
+            targets = np.repeat(is_test, np.diff(record.target_offset))
+            logits.append(generator.true_logit(record, catalogue, length)[targets])
+            labels.append(record.label[targets, 0])
+        expected = roc_auc_score(np.concatenate(labels), np.concatenate(logits))
+        assert auc == pytest.approx(expected, abs=1e-5)  # float32 makes a few ties
+    assert set(truth) == {16, 300}
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_watching_adds_each_row_once_and_marks_the_best(workdir, data_dir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    path = copy / "evaluation" / "checkpoints.jsonl"
+    status, output = evaluate(copy, data_dir, "--watch", "--lengths=16,300")
+    assert status == 0, output
+    rows = read_rows(path)
+    scored = [row for row in rows if row["model"] == "stca"]
+    assert [(r["step"], r["length"]) for r in scored] == [(6, 16), (6, 300), (12, 16), (12, 300)]
+    others = sorted((r["model"], r["length"]) for r in rows if r["model"] != "stca")
+    assert others == [(n, k) for n in ("counting", "logistic", "truth") for k in (16, 300)]
+
+    at_longest = {row["step"]: row["auc"] for row in scored if row["length"] == 300}
+    best = max(at_longest, key=at_longest.__getitem__)
+    assert read_best(copy) == {"step": best, "metric": "auc@300", "value": at_longest[best]}
+
+    arguments = ["--lengths=16,300", "--split=validation", "--step=12"]
+    assert evaluate(copy, data_dir, *arguments)[0] == 0
+    offline = read_rows(copy / "evaluation" / "validation-12.jsonl")
+    assert sorted(map(str, offline)) == sorted(str(r) for r in rows if r.get("step") in (None, 12))
+
+    assert evaluate(copy, data_dir, "--watch", "--lengths=16,300")[0] == 0
+    assert read_rows(path) == rows
 
 
 def test_step_names_a_checkpoint(workdir, data_dir):
@@ -70,3 +128,95 @@ def test_directory_without_a_run_is_refused(tmp_path, data_dir):
     status, output = evaluate(tmp_path, data_dir)
     assert status == 1
     assert "holds no run" in output
+    status, output = evaluate(tmp_path, data_dir, "--watch", "--timeout=0")
+    assert status == 1
+    assert "config.json in 0 seconds" in output
+
+
+LENGTHS = (16, 64, 256)
+STEPS = range(8, 65, 8)
+
+
+def start_watching(workdir, data_dir, log):
+    arguments = [f"--workdir={workdir}", f"--data_dir={data_dir}", "--watch", "--noreferences"]
+    arguments.append(f"--lengths={','.join(map(str, LENGTHS))}")
+    with log.open("a") as file:  # not a pipe: nobody reads while the job runs
+        return subprocess.Popen(
+            [sys.executable, "-m", "experiments.evaluate", *arguments],
+            cwd=REPOSITORY,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def offline_rows(workdir, dataset, step):
+    """What an evaluation of this one checkpoint computes, without any of the watching."""
+    config = load_workdir_config(workdir)
+    program, state = restore_for_evaluation(config, dataset, workdir, step)
+    return [
+        row
+        for length in LENGTHS
+        for row in metric_rows(
+            evaluate_split(
+                program,
+                state,
+                dataset,
+                config,
+                split="validation",
+                length=length,
+                max_requests=config.evaluation.max_requests,
+            ),
+            dataset.schema.tasks,
+            step=step,
+            length=length,
+        )
+    ]
+
+
+@pytest.mark.slow
+def test_killed_restarted_and_shared_jobs_score_every_row_once(tmp_path, data_dir, tiny_dataset):
+    """Two jobs beside a training, killed at random; a checkpoint is deleted under them."""
+    workdir, log, kept = tmp_path / "run", tmp_path / "log", tmp_path / "kept"
+    chance = random.Random(0)
+    training = start(
+        "experiments.train",
+        "--config=experiments/configs/tiny.py",
+        f"--workdir={workdir}",
+        f"--data_dir={data_dir}",
+        f"--config.training.max_steps={STEPS[-1]}",
+        f"--config.checkpoint.every_steps={STEPS.step}",
+        "--config.checkpoint.keep_last=100",
+    )
+    jobs = [start_watching(workdir, data_dir, log) for _ in range(2)]
+    try:
+        checkpoints, deleted = workdir / "checkpoints", STEPS[2]
+        wait_until((checkpoints / str(deleted)).exists, training)
+        shutil.copytree(checkpoints / str(deleted), kept / "checkpoints" / str(deleted))
+        shutil.copy(workdir / "config.json", kept)
+        for kill in range(4):
+            time.sleep(chance.uniform(0.5, 9))
+            jobs[kill % 2].kill()
+            jobs[kill % 2].wait()
+            jobs[kill % 2] = start_watching(workdir, data_dir, log)
+            if kill == 1:
+                shutil.rmtree(checkpoints / str(deleted))
+        assert training.wait(120) == 0
+        assert [job.wait(120) for job in jobs] == [0, 0], log.read_text()[-3000:]
+    finally:
+        for process in (training, *jobs):
+            process.kill()
+
+    rows = read_rows(workdir / "evaluation" / "checkpoints.jsonl")
+    found = {(row["step"], row["length"]): row for row in rows}
+    assert len(found) == len(rows)
+    wanted = {(step, length) for step in STEPS for length in LENGTHS}
+    assert wanted - found.keys() <= {(deleted, length) for length in LENGTHS}
+    for step in STEPS:
+        directory = kept if step == deleted else workdir
+        for row in offline_rows(directory, tiny_dataset, step):
+            if (step, row["length"]) in found:
+                assert row.items() <= found[step, row["length"]].items()
+
+    existing = {s: found[s, LENGTHS[-1]]["auc"] for s in STEPS if s != deleted}
+    assert read_best(workdir)["step"] == max(existing, key=existing.__getitem__)
+    assert not list((workdir / "evaluation" / "checkpoints.claims").glob("validation-*"))

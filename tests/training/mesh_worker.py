@@ -1,5 +1,7 @@
 """Trains a few steps on several meshes of forced CPU devices; prints {mesh: [losses, parameters]}.
 
+On one device all tables are whole, with dense gradients; on the others the item table is divided.
+
 Run by test_sharding.py in a process of its own, since the number of devices is fixed at start.
 """
 
@@ -15,6 +17,7 @@ from stca_jax.config import apply_overrides
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import make_input
 from stca_jax.training.sharding import MeshConfig, device_batch, make_mesh
+from stca_jax.training.table_rows import rows_by_id
 from stca_jax.training.train_step import make_program
 
 STEPS = 20
@@ -41,7 +44,10 @@ def main(directory: str) -> None:
         ((1, 1, 8), 8),  # heads are divided along `model`
     ):
         mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
-        model = apply_overrides(config.model, {"sequence.num_heads": heads})
+        replicated = 10_000 if sizes == (1, 1, 1) else 32  # 320 items, 32 categories
+        model = apply_overrides(
+            config.model, {"sequence.num_heads": heads, "embedding.replicated_rows": replicated}
+        )
         results[f"{sizes} heads={heads}"] = run(model, dataset, config, mesh, shapes, elements)
     json.dump(results, sys.stdout)
 
@@ -57,7 +63,12 @@ def run(model, dataset, config, mesh, shapes, elements) -> dict[str, list[float]
         state, metrics = program.train_step(state, batch)
         losses.append(float(metrics.loss))
     rows_of_first_device = batch.history_time.addressable_shards[0].data
-    leaves = jax.tree.leaves(jax.device_get((state.dense, state.tables)))
+    sizes = dataset.schema.vocabularies
+    tables = {
+        name: table if len(table) == sizes[name] else rows_by_id(table, sizes[name])
+        for name, table in state.tables.items()
+    }
+    leaves = jax.tree.leaves(jax.device_get((state.dense, tables)))
     return {
         "losses": losses,
         "parameters": np.concatenate([leaf.ravel() for leaf in leaves]).tolist(),

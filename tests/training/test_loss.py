@@ -109,3 +109,18 @@ def test_weights_of_padding_are_zero():
     batch = spoil_padding(two_requests()[0])
     weights = target_weights(batch, "request")
     np.testing.assert_allclose(weights, [[1 / 3, 1 / 3, 1 / 3, 0], [1, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("weighting", ["target", "request"])
+def test_losses_of_micro_batches_add_up(weighting):
+    batch, logits = two_requests()
+    total = target_weights(batch, weighting).sum()
+    parts = [
+        binary_cross_entropy(
+            logits[row], jax.tree.map(lambda x, row=row: x[row], batch), weighting, total
+        )
+        for row in (slice(0, 1), slice(1, 2))
+    ]
+    np.testing.assert_allclose(
+        sum(parts), binary_cross_entropy(logits, batch, weighting), rtol=1e-6
+    )

@@ -4,32 +4,31 @@ import numpy as np
 import optax
 import pytest
 
-from stca_jax.training.optimizer import OptimizerConfig, adagrad_rows, dense_optimizer, schedule
+from stca_jax.training.optimizer import OptimizerConfig, dense_optimizer, row_optimizer, schedule
 
 
-def test_adagrad_on_touched_rows_is_the_dense_update():
-    rng = np.random.default_rng(0)
-    table, sums = rng.normal(size=(6, 3)), rng.uniform(0.1, 1, size=6)
-    ids = np.array([1, 4, 6, 6])  # two unused places
-    gradient = np.vstack([rng.normal(size=(2, 3)), np.zeros((2, 3))])
-
-    dense = np.zeros_like(table)
-    np.add.at(dense, ids[:2], gradient[:2])
-    expected_sums = sums + (dense**2).mean(1)
-    expected = table - 0.1 * dense / np.sqrt(expected_sums)[:, None]
-
-    found, found_sums = adagrad_rows(
-        jnp.asarray(table), jnp.asarray(sums), jnp.asarray(ids), jnp.asarray(gradient), 0.1
-    )
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    np.testing.assert_allclose(found_sums, expected_sums, rtol=1e-5)
+@pytest.mark.parametrize("name", ["adagrad", "adam"])
+def test_row_without_gradient_stays_and_so_do_its_slots(name):
+    transform = row_optimizer(OptimizerConfig(tables=name))
+    rows, gradient = jnp.ones((3, 2)), jnp.array([[1.0, 2], [0, 0], [0, 1]])
+    slots = transform.init(3, 2)
+    for _ in range(2):
+        new_rows, new_slots = transform.update(rows, slots, gradient, 0.1)
+        for old, new in zip(
+            jax.tree.leaves((rows, slots)), jax.tree.leaves((new_rows, new_slots)), strict=True
+        ):
+            np.testing.assert_array_equal(new[1], old[1])
+            assert (new[0] != old[0]).any()
+        rows, slots = new_rows, new_slots
 
 
-def test_row_without_gradient_stays():
-    table, sums = jnp.ones((3, 2)), jnp.full(3, 1e-8)
-    found, found_sums = adagrad_rows(table, sums, jnp.array([0, 2]), jnp.zeros((2, 2)), 0.1)
-    np.testing.assert_array_equal(found, table)
-    np.testing.assert_array_equal(found_sums, sums)
+def test_first_adam_step_of_a_row_is_its_learning_rate_however_late():
+    transform = row_optimizer(OptimizerConfig(tables="adam"))
+    rows, slots = jnp.zeros((2, 1)), transform.init(2, 1)
+    for step in range(50):
+        gradient = jnp.array([[1.0], [7.0 if step == 49 else 0.0]])
+        rows, slots = transform.update(rows, slots, gradient, 0.1)
+    np.testing.assert_allclose(rows[1], -0.1, rtol=1e-5)
 
 
 def test_schedule_warms_up_and_falls():

@@ -1,61 +1,165 @@
+"""Lookups and updates of divided tables against NumPy in float64, on one device and on eight."""
+
+import os
+import subprocess
+import sys
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stca_jax.batch import Request, from_requests
+from stca_jax.batch import empty_batch
 from stca_jax.schema import Schema
-from stca_jax.training.table_rows import gather, touch
+from stca_jax.training import table_rows
+from stca_jax.training.optimizer import OptimizerConfig, row_optimizer
+from stca_jax.training.sharding import MeshConfig, batch_shardings, device_batch, make_mesh
+from stca_jax.training.table_rows import rows_by_id, stored_row, stored_schema
 
+SIZE, WIDTH = 7_000, 4
 SCHEMA = Schema(
     history=("item", "kind"),
     target=("item", "kind"),
     request=("user",),
-    vocabularies={"item": 1_000, "kind": 3, "user": 50},
+    vocabularies={"item": SIZE, "kind": 3, "user": 5_000},
     tasks=("click",),
 )
+STORED = stored_schema(SCHEMA, replicated_rows=4_096)
+DIVIDED = {"item": 9_216, "user": 6_144}
 
 
-@pytest.fixture
-def batch():
-    request = Request(
-        history={"item": [812, 7, 812, 999], "kind": [0, 1, 2, 0]},
-        history_time=[1, 2, 3, 4],
-        time=9,
-        targets={"item": [7, 55], "kind": [1, 2]},
-        labels=[1, 0],
-        features={"user": 49},
-    )
-    return from_requests(SCHEMA, [request])
+def test_stored_sizes_are_multiples_that_do_not_depend_on_the_mesh():
+    assert STORED.vocabularies == {"item": 9_216, "kind": 3, "user": 6_144}
+    assert stored_schema(SCHEMA, replicated_rows=10_000) == SCHEMA
 
 
-def test_touched_rows_are_distinct_and_padded_with_the_table_size(batch):
-    _, touched = touch(batch, SCHEMA.vocabularies)
-    assert touched["item"].tolist() == [7, 55, 812, 999, 1_000, 1_000]
-    assert touched["user"].tolist() == [49, 50]
+def test_every_id_has_a_row_of_its_own_and_neighbours_lie_far_apart():
+    rows = np.asarray(stored_row(jnp.arange(9_216), 9_216))
+    assert sorted(rows) == list(range(9_216))
+    block = 9_216 // 8
+    owners = np.bincount(rows[:800] // block, minlength=8)  # the most frequent ids
+    assert owners.max() <= 400  # 384 consecutive ids share a device
 
 
-def test_a_table_smaller_than_the_batch_is_touched_whole(batch):
-    local, touched = touch(batch, SCHEMA.vocabularies)
-    assert touched["kind"].tolist() == [0, 1, 2]
-    np.testing.assert_array_equal(local.history["kind"], batch.history["kind"])
+def test_rows_by_id_undoes_the_order_of_storage():
+    ids = np.arange(SIZE)
+    table = np.zeros((9_216, 1))
+    table[np.asarray(stored_row(ids, 9_216))] = ids[:, None]
+    np.testing.assert_array_equal(rows_by_id(jnp.asarray(table), SIZE)[:, 0], ids)
 
 
-def test_local_ids_read_the_same_rows_from_the_gathered_table(batch):
-    rng = np.random.default_rng(0)
-    tables = {
-        name: rng.normal(size=(size, 4)).astype(np.float32)
-        for name, size in SCHEMA.vocabularies.items()
-    }
-    local, touched = touch(batch, SCHEMA.vocabularies)
-    rows = gather({name: jnp.asarray(table) for name, table in tables.items()}, touched)
+def random_batch(rng, kind: str):
+    """Ids as they come: skewed, all different, all the same, or all owned by one device."""
+    batch = empty_batch(SCHEMA, 8, 64, 6, shared_history=True)
+    draw = {
+        "skewed": lambda size, shape: (size * rng.random(shape) ** 4).astype(np.int32),
+        "distinct": lambda size, shape: rng.permutation(size)[: np.prod(shape)].reshape(shape),
+        "same": lambda size, shape: np.full(shape, size - 1),
+        "one owner": lambda size, shape: rng.integers(0, 100, shape) + 3_072,
+    }[kind]
     for level in ("history", "target", "request"):
         for name, ids in getattr(batch, level).items():
-            found = rows[name][getattr(local, level)[name]]
-            np.testing.assert_array_equal(found, tables[name][ids])
+            ids[:] = draw(SCHEMA.vocabularies[name], ids.shape) if name in DIVIDED else 0
+    return batch
 
 
-def test_equality_of_ids_between_levels_is_kept(batch):
-    local, _ = touch(batch, SCHEMA.vocabularies)
-    before = batch.target["item"][0][:, None] == batch.history["item"][0][None]
-    after = local.target["item"][0][:, None] == local.history["item"][0][None]
-    np.testing.assert_array_equal(after, before)
+class Float64Optimizer:
+    """The update rules written down once more, for one row at a time."""
+
+    def __init__(self, name: str, config: OptimizerConfig):
+        self.name, self.slots = name, {}
+        self.start = config.table_accumulator
+
+    def update(self, key, row, gradient, learning_rate):
+        if self.name == "adagrad":
+            self.slots[key] = self.slots.get(key, self.start) + (gradient**2).mean()
+            return row - learning_rate * gradient / np.sqrt(self.slots[key])
+        m, v, t = self.slots.get(key, (0, 0, 0))
+        m, v, t = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * (gradient**2).mean(), t + 1
+        self.slots[key] = m, v, t
+        return row - learning_rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+
+
+def check(mesh, optimizer: str, kinds) -> None:
+    """Embeds and updates a few batches, and compares with NumPy after each."""
+    rng = np.random.default_rng(0)
+    config = OptimizerConfig(tables=optimizer)
+    transform, oracle = row_optimizer(config), Float64Optimizer(optimizer, config)
+    tables = {n: rng.normal(size=(s, WIDTH)).astype(np.float32) for n, s in DIVIDED.items()}
+    slots = {n: transform.init(s, WIDTH) for n, s in DIVIDED.items()}
+    expected = {
+        n: np.asarray(rows_by_id(jnp.asarray(t), SCHEMA.vocabularies[n]), np.float64)
+        for n, t in tables.items()
+    }
+    shardings = batch_shardings(mesh, random_batch(rng, "same"))
+
+    @jax.jit
+    def step(tables, slots, batch, weights):
+        touched = table_rows.touch(batch, DIVIDED, mesh)
+        rows = table_rows.fetch(tables, touched, mesh)
+
+        def loss(rows):
+            embedded = table_rows.embed(rows, touched, batch, mesh)
+            return sum(jax.tree.leaves(jax.tree.map(lambda e, w: (e * w).sum(), embedded, weights)))
+
+        embedded = table_rows.embed(rows, touched, batch, mesh)
+        gradient = jax.grad(loss)(rows)
+        return embedded, *table_rows.update(
+            tables, slots, touched, gradient, transform, jnp.float32(0.1), mesh
+        )
+
+    for kind in kinds:
+        batch = random_batch(rng, kind)
+        weights = {
+            level: {
+                name: rng.normal(size=(*ids.shape, WIDTH)).astype(np.float32)
+                for name, ids in getattr(batch, level).items()
+                if name in DIVIDED
+            }
+            for level in ("history", "target", "request")
+        }
+        with jax.set_mesh(mesh):
+            on_mesh = device_batch(batch, shardings)
+            embedded, tables, slots, square = step(tables, slots, on_mesh, weights)
+        total = {n: {} for n in DIVIDED}
+        for level, of_level in weights.items():
+            for name, weight in of_level.items():
+                ids = getattr(batch, level)[name]
+                np.testing.assert_allclose(
+                    embedded[level][name], expected[name][ids], rtol=2e-5, atol=2e-5
+                )
+                for i, w in zip(ids.ravel(), weight.reshape(-1, WIDTH), strict=True):
+                    total[name][i] = total[name].get(i, 0) + w.astype(np.float64)
+        squares = sum((g**2).sum() for t in total.values() for g in t.values())
+        np.testing.assert_allclose(square, squares, rtol=1e-4)
+        for name, gradients in total.items():
+            for i, gradient in gradients.items():
+                expected[name][i] = oracle.update((name, i), expected[name][i], gradient, 0.1)
+            found = rows_by_id(tables[name], SCHEMA.vocabularies[name])
+            np.testing.assert_allclose(found, expected[name], rtol=2e-5, atol=2e-5)
+
+
+KINDS = ("skewed", "same", "distinct", "one owner", "skewed")
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
+def test_one_device(optimizer):
+    check(make_mesh(MeshConfig(), jax.devices()[:1]), optimizer, KINDS)
+
+
+def check_on_eight_devices() -> None:
+    check(make_mesh(MeshConfig(2, 2, 2)), "adam", KINDS)
+    check(make_mesh(MeshConfig(8, 1, 1)), "adagrad", KINDS)
+    check(make_mesh(MeshConfig(1, 4, 2)), "adagrad", ("skewed", "one owner"))
+
+
+@pytest.mark.slow
+def test_eight_devices():
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; import test_table_rows as t; t.check_on_eight_devices()"],
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,45 @@
+"""Draws one page about one or more runs.
+
+python -m experiments.report --workdir=/path/to/run [--workdir=/path/to/another ...]
+    --output=report.html
+
+The page holds quality by history length (beside the references, where an evaluation wrote them), by
+step and by training cost, calibration, throughput and the config. It is one HTML file that loads
+nothing; the charts also lie as PNG in a directory of the same name. It reads what `train` and
+`evaluate` wrote, at any time.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from experiments import launch
+from stca_jax.evaluation.report import load_run, write_report
+
+_WORKDIRS = flags.DEFINE_multi_string("workdir", None, "Directory of a run.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "The page: a file ending in .html.", required=True)
+flags.adopt_module_key_flags(launch)
+
+
+def main() -> None:
+    """Writes the page."""
+    workdirs = [pathlib.Path(workdir).expanduser().absolute() for workdir in _WORKDIRS.value]
+    runs = [load_run(*named) for named in zip(workdirs, _names(workdirs), strict=True)]
+    page, *charts = write_report(runs, pathlib.Path(_OUTPUT.value).expanduser())
+    print(f"written to {page}, and {len(charts)} charts to {page.with_suffix('')}")
+
+
+def _names(workdirs: Sequence[pathlib.Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    for length in range(1, max(len(path.parts) for path in workdirs)):
+        names = ["/".join(path.parts[-length:]) for path in workdirs]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in workdirs]
+
+
+if __name__ == "__main__":
+    launch.run(main)

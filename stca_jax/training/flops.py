@@ -1,0 +1,153 @@
+"""Analytic cost of a train step: floating-point operations, memory traffic, and what chips can do.
+
+Only matrix products are counted, as the model's algebra has them: neither recomputation nor padding
+nor elementwise work.  Forward, a weight costs 2 FLOPs per entry and row that it multiplies; the
+backward pass costs twice the forward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from flax import nnx
+
+from stca_jax.models.ranker import Ranker, RankerConfig
+from stca_jax.ops.attention import cheaper_order
+from stca_jax.schema import Schema
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak rates of one device, from its vendor's data sheet.
+
+    Attributes:
+      device_kinds: How JAX calls it.
+      flops: bfloat16 FLOP/s, dense.
+      memory: Bytes of HBM.
+      bandwidth: Bytes/s of HBM.
+      interconnect: Bytes/s that a device can send to the others of its slice or node.
+    """
+
+    device_kinds: tuple[str, ...]
+    flops: float
+    memory: float
+    bandwidth: float
+    interconnect: float
+
+
+CHIPS: Mapping[str, Chip] = {
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 0.819e12, 200e9),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 2.765e12, 600e9),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1.64e12, 400e9),
+    "a100": Chip(("NVIDIA A100-SXM4-80GB",), 312e12, 80 * 2**30, 2.039e12, 300e9),
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80 * 2**30, 3.352e12, 450e9),
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls by that name; None if its peak is not known here."""
+    return next((c for c in CHIPS.values() if device_kind in c.device_kinds), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFlops:
+    """FLOPs of a forward pass by what they are proportional to.
+
+    Attributes:
+      per_token: For each history token: fusion (x of E1), history FFN (E1), keys and values.
+      per_target: For each target: everything else but attention.
+      per_pair: For each target and token of its range: scores and weighted sums (E3, E4).
+    """
+
+    per_token: int
+    per_target: int
+    per_pair: int
+
+    def train_step(self, tokens: float, targets: float, pairs: float) -> float:
+        """FLOPs of a forward and a backward pass.
+
+        Args:
+          tokens: History tokens of the batch that some range covers.
+          targets: Valid targets.
+          pairs: Sum over targets of the length of their range.
+        """
+        forward = self.per_token * tokens + self.per_target * targets + self.per_pair * pairs
+        return 3 * forward
+
+
+def model_flops(config: RankerConfig, schema: Schema, targets_per_row: int) -> ModelFlops:
+    """FLOPs of the configured model, in the order of attention that it runs.
+
+    Args:
+      config: The model.
+      schema: Of its dataset; the sizes of vocabularies do not matter.
+      targets_per_row: Target slots of a row, by which the order is chosen.
+    """
+    sequence = config.sequence
+    order = sequence.attention_order or cheaper_order(
+        targets_per_row, sequence.num_heads, sequence.width
+    )
+    ranker = nnx.eval_shape(lambda: Ranker(config, schema, rngs=nnx.Rngs(0)))
+    per_token = per_target = 0
+    for path, weight in nnx.to_flat_state(nnx.state(ranker, nnx.Param)):
+        names = [str(name) for name in path]
+        if weight.ndim < 2 or names[-1] == "rows" or names[-1].endswith("bias"):
+            continue  # scales, tables and biases multiply nothing
+        if _is_of_tokens(names, order):
+            per_token += 2 * math.prod(weight.shape)
+        else:
+            per_target += 2 * math.prod(weight.shape)
+    heads_per_key = sequence.num_heads if order == "absorbed" else 1
+    return ModelFlops(
+        per_token, per_target, per_pair=sequence.num_layers * 4 * sequence.width * heads_per_key
+    )
+
+
+def _is_of_tokens(names: list[str], order: str) -> bool:
+    """Whether a weight multiplies history tokens rather than targets."""
+    projects = names[-1] in ("w_key", "w_value") and order == "projected"
+    return names[0] == "history_fusion" or "history_ffn" in names or projects
+
+
+def step_traffic(
+    config: RankerConfig,
+    schema: Schema,
+    *,
+    tokens: float,
+    targets: float,
+    dense_bytes: float,
+    optimizer_bytes: float,
+) -> float:
+    """Bytes that a train step must move to and from memory, at the least.
+
+    Dense parameters are read by the forward pass, the backward pass and the update, and written;
+    their gradients and the optimizer's slots are written and read.  History tokens are written
+    once; every layer reads them in both passes and adds to their gradient.  A table row is read,
+    its gradient written and read, and the row updated, for every id anew.
+
+    Args:
+      config: The model.
+      schema: Of its dataset.
+      tokens: History tokens of the batch.
+      targets: Targets of the batch.
+      dense_bytes: Of the dense parameters.
+      optimizer_bytes: Of the optimizer's slots.
+    """
+    embedding, sequence = config.embedding, config.sequence
+    widths = {
+        name: (embedding.item_width or sequence.width)
+        if name == schema.item
+        else embedding.feature_width
+        for name in schema.vocabularies
+    }
+    row_bytes = {
+        level: 4 * sum(widths.get(name, 0) for name in getattr(schema, level))
+        for level in ("history", "target", "request")
+    }
+    rows = tokens * row_bytes["history"]
+    rows += targets * (row_bytes["target"] + row_bytes["request"])
+    itemsize = 2 if config.dtype == "bfloat16" else 4
+    token_bytes = (1 + 4 * sequence.num_layers) * tokens * sequence.width * itemsize
+    return 6 * dense_bytes + 2 * optimizer_bytes + 5 * rows + token_bytes

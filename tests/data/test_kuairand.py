@@ -1,0 +1,182 @@
+"""Hand-picked events of a small KuaiRand log: midnight in Beijing, ties, features, leaks."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import statistics
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from data.preparation import prepare
+from stca_jax.input.dataset import RequestDataset
+
+LOG_HEADER = (
+    "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,"
+    "long_view,play_time_ms,duration_ms,profile_stay_time,comment_stay_time,is_profile_enter,"
+    "is_rand,tab"
+)
+VIDEOS = (
+    "video_id,author_id,video_type,upload_dt,upload_type,visible_status,video_duration,"
+    "server_width,server_height,music_id,music_type,tag",
+    '0,123,NORMAL,2022-04-07,LongImport,1.0,87433.0,720.0,1280.0,9155697141,9.0,"12,65"',
+    "1,123,NORMAL,2022-04-07,Kmovie,1.0,9233.0,720.0,1280.0,6355810746,9.0,12",
+    "2,456,AD,2022-04-08,ShortImport,0.0,,720.0,1280.0,6355810746,4.0,65",
+    "3,456,NORMAL,,ShortCamera,1.0,218066.0,1080.0,1920.0,6618412736,,",
+)  # video 4 is shown, but not in the table
+ONE_HOT = ",0,1,17,638,2.0,0,1,6,3,0,2,3,0.0,0.0,0.0,0.0,,1.0"
+USERS = (
+    "user_id,user_active_degree,is_lowactive_period,is_live_streamer,is_video_author,"
+    "follow_user_num,follow_user_num_range,fans_user_num,fans_user_num_range,friend_user_num,"
+    "friend_user_num_range,register_days,register_days_range,"
+    + ",".join(f"onehot_feat{k}" for k in range(18)),
+    '0,full_active,0,0,1,5,"(0,10]",312,"[100,1k)",0,0,3624,730+' + ONE_HOT,
+    '1,UNKNOWN,1,0,0,120,"(100,150]",0,0,3,"[1,5)",107,91-180' + ONE_HOT,
+)  # user 2 is shown videos, but is not in the table
+BEIJING = datetime.timezone(datetime.timedelta(hours=8))
+PICKED = "0"  # the user of the events picked below
+
+
+def milliseconds(text: str) -> int:
+    return int(datetime.datetime.fromisoformat(text).replace(tzinfo=BEIJING).timestamp() * 1_000)
+
+
+def line(user, video, when: str, outcome=(0, 0, 0), played=0, duration=10_000, tab=1, rand=0):
+    """A row as published; outcome is click, like and long view."""
+    time = milliseconds(when)
+    date = when[:10].replace("-", "")
+    click, like, long_view = outcome
+    return (
+        f"{user},{video},{date},{int(when[11:13])}00,{time},{click},{like},0,0,0,0,"
+        f"{long_view},{played},{duration},0,0,0,{rand},{tab}"
+    )
+
+
+def write_files(folder, last_outcome=(1, 1, 1), last_played=12_000) -> None:
+    first, second, random = [], [], []
+    for day in range(8, 21):  # what gives every video, tab and user ids of their own
+        for user in range(3):
+            for video in range(5):
+                first.append(line(user, video, f"2022-04-{day:02}T10:0{user}:{video * 10:02}",
+                                  outcome=(1, 0, video % 2), played=day * 1_000, tab=video % 2))  # fmt: skip
+    first += [
+        line(PICKED, 0, "2022-04-21T23:59:58.001", (1, 0, 0), played=4_000, duration=0, tab=0),
+        line(PICKED, 1, "2022-04-21T23:59:59.001", (1, 0, 1), played=5_000, duration=10_000),
+        line(PICKED, 2, "2022-04-21T23:59:59.999", (0, 0, 0), played=99_000, duration=10_000),
+    ]
+    second += [
+        line(PICKED, 3, "2022-04-22T00:00:00.000"),
+        line(PICKED, 0, "2022-04-24T23:59:59.999"),
+        line(PICKED, 4, "2022-05-08T23:00:00.000", last_outcome, last_played),
+    ]
+    random.append(line(PICKED, 1, "2022-04-25T00:00:00.000", rand=1))
+    folder.mkdir(parents=True)
+    logs = {
+        "log_standard_4_08_to_4_21_1k.csv": first,
+        "log_standard_4_22_to_5_08_1k.csv": second,
+        "log_random_4_22_to_5_08_1k.csv": random,
+    }
+    for name, lines in logs.items():
+        (folder / name).write_text("\n".join([LOG_HEADER, *lines]) + "\n")
+    (folder / "video_features_basic_1k.csv").write_text("\n".join(VIDEOS) + "\n")
+    (folder / "user_features_1k.csv").write_text("\n".join(USERS) + "\n")
+
+
+def prepare_files(root, **changes) -> RequestDataset:
+    write_files(root / "KuaiRand-1K" / "data", **changes)
+    return RequestDataset(prepare("kuairand/1k", root / "prepared", manual_dir=root))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return prepare_files(tmp_path_factory.mktemp("kuairand"))
+
+
+def ids(dataset, name) -> dict[str, int]:
+    table = pq.read_table(dataset.directory / f"vocabulary_{name}.parquet").to_pydict()
+    return dict(zip(table["value"], table["id"], strict=True))
+
+
+def picked(dataset):
+    """The picked user's record (users' texts are in order), and its last seven requests."""
+    record = dataset.record(0)
+    origin = dataset.metadata["time_origin"]
+    times = [datetime.datetime.fromtimestamp(t + origin, BEIJING).isoformat()[5:19]
+             for t in record.request_time[-6:].tolist()]  # fmt: skip
+    return record, times
+
+
+def test_splits_begin_at_midnight_in_beijing(dataset):
+    record, times = picked(dataset)
+    assert list(zip(times, record.request_split[-6:].tolist(), strict=True)) == [
+        ("04-21T23:59:58", 0),
+        ("04-21T23:59:59", 0),
+        ("04-22T00:00:00", 1),
+        ("04-24T23:59:59", 1),
+        ("04-25T00:00:00", 2),
+        ("05-08T23:00:00", 2),
+    ]
+
+
+def test_videos_of_one_second_are_a_request_and_not_each_others_history(dataset):
+    record, _ = picked(dataset)
+    item = ids(dataset, "item")
+    before = 13 * 5
+    assert record.history_end[-6:].tolist() == [before + n for n in (0, 1, 3, 4, 5, 6)]
+    t = slice(*record.target_offset[-6:-4])
+    assert sorted(record.target["item"][t].tolist()) == sorted([item["1"], item["2"]])
+    labels = dict(zip(record.target["item"][t].tolist(), record.label[t].tolist(), strict=True))
+    assert labels == {item["1"]: [1, 1, 0], item["2"]: [0, 0, 0]}  # click, long view, like
+    assert record.label[-1].tolist() == [1, 1, 1]
+
+
+def test_features_of_an_event(dataset):
+    record, _ = picked(dataset)
+    tab, item = ids(dataset, "tab"), ids(dataset, "item")
+    history = {n: v[13 * 5 : 13 * 5 + 3] for n, v in record.history.items()}
+    event = {v: k for k, v in enumerate(history["item"].tolist())}
+    zero, one, two = (event[item[v]] for v in "012")
+    assert history["tab"][[zero, one]].tolist() == [tab["0"], tab["1"]]
+    assert [history[n][one] for n in ("click", "long_view", "like")] == [1, 1, 0]
+    assert history["author"][zero] == history["author"][one] != history["author"][two]
+    assert history["tag"][zero] == history["tag"][one] != history["tag"][two]  # the first of two
+    assert history["music"][one] == history["music"][two] != history["music"][zero]
+    assert history["video_type"][zero] == history["video_type"][one] != history["video_type"][two]
+
+    with open(dataset.directory.parents[3] / "KuaiRand-1K/data/log_standard_4_08_to_4_21_1k.csv",
+              newline="") as file:  # fmt: skip
+        rows = list(csv.DictReader(file))
+    ratio = [min(int(r["play_time_ms"]) / max(int(r["duration_ms"]), 1), 5) for r in rows]
+    mean, deviation = statistics.fmean(ratio), statistics.pstdev(ratio)
+    expected = [(x - mean) / deviation for x in (5, 0.5, 5)]  # of duration 0; half; 9.9 times
+    np.testing.assert_allclose(history["watched"][[zero, one, two]], expected, rtol=1e-5)
+    assert history["duration"][two] == 0  # missing: the mean
+
+
+def test_unlisted_videos_and_users_have_no_features_and_stay(dataset):
+    item = ids(dataset, "item")
+    record, _ = picked(dataset)
+    unlisted = record.history["item"] == item["4"]
+    assert unlisted.sum() == 13
+    for name in ("author", "video_type", "music", "tag"):
+        (missing,) = set(record.history[name][unlisted].tolist())
+        listed = set(record.history[name][np.isin(record.history["item"], [item["0"], item["1"]])])
+        assert missing not in listed
+    names = dataset.schema.request[2:]  # after hour and weekday
+    assert len(names) == 7
+    users = [[int(dataset.record(u).request[n][0]) for n in names] for u in range(3)]
+    differing = [n for n, a, b in zip(names, *users[:2], strict=True) if a != b]
+    assert differing == [n for n in names if n != "is_live_streamer"]
+    assert all(c not in (a, b) for a, b, c in zip(*users, strict=True))
+
+
+def test_what_came_of_an_impression_is_no_feature_of_its_target(dataset, tmp_path):
+    other = prepare_files(tmp_path, last_outcome=(0, 0, 0), last_played=0)
+    (a, _), (b, _) = picked(dataset), picked(other)
+    assert a.label[-1].tolist() != b.label[-1].tolist()
+    for name in dataset.schema.target:
+        np.testing.assert_array_equal(a.target[name], b.target[name], err_msg=name)
+    for name in dataset.schema.history:  # of all events before it
+        np.testing.assert_array_equal(a.history[name][:-1], b.history[name][:-1], err_msg=name)

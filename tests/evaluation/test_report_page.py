@@ -1,0 +1,201 @@
+"""The page shows what the files hold, loads nothing, and says what it lacks."""
+
+import html.parser
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from experiments.configs import tiny
+from stca_jax import config as config_lib
+from stca_jax.errors import UserError
+from stca_jax.evaluation import report
+
+VALIDATION = {"split": "validation", "min_history": 0, "max_requests": None}
+TEST = VALIDATION | {"split": "test"}
+LENGTHS = (16, 64, 256)
+
+
+def auc(step, length):
+    return 0.5 + 0.001 * step + 0.0001 * length
+
+
+def write_run(workdir, *, steps=(20, 40), selection=VALIDATION, seed=0, best=None):
+    """A run whose AUC is `auc` of each step and length, at 4 steps a second."""
+    (workdir / "evaluation").mkdir(parents=True)
+    config = config_lib.apply_overrides(tiny.get_config(), {"seed": str(seed)})
+    (workdir / "config.json").write_text(json.dumps(config_lib.to_dict(config)))
+    rows = [
+        {**selection, "step": s, "length": n, "model": "stca", "auc": auc(s, n)}
+        | {"calibration": 1.01, "log_loss": None}
+        for s in steps
+        for n in LENGTHS
+    ]
+    rows += [{**selection, "length": n, "model": "counting", "auc": 0.5} for n in LENGTHS]
+    write_lines(workdir / "evaluation" / "checkpoints.jsonl", rows)
+    lines = [
+        {"step": s, "train/token_fill": 0.5, "validation/auc": 0.7, "validation/num_users": 3}
+        | ({"speed/steps_per_second": 4.0, "speed/tokens_per_second": 4096.0} if s > 20 else {})
+        for s in steps
+    ]
+    write_lines(workdir / "metrics.jsonl", lines)
+    if best is not None:
+        mark = {"step": best, "metric": "auc@256", "value": 1.0}
+        (workdir / "best.json").write_text(json.dumps(mark))
+    return workdir
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, ids, addresses and texts of a page; tables as lists of rows."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.addresses, self.tables, self.text = [], [], [], [], []
+        self.feed(text)
+        assert not self.open, "tags are left open"
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.addresses += [v for n, v in attributes.items() if n in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.open and self.open[-1] in ("th", "td"):
+            self.tables[-1][-1].append(data)
+
+
+def test_page_loads_nothing_and_holds_the_numbers(tmp_path):
+    run = report.load_run(write_run(tmp_path / "run"), "my <run>")
+    written = report.write_report([run], tmp_path / "out" / "page.html")
+    assert written[0] == tmp_path / "out" / "page.html"
+    names = sorted(path.name for path in written[1:])
+    assert names == [
+        "auc_by_cost.png",
+        "auc_by_length.png",
+        "auc_by_step.png",
+        "calibration_by_length.png",
+        "throughput.png",
+    ]
+    page = Page(written[0].read_text())
+    assert len(page.ids) == len(set(page.ids))
+    assert all(address.startswith("#") for address in page.addresses)
+    assert {address[1:] for address in page.addresses} <= set(page.ids)
+    assert "my <run>" in page.text
+    assert page.tables[0] == [
+        ["length", "16", "64", "256"],
+        ["my <run>, step 40", "0.5416", "0.5464", "0.5656"],
+        ["counting", "0.5000", "0.5000", "0.5000"],
+    ]
+    # 40 steps at 4 a second, of half of 8 rows of 256 tokens each.
+    assert page.tables[2][1] == ["my <run>", "40", "0.2", "0.0", "4,096", "0.500"]
+    config = dict(row for row in page.tables[-1][1:] if len(row) == 2)
+    assert config["input.row_length"] == "256"
+    assert config["model.sequence.width"] == "16"
+
+
+def test_charts_are_images_with_something_on_them(tmp_path):
+    run = report.load_run(write_run(tmp_path / "run"), "run")
+    for path in report.write_report([run], tmp_path / "page.html")[1:]:
+        image = matplotlib.image.imread(path)
+        assert image.shape[1] > 800
+        blue = np.array([0x00, 0x72, 0xB2]) / 255  # Okabe and Ito's, of the first line
+        assert (np.abs(image[..., :3] - blue).max(axis=-1) < 0.01).sum() > 100
+        assert (image[0, :, :3] == 1).all()
+
+
+def test_marked_checkpoint_is_shown_by_length(tmp_path):
+    run = report.load_run(write_run(tmp_path / "run", best=20), "run")
+    line, counting = report.lines_by_length(
+        [run], report.Selection("validation", 0, None), None, "auc"
+    )
+    assert line.label == "run, step 20"
+    assert line.x == list(LENGTHS)
+    assert line.y == [auc(20, n) for n in LENGTHS]
+    assert (counting.label, counting.reference, counting.y) == ("counting", "counting", [0.5] * 3)
+
+
+def test_lines_by_step_and_by_cost(tmp_path):
+    runs = [report.load_run(write_run(tmp_path / n), n) for n in ("a", "b")]
+    selection = report.Selection("validation", 0, None)
+    one = report.lines_by_step(runs[:1], selection, None, "auc", in_minutes=False)
+    assert [line.label for line in one] == ["256 events", "64 events", "16 events"]
+    assert one[0].x == [20, 40]
+    assert one[0].y == [auc(20, 256), auc(40, 256)]
+    both = report.lines_by_step(runs, selection, None, "auc", in_minutes=True)
+    assert [line.label for line in both] == ["a, 256 events", "b, 256 events"]
+    assert both[1].x == pytest.approx([20 / 4 / 60, 40 / 4 / 60])
+
+
+def test_test_split_is_shown_by_length_and_what_has_most_steps_by_step(tmp_path):
+    workdir = write_run(tmp_path / "run")
+    rows = [{**TEST, "step": 40, "length": n, "model": "stca", "auc": 0.6} for n in LENGTHS]
+    write_lines(workdir / "evaluation" / "test-40.jsonl", rows)
+    run = report.load_run(workdir, "run")
+    assert report.best_selection([run], None).split == "test"
+    assert report.best_selection([run], None, across_steps=True).split == "validation"
+
+
+def test_training_s_own_validation_stands_in(tmp_path):
+    workdir = write_run(tmp_path / "run")
+    (workdir / "evaluation" / "checkpoints.jsonl").unlink()
+    run = report.load_run(workdir, "run")
+    selection = report.best_selection([run], None, across_steps=True)
+    assert selection == report.Selection("validation", 0, 2_000)
+    (line,) = report.lines_by_step([run], selection, None, "auc", in_minutes=False)
+    assert line == report.Line("256 events", [20, 40], [0.7, 0.7])
+
+
+def test_several_runs_show_what_differs_first(tmp_path):
+    runs = [report.load_run(write_run(tmp_path / str(k), seed=k), f"run {k}") for k in (3, 4)]
+    report.write_report(runs, tmp_path / "page.html")
+    config = Page((tmp_path / "page.html").read_text()).tables[-1]
+    assert config[0] == ["value", "run 3", "run 4"]
+    assert config[1] == ["seed", "3", "4"]
+    assert all(len(row) <= 2 for row in config[2:])
+
+
+def test_tasks_have_charts_of_their_own(tmp_path):
+    workdir = write_run(tmp_path / "run")
+    rows = [
+        {**VALIDATION, "step": 20, "length": n, "model": "stca", "task": task, "auc": 0.6}
+        for task in ("click", "buy")
+        for n in LENGTHS
+    ]
+    write_lines(workdir / "evaluation" / "checkpoints.jsonl", rows)
+    write_lines(workdir / "metrics.jsonl", [])
+    written = report.write_report([report.load_run(workdir, "run")], tmp_path / "page.html")
+    names = {path.name for path in written}
+    assert {"auc_by_length_click.png", "auc_by_length_buy.png"} <= names
+    assert not any("cost" in name or "throughput" in name for name in names)  # nothing was timed
+
+
+def test_mistakes_are_explained(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        report.load_run(tmp_path, "run")
+    workdir = write_run(tmp_path / "run")
+    run = report.load_run(workdir, "run")
+    with pytest.raises(UserError, match=r"expected \.html"):
+        report.write_report([run], tmp_path / "page.pdf")
+    write_lines(workdir / "evaluation" / "checkpoints.jsonl", [])
+    write_lines(workdir / "metrics.jsonl", [])
+    with pytest.raises(UserError, match="no evaluation of run yet"):
+        report.write_report([report.load_run(workdir, "run")], tmp_path / "page.html")

@@ -1,0 +1,104 @@
+"""Analytic FLOPs against the matrix products that JAX traces, and against the paper's formula."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from strategies import SCHEMA
+from tiny_ranker import CONFIGS
+
+from stca_jax.batch import empty_batch
+from stca_jax.models import stca
+from stca_jax.models.ranker import Ranker, RankerConfig, paper_config
+from stca_jax.models.stca import StcaConfig
+from stca_jax.ops.attention import history_layer
+from stca_jax.schema import Schema
+from stca_jax.training.flops import CHIPS, chip_of, model_flops, step_traffic
+
+R, L, M = 2, 24, 3
+
+
+def count_dots(jaxpr) -> int:
+    """FLOPs of all matrix products of a jaxpr and of those it calls."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += count_dots(inner)
+    return total
+
+
+@pytest.mark.parametrize("order", ["absorbed", "projected"])
+@pytest.mark.parametrize("name", ["paper", "shared", "exclusive"])
+def test_counts_every_matrix_product(name, order, monkeypatch):
+    """The reference attention multiplies every target with every token of its row."""
+    reference = functools.partial(history_layer, implementation="reference")
+    monkeypatch.setattr(stca, "history_layer", reference)
+    config = CONFIGS[name]
+    config = dataclasses.replace(
+        config, sequence=dataclasses.replace(config.sequence, attention_order=order)
+    )
+    batch = empty_batch(SCHEMA, R, L, M, shared_history=name == "shared")
+    ranker = nnx.eval_shape(lambda: Ranker(config, SCHEMA, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(ranker)
+
+    def loss(params):
+        return nnx.merge(graph, params)(batch).sum()
+
+    flops = model_flops(config, SCHEMA, M)
+    amounts = (R * L, R * M, R * M * L)
+    expected = flops.train_step(*amounts)
+    forward = count_dots(jax.make_jaxpr(loss)(params).jaxpr)
+    assert forward == expected / 3
+    assert count_dots(jax.make_jaxpr(jax.value_and_grad(loss))(params).jaxpr) == expected
+
+
+def test_history_costs_what_the_paper_says():
+    """12 L d^2 for the history FFN of r = 2; 4 L d h absorbed, 4 L d^2 + 4 L d projected."""
+    d, h, N = 32, 4, 3
+    schema = Schema(("item",), ("item",), (), {"item": 9}, ("click",))
+    for targets, order in ((10, "absorbed"), (11, "projected")):  # m > d / (h - 1)
+        config = paper_config(StcaConfig(width=d, num_layers=N, num_heads=h))
+        flops = model_flops(config, schema, targets)
+        fusion = 2 * ((d + 32) * 2 * d * 2 + 2 * d * d)  # item and two features of width 16
+        projected = order == "projected"
+        assert flops.per_token == fusion + N * (12 * d * d + 4 * d * d * projected)
+        assert flops.per_pair == N * 4 * d * (1 if projected else h)
+
+
+def test_vocabulary_costs_nothing():
+    def of(rows: int):
+        schema = Schema(("item",), ("item",), (), {"item": rows}, ("click",))
+        return model_flops(RankerConfig(), schema, 8)
+
+    assert of(10) == of(10**8)
+
+
+def test_chips_are_found_by_the_name_that_jax_gives_them():
+    assert chip_of("NVIDIA H100 80GB HBM3") is CHIPS["h100"]
+    assert chip_of("cpu") is None
+
+
+def test_traffic_grows_with_what_moves():
+    schema = Schema(("item", "kind"), ("item",), (), {"item": 90, "kind": 5}, ("click",))
+    config = RankerConfig(sequence=StcaConfig(width=8, num_layers=2), dtype="bfloat16")
+    traffic = functools.partial(step_traffic, config, schema)
+    amounts = {"tokens": 0, "targets": 0, "dense_bytes": 0, "optimizer_bytes": 0}
+    expected = {
+        "tokens": 5 * 4 * (8 + 16) + 9 * 8 * 2,
+        "targets": 5 * 4 * 8,
+        "dense_bytes": 6,
+        "optimizer_bytes": 2,
+    }
+    for name, bytes_each in expected.items():
+        np.testing.assert_equal(traffic(**(amounts | {name: 1})), bytes_each)
