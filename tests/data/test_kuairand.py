@@ -59,15 +59,16 @@ def write_files(folder, last_outcome=(1, 1, 1), last_played=12_000) -> None:
     for day in range(8, 21):  # what gives every video, tab and user ids of their own
         for user in range(3):
             for video in range(5):
-                first.append(line(user, video, f"2022-04-{day:02}T10:0{user}:{video * 10:02}",
-                                  outcome=(1, 0, video % 2), played=day * 1_000, tab=video % 2))  # fmt: skip
+                when = f"2022-04-{day:02}T10:0{user}:{video * 10:02}"
+                outcome = (1, 0, video % 2)
+                first.append(line(user, video, when, outcome, played=day * 1_000, tab=video % 2))
     first += [
         line(PICKED, 0, "2022-04-21T23:59:58.001", (1, 0, 0), played=4_000, duration=0, tab=0),
         line(PICKED, 1, "2022-04-21T23:59:59.001", (1, 0, 1), played=5_000, duration=10_000),
         line(PICKED, 2, "2022-04-21T23:59:59.999", (0, 0, 0), played=99_000, duration=10_000),
     ]
     second += [
-        line(PICKED, 3, "2022-04-22T00:00:00.000"),
+        line(PICKED, 3, "2022-04-22T00:00:00.000", played=0, duration=0),
         line(PICKED, 0, "2022-04-24T23:59:59.999"),
         line(PICKED, 4, "2022-05-08T23:00:00.000", last_outcome, last_played),
     ]
@@ -100,7 +101,7 @@ def ids(dataset, name) -> dict[str, int]:
 
 
 def picked(dataset):
-    """The picked user's record (users' texts are in order), and its last seven requests."""
+    """The picked user's record, and the times of its last six requests; users are in order."""
     record = dataset.record(0)
     origin = dataset.metadata["time_origin"]
     times = [datetime.datetime.fromtimestamp(t + origin, BEIJING).isoformat()[5:19]
@@ -152,6 +153,7 @@ def test_features_of_an_event(dataset):
     mean, deviation = statistics.fmean(ratio), statistics.pstdev(ratio)
     expected = [(x - mean) / deviation for x in (5, 0.5, 5)]  # of duration 0; half; 9.9 times
     np.testing.assert_allclose(history["watched"][[zero, one, two]], expected, rtol=1e-5)
+    np.testing.assert_allclose(record.history["watched"][13 * 5 + 3], -mean / deviation, rtol=1e-5)
     assert history["duration"][two] == 0  # missing: the mean
 
 
@@ -159,7 +161,7 @@ def test_unlisted_videos_and_users_have_no_features_and_stay(dataset):
     item = ids(dataset, "item")
     record, _ = picked(dataset)
     unlisted = record.history["item"] == item["4"]
-    assert unlisted.sum() == 13
+    assert unlisted.sum() == 14
     for name in ("author", "video_type", "music", "tag"):
         (missing,) = set(record.history[name][unlisted].tolist())
         listed = set(record.history[name][np.isin(record.history["item"], [item["0"], item["1"]])])
