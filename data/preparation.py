@@ -79,7 +79,7 @@ def prepare_builder(
                 shutil.rmtree(interrupted)
             _log.info("Preparing %s in %s", builder.name, folder)
             config = tfds.download.DownloadConfig(
-                manual_dir=None if manual_dir is None else os.fspath(manual_dir)
+                manual_dir=manual_dir and os.path.expanduser(manual_dir)
             )
             with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints advice that does not hold
                 builder.download_and_prepare(

@@ -89,7 +89,7 @@ def _profile(builder: preparation.UserDatasetBuilder) -> str:
         return (folder / "profile.txt").read_text()
     with preparation.exclusive(folder.parent):
         manual_dir = _MANUAL_DIR.value
-        return builder.stage(manual_dir and pathlib.Path(manual_dir)).profile()
+        return builder.stage(manual_dir and pathlib.Path(manual_dir).expanduser()).profile()
 
 
 def _value(name: str) -> Any:

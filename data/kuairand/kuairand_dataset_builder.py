@@ -12,6 +12,8 @@ from data.interaction_log.log_config import LogConfig
 
 _STANDARD = ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08")
 _RANDOM = "log_random_4_22_to_5_08"
+# Impressions of the random log have no label, and so are history only.
+_TASK = "{}=CASE WHEN is_rand = '0' THEN {} END"
 
 
 @dataclasses.dataclass
@@ -57,7 +59,11 @@ class Builder(LogDatasetBuilder):
             item_id="video_id",
             timestamp="time_ms",
             time_unit="ms",
-            labels=("click=is_click", "long_view", "like=is_like"),
+            labels=(
+                _TASK.format("click", "is_click"),
+                _TASK.format("long_view", "long_view"),
+                _TASK.format("like", "is_like"),
+            ),
             target_features=("tab",),
             history_features=(
                 "watched=least(play_time_ms::DOUBLE / greatest(duration_ms::DOUBLE, 1), 5)",

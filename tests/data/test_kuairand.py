@@ -72,7 +72,7 @@ def write_files(folder, last_outcome=(1, 1, 1), last_played=12_000) -> None:
         line(PICKED, 0, "2022-04-24T23:59:59.999"),
         line(PICKED, 4, "2022-05-08T23:00:00.000", last_outcome, last_played),
     ]
-    random.append(line(PICKED, 1, "2022-04-25T00:00:00.000", rand=1))
+    random.append(line(PICKED, 1, "2022-04-26T00:00:00.000", (1, 1, 1), rand=1))
     folder.mkdir(parents=True)
     logs = {
         "log_standard_4_08_to_4_21_1k.csv": first,
@@ -101,22 +101,21 @@ def ids(dataset, name) -> dict[str, int]:
 
 
 def picked(dataset):
-    """The picked user's record, and the times of its last six requests; users are in order."""
+    """The picked user's record, and the times of its last five requests; users are in order."""
     record = dataset.record(0)
     origin = dataset.metadata["time_origin"]
     times = [datetime.datetime.fromtimestamp(t + origin, BEIJING).isoformat()[5:19]
-             for t in record.request_time[-6:].tolist()]  # fmt: skip
+             for t in record.request_time[-5:].tolist()]  # fmt: skip
     return record, times
 
 
 def test_splits_begin_at_midnight_in_beijing(dataset):
     record, times = picked(dataset)
-    assert list(zip(times, record.request_split[-6:].tolist(), strict=True)) == [
+    assert list(zip(times, record.request_split[-5:].tolist(), strict=True)) == [
         ("04-21T23:59:58", 0),
         ("04-21T23:59:59", 0),
         ("04-22T00:00:00", 1),
         ("04-24T23:59:59", 1),
-        ("04-25T00:00:00", 2),
         ("05-08T23:00:00", 2),
     ]
 
@@ -125,12 +124,18 @@ def test_videos_of_one_second_are_a_request_and_not_each_others_history(dataset)
     record, _ = picked(dataset)
     item = ids(dataset, "item")
     before = 13 * 5
-    assert record.history_end[-6:].tolist() == [before + n for n in (0, 1, 3, 4, 5, 6)]
-    t = slice(*record.target_offset[-6:-4])
+    assert record.history_end[-5:].tolist() == [before + n for n in (0, 1, 3, 4, 6)]
+    t = slice(*record.target_offset[-5:-3])
     assert sorted(record.target["item"][t].tolist()) == sorted([item["1"], item["2"]])
     labels = dict(zip(record.target["item"][t].tolist(), record.label[t].tolist(), strict=True))
     assert labels == {item["1"]: [1, 1, 0], item["2"]: [0, 0, 0]}  # click, long view, like
     assert record.label[-1].tolist() == [1, 1, 1]
+
+
+def test_a_random_impression_is_history_only(dataset):
+    record, _ = picked(dataset)
+    assert record.history["item"][-2] == ids(dataset, "item")["1"]
+    assert [record.history[n][-2] for n in ("click", "long_view", "like")] == [2, 2, 2]  # unknown
 
 
 def test_features_of_an_event(dataset):

@@ -92,8 +92,10 @@ def kuairand(folder, rng, size, parts):
             }  # fmt: skip
             lines.append(",".join(map(str, row.values())))
             rows.append({"user": str(row["user_id"]), "item": str(row["video_id"]),
-                         "time": row["time_ms"] // 1_000, "click": row["is_click"],
-                         "long_view": row["long_view"], "like": row["is_like"],
+                         "time": row["time_ms"] // 1_000,
+                         "click": None if is_rand else row["is_click"],
+                         "long_view": None if is_rand else row["long_view"],
+                         "like": None if is_rand else row["is_like"],
                          "played": row["play_time_ms"]})  # fmt: skip
         (folder / name).write_text("\n".join(lines) + "\n")
 
@@ -140,10 +142,11 @@ def test_kuairand(tmp_path, rng, size, parts):
 def test_yambda(tmp_path, rng):
     rows = []
     for _ in range(1_500):
+        day = rng.choice([(0, 25_800_000, 5), (25_830_000, 26_000_000, 5)])
         kind = rng.choice(["listen", "listen", "like", "unlike", "dislike", "undislike"])
         played = rng.randrange(0, 110, 5) if kind == "listen" else None
         rows.append({
-            "uid": rng.randrange(100, 110), "timestamp": rng.randrange(0, 200_000, 5) * 100,
+            "uid": rng.randrange(100, 110), "timestamp": rng.randrange(*day),
             "item_id": rng.randrange(500, 530), "is_organic": rng.randrange(2),
             "played_ratio_pct": played,
             "track_length_seconds": 180 if kind == "listen" else None, "event_type": kind,
@@ -173,6 +176,7 @@ def test_yambda(tmp_path, rng):
             for r in rows
         ],
         labels=("listen",),
+        gap=600,
     )  # fmt: skip
     assert log_oracle.prepared_requests(folder) == log_oracle.without_user(expected)
     artist = pairs(folder, "item", "artist")

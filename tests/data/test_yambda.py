@@ -1,4 +1,4 @@
-"""Hand-picked events of a small Yambda log: ties, replays, likes, artists, leaks."""
+"""Hand-picked events of a small Yambda log: sessions, replays, likes, artists, leaks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCHEMA = pa.schema(
 )
 DAY = 86_400
 ARTISTS = [(70, 500), (71, 500), (71, 501), (72, 502)]  # track 500 has two, track 503 none
-START = 20 * DAY
+START = 25_830_000  # in the day of validation
 PICKED = [  # the first user's events after twenty ordinary days
     (100, START, 500, 1, 49, 180, "listen"),
     (100, START + 60, 501, 0, 50, 200, "listen"),
@@ -88,9 +88,15 @@ def test_only_listens_are_targets_and_every_event_is_history(dataset):
     record, item = dataset.record(0), {v: k for k, v in ids(dataset, "item").items()}
     log = [r for r in events() if r[0] == 100]
     expected = collections.Counter()
-    for time in sorted({r[1] for r in log if r[6] == "listen"}):
-        targets = sorted((r[2], int(r[4] >= 50)) for r in log if r[1] == time and r[6] == "listen")
-        expected[time, sum(r[1] < time for r in log), tuple(targets)] += 1
+    sessions, last = [], -DAY
+    for _, time, track, _, played, _, kind in log:
+        if kind == "listen":
+            if time - last > 600:
+                sessions.append((time, []))
+            sessions[-1][1].append((track, int(played >= 50)))
+            last = time
+    for time, targets in sessions:
+        expected[time, sum(r[1] < time for r in log), tuple(sorted(targets))] += 1
     found = collections.Counter()
     for k, (time, end) in enumerate(zip(record.request_time, record.history_end, strict=True)):
         t = slice(*record.target_offset[k : k + 2])
@@ -99,11 +105,10 @@ def test_only_listens_are_targets_and_every_event_is_history(dataset):
         targets = zip(shown, labels, strict=True)
         found[int(time), int(end), tuple(sorted(targets))] += 1
     assert found == expected
-    # Half is enough, a little less is not; 501 and 502 began in one bin of 5 seconds.
+    # Half is enough, a little less is not; nothing of a session is history of its listens.
     begin = len(log) - len(PICKED)
-    assert found[START, begin, ((500, 0),)] == 1
-    assert found[START + 60, begin + 1, ((501, 1), (502, 1))] == 1
-    assert found[START + 300, begin + 5, ((503, 1),)] == 1
+    assert found[START, begin, ((500, 0), (501, 1), (502, 1), (503, 1))] == 1
+    assert record.request_split[-2:].tolist() == [1, 2]
 
 
 def test_features_of_the_picked_events(dataset):

@@ -87,7 +87,7 @@ def xla_flags(devices: int) -> str:
 @pytest.mark.slow
 def test_run_survives_a_signal_a_kill_and_other_numbers_of_processes(alone, tmp_path, data_dir):
     job = start_job(4, tmp_path, data_dir)
-    wait_until(lambda: (tmp_path / "checkpoints" / "20").exists(), job[0], timeout=200)
+    wait_until(lambda: (tmp_path / "checkpoints" / "20").exists(), job[0], timeout=400)
     job[2].send_signal(signal.SIGTERM)
     said = outputs(job, 60)
     assert [p.returncode for p in job] == [143] * 4, said
@@ -98,7 +98,7 @@ def test_run_survives_a_signal_a_kill_and_other_numbers_of_processes(alone, tmp_
 
     job = start_job(2, tmp_path, data_dir)
     later = stopped_at // 20 * 20 + 20
-    wait_until(lambda: (tmp_path / "checkpoints" / str(later)).exists(), job[0], timeout=200)
+    wait_until(lambda: (tmp_path / "checkpoints" / str(later)).exists(), job[0], timeout=400)
     job[1].kill()
     killed = time.monotonic()
     said = outputs(job, 90)

@@ -30,7 +30,7 @@ def job(action: str, num_processes: int, workdir, dataset) -> dict:
         for i in range(num_processes)
     ]  # fmt: skip
     try:
-        said = [p.communicate(timeout=120) for p in processes]
+        said = [p.communicate(timeout=400) for p in processes]
     finally:
         for process in processes:
             process.kill()

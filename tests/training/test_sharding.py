@@ -57,7 +57,7 @@ def runs(tiny_dataset):
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=1_500,
     )
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)

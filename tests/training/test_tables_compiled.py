@@ -18,7 +18,7 @@ def in_process_of_its_own(call: str, **environment: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; import test_tables_compiled as t; t.{call}"],
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
