@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from stca_jax.batch import covered_tokens
-from stca_jax.ops import pallas_tpu
+from stca_jax.ops import pallas_tpu, pallas_triton
 from stca_jax.ops.encoder import HistoryEncoder, encode_history
 from stca_jax.ops.kernels import Kernels, kernel_attention
 from stca_jax.ops.reference import Order, reference_attention
@@ -30,7 +30,11 @@ from stca_jax.ops.sharded import merge_softmax, on_mesh
 from stca_jax.ops.tiled import Weights, tiled_attention
 from stca_jax.ops.tiles import BlockSizes, default_block_sizes
 
-Implementation = Literal["reference", "xla", "mosaic_tpu"]
+Implementation = Literal["reference", "xla", "mosaic_tpu", "triton"]
+_KERNELS: dict[str, Callable[[], Kernels]] = {
+    "mosaic_tpu": pallas_tpu.MosaicKernels,
+    "triton": pallas_triton.kernels_of_this_gpu,
+}
 
 
 class AttentionOutput(NamedTuple):
@@ -75,9 +79,10 @@ def target_to_history_attention(
       history_score: Optional additive score of each token and head, the same for every target.
       order: "absorbed" or "projected"; None takes the one with fewer FLOPs if every target reads
         the whole row. Where rows pack many requests, pass `cheaper_order` of one request's targets.
-      implementation: "reference" (einsums), "xla" (tiles that follow the ranges; anywhere) or
-        "mosaic_tpu" (Pallas kernels; lowering them for anything but a TPU raises); None is "xla".
-        Or kernels of your own.
+      implementation: "reference" (einsums), "xla" (tiles that follow the ranges; anywhere),
+        "mosaic_tpu" or "triton" (Pallas kernels of TPUs and of NVIDIA GPUs; lowering them for
+        another platform raises ValueError). None is "xla": the kernels are checked by interpreter
+        and compiler, but have not been seen running on a device. Or kernels of your own.
       block_sizes: Tile sizes, where the defaults do not suit.
 
     Returns:
@@ -163,7 +168,7 @@ def _attention(
     if implementation == "reference":
         single_device = functools.partial(_reference, order=order)
     else:
-        grouped = _grouped_attention(implementation, order, query, block_sizes)
+        grouped = _grouped_attention(implementation, query.shape[1], block_sizes)
         single_device = functools.partial(_grouped, order=order, attend=grouped)
     output, log_sum_exp = on_mesh(
         single_device, merge_softmax, weights, query, (tokens, history_score),
@@ -193,17 +198,15 @@ def _reference(
 
 def _grouped_attention(
     implementation: Implementation | Kernels | None,
-    order: Order,
-    query: Array,
+    num_targets: int,
     block_sizes: BlockSizes | None,
 ) -> Callable[..., tuple[Array, Array]]:
     """`tiled_attention` or its equivalent by kernels, with block sizes."""
-    M, H = query.shape[1:3]
     if implementation is None or implementation == "xla":
-        return functools.partial(tiled_attention, sizes=block_sizes or default_block_sizes(M))
-    kernels = pallas_tpu.MosaicKernels() if isinstance(implementation, str) else implementation
-    sizes = block_sizes or pallas_tpu.default_block_sizes(H if order == "absorbed" else 1)
-    return functools.partial(kernel_attention, kernels, sizes=sizes)
+        sizes = block_sizes or default_block_sizes(num_targets)
+        return functools.partial(tiled_attention, sizes=sizes)
+    kernels = _KERNELS[implementation]() if isinstance(implementation, str) else implementation
+    return functools.partial(kernel_attention, kernels, sizes=block_sizes)
 
 
 def _grouped(

@@ -11,12 +11,16 @@ Encoded tokens are arrays of the whole row here; scores never are.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jaxtyping import Array, Bool, Float, Int
 
 from stca_jax.ops.encoder import encode_history
@@ -26,6 +30,7 @@ from stca_jax.ops.tiles import BlockSizes, Tiling, make_tiling, tile_targets, un
 # Finite, so that an empty range never computes inf - inf; exp(NO_SCORE - LOWEST_PEAK) is zero.
 NO_SCORE = -1e30
 LOWEST_PEAK = -1e20
+_SCORE_COLUMNS = 3
 
 
 class Inputs(NamedTuple):
@@ -53,6 +58,16 @@ class Inputs(NamedTuple):
 class Kernels(Protocol):
     """Forward and backward of one kind of device."""
 
+    @property
+    def platform(self) -> str | None:
+        """The one platform they can be lowered for, as JAX names it; None for any."""
+
+    def default_block_sizes(self, heads_per_group: int, width: int, dtype: Any) -> BlockSizes:
+        """Block sizes for keys of that width and dtype."""
+
+    def padded_sizes(self, width: int, columns: int, history: int) -> tuple[int, int, int]:
+        """Least E, C and history tile that the kernels take, not below those given."""
+
     def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
         """Weighted sums [J, G, E, C] and log-sum-exps [J, G, 1, C], 0 where empty."""
 
@@ -71,37 +86,50 @@ def kernel_attention(
     history_start: Int[Array, "R M"],
     history_end: Int[Array, "R M"],
     history_score: Float[Array, "R L H"] | None,
-    sizes: BlockSizes,
+    sizes: BlockSizes | None,
 ) -> tuple[Float[Array, "R M G A E"], Float[Array, "R M G A"]]:
-    """`tiled_attention` by kernels; same arguments and results."""
+    """`tiled_attention` by kernels; same arguments and results, and None for default `sizes`."""
     R, M, _, A, E = query.shape
+    width = E if history_score is None else E + _SCORE_COLUMNS * A
+    sizes = sizes or kernels.default_block_sizes(A, width, tokens.dtype)
+    tiling = make_tiling(R, tokens.shape[1], M, sizes)
+    width, columns, tile = kernels.padded_sizes(width, A * tiling.targets, tiling.history)
+    tiling = dataclasses.replace(tiling, history=tile, tiles_per_row=-(-tokens.shape[1] // tile))
+    length = tiling.tiles_per_row * tile
     x = jnp.where(covered[..., None], tokens, 0)
     if weights.encoder is not None:
         x = encode_history(weights.encoder, x)
+    x = _pad_to(x, R, length, x.shape[-1])
     if weights.w_key is None or weights.w_value is None:
         key = value = x[:, None]
     else:
         key, value = (jnp.einsum("rld,dgk->rglk", x, w) for w in (weights.w_key, weights.w_value))
     if history_score is not None:
         score = jnp.where(covered[..., None], history_score, 0).astype(jnp.float32)
-        query, key = _with_score(query, key, score)
-        value = jnp.pad(value, [(0, 0)] * 3 + [(0, query.shape[-1] - E)])
-    tiling = make_tiling(R, tokens.shape[1], M, sizes)
-    padding = tiling.tiles_per_row * tiling.history - tokens.shape[1]
-    key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (key, value))
+        query, key = _with_score(query, key, _pad_to(score, R, length, score.shape[-1]))
+    key, value = (_pad_to(x, *x.shape[:3], width) for x in (key, value))
     stacked = tile_targets(query, tiling).transpose(0, 2, 4, 3, 1)  # [J, G, E, A, m]
-    first, last = _bands(history_start, history_end, tiling)
+    stacked = stacked.reshape(*stacked.shape[:3], -1)
+    stacked = _pad_to(stacked, *stacked.shape[:2], width, columns)
     start, end = (
-        jnp.tile(tile_targets(x, tiling), A)[:, None] for x in (history_start, history_end)
+        _pad_to(jnp.tile(tile_targets(x, tiling), A)[:, None], len(stacked), 1, columns)
+        for x in (history_start, history_end)
     )
-    inputs = Inputs(stacked.reshape(*stacked.shape[:3], -1), key, value, start, end, first, last)
-    output, log_sum_exp = _attend(kernels, tiling, inputs)
+    first, last = _bands(history_start, history_end, tiling)
+    output, log_sum_exp = _attend(
+        kernels, tiling, Inputs(stacked, key, value, start, end, first, last)
+    )
 
     def unstack(x: Float[Array, "J G e C"]) -> Float[Array, "R M G A e"]:
+        x = x[..., : A * tiling.targets]
         x = x.reshape(*x.shape[:3], A, tiling.targets).transpose(0, 4, 1, 3, 2)
         return untile_targets(x, tiling, M)
 
     return unstack(output)[..., :E], unstack(log_sum_exp)[..., 0]
+
+
+def _pad_to(x: Array, *shape: int) -> Array:
+    return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, shape, strict=True)])
 
 
 def _with_score(
@@ -109,17 +137,17 @@ def _with_score(
 ) -> tuple[Array, Array]:
     """Adds a token's score to every query's through extra columns of keys and queries.
 
-    Three columns per head sum to the float32 score in any dtype: bfloat16 keeps 8 bits in each.
+    The columns of a head sum to the float32 score in any dtype: bfloat16 keeps 8 bits in each.
     """
     R, M, G, A, _ = query.shape
     parts, rest = [], score
-    for _ in range(3):
+    for _ in range(_SCORE_COLUMNS):
         parts.append(rest.astype(key.dtype))
         rest = rest - lax.stop_gradient(parts[-1]).astype(jnp.float32)
         rest = lax.stop_gradient(rest)
-    columns = jnp.stack(parts, -1).reshape(R, -1, G, A * 3).swapaxes(1, 2)
-    ones = jnp.repeat(jnp.eye(A, dtype=query.dtype), 3, axis=1)
-    ones = jnp.broadcast_to(ones, (R, M, G, A, 3 * A))
+    columns = jnp.stack(parts, -1).reshape(R, -1, G, A * _SCORE_COLUMNS).swapaxes(1, 2)
+    ones = jnp.repeat(jnp.eye(A, dtype=query.dtype), _SCORE_COLUMNS, axis=1)
+    ones = jnp.broadcast_to(ones, (R, M, G, A, columns.shape[-1]))
     return jnp.concatenate([query, ones], -1), jnp.concatenate([key, columns], -1)
 
 
@@ -132,13 +160,50 @@ def _bands(start: Array, end: Array, tiling: Tiling) -> tuple[Int[Array, " J"], 
     return first.astype(jnp.int32), (-(-last // tiling.history)).astype(jnp.int32)
 
 
+def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+    """Product over the given axes, summed in float32; float32 operands are not rounded."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision,
+                           preferred_element_type=jnp.float32)  # fmt: skip
+
+
+def mask_scores(
+    score: Float[Array, "t C"], start: Int[Array, "1 C"], end: Int[Array, "1 C"], position: Any
+) -> Float[Array, "t C"]:
+    """Scores of the tokens from `position` on; `NO_SCORE` outside a range."""
+    position = position + lax.broadcasted_iota(jnp.int32, score.shape, 0)
+    return jnp.where((position >= start) & (position < end), score, NO_SCORE)
+
+
+def softmax_step(
+    score: Float[Array, "t C"], peak: Float[Array, "1 C"], total: Float[Array, "1 C"]
+) -> tuple[Float[Array, "t C"], Float[Array, "1 C"], Float[Array, "1 C"], Float[Array, "1 C"]]:
+    """Weights of a tile, factor for what was summed before, and the new maximum and sum."""
+    new_peak = jnp.maximum(peak, score.max(0, keepdims=True))
+    weight = jnp.exp(score - new_peak)
+    rescale = jnp.exp(peak - new_peak)
+    return weight, rescale, new_peak, total * rescale + weight.sum(0, keepdims=True)
+
+
+def score_gradients(
+    score: Float[Array, "t C"],
+    d_weight: Float[Array, "t C"],
+    log_sum_exp: Float[Array, "1 C"],
+    delta: Float[Array, "1 C"],
+) -> tuple[Float[Array, "t C"], Float[Array, "t C"]]:
+    """Softmax weights and the gradients of the scores."""
+    weight = jnp.exp(score - log_sum_exp)
+    return weight, weight * (d_weight - delta)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(kernels: Kernels, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
     return _forward(kernels, tiling, inputs)[0]
 
 
 def _forward(kernels: Kernels, tiling: Tiling, inputs: Inputs) -> tuple[Any, Any]:
-    output, log_sum_exp = kernels.forward(tiling, inputs)
+    forward = functools.partial(kernels.forward, tiling)
+    output, log_sum_exp = _lowered_for(kernels, forward, inputs)
     nonempty = (inputs.end > inputs.start)[:, None]
     shown = jnp.where(nonempty, log_sum_exp, -jnp.inf)
     return (output, shown), (inputs, output, log_sum_exp)
@@ -150,8 +215,9 @@ def _backward(kernels: Kernels, tiling: Tiling, residuals: Any, cotangents: Any)
     d_output, d_log_sum_exp = (jnp.where(nonempty, x, 0) for x in cotangents)
     # d(score) = weight * (d(weight) - delta), log-sum-exp included: its gradient is the weight.
     delta = (d_output * output).sum(2, keepdims=True) - d_log_sum_exp
-    d_query, d_key, d_value = kernels.backward(
-        tiling, inputs, d_output.astype(inputs.query.dtype), log_sum_exp, delta
+    backward = functools.partial(kernels.backward, tiling)
+    d_query, d_key, d_value = _lowered_for(
+        kernels, backward, inputs, d_output.astype(inputs.query.dtype), log_sum_exp, delta
     )
     gradients: dict[str, Any] = dict.fromkeys(Inputs._fields)  # None: integers have no gradient
     gradients |= {
@@ -163,3 +229,34 @@ def _backward(kernels: Kernels, tiling: Tiling, residuals: Any, cotangents: Any)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _lowered_for(kernels: Kernels, call: Callable[..., Any], *arguments: Any) -> Any:
+    """`call(*arguments)`; where the kernels cannot run, lowering it raises ValueError.
+
+    Tracing must not raise: it does not know the platform, which may be absent from this machine.
+    """
+    if kernels.platform is None:
+        return call(*arguments)
+    message = (
+        f"{type(kernels).__name__} run on platform {kernels.platform!r} only, and the program is "
+        'lowered for another. Use implementation="xla", which runs anywhere'
+    )
+    shapes = jax.eval_shape(call, *arguments)
+
+    def refuse(*_: Any) -> Any:
+        return jax.tree.map(
+            lambda x: _unavailable.bind(jnp.zeros(x.shape, x.dtype), message=message), shapes
+        )
+
+    return lax.platform_dependent(*arguments, **{kernels.platform: call}, default=refuse)
+
+
+def _refuse(*_: Any, message: str) -> Any:
+    raise ValueError(message)
+
+
+_unavailable = Primitive("unavailable")
+_unavailable.def_abstract_eval(lambda x, *, message: x)
+_unavailable.def_impl(_refuse)
+mlir.register_lowering(_unavailable, _refuse)

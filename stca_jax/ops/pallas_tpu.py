@@ -13,18 +13,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from stca_jax.ops.kernels import LOWEST_PEAK, NO_SCORE, Inputs
+from stca_jax.ops.kernels import (
+    LOWEST_PEAK,
+    Inputs,
+    dot,
+    mask_scores,
+    score_gradients,
+    softmax_step,
+)
 from stca_jax.ops.tiles import BlockSizes, Tiling
 
 # Mosaic gives a kernel 16 MiB of VMEM by default on every generation since v4; the compiler needs
 # some of it for itself.
 _VMEM_BYTES = 14 * 2**20
 _LANES = 128
-
-
-def default_block_sizes(num_heads_per_group: int) -> BlockSizes:
-    """Tiles of 512 tokens and one to two vector registers of targets x heads."""
-    return BlockSizes(history=512, targets=max(8, 2 * _LANES // num_heads_per_group))
+_SUBLANES = 16  # of a bfloat16 register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,19 @@ class MosaicKernels:
     """
 
     interpret: Any = False
+
+    @property
+    def platform(self) -> str | None:
+        """See `Kernels`."""
+        return None if self.interpret else "tpu"
+
+    def default_block_sizes(self, heads_per_group: int, width: int, dtype: Any) -> BlockSizes:
+        """See `Kernels`: 512 tokens and one to two vector registers of targets x heads."""
+        return BlockSizes(history=512, targets=max(8, 2 * _LANES // heads_per_group))
+
+    def padded_sizes(self, width: int, columns: int, history: int) -> tuple[int, int, int]:
+        """See `Kernels`: a tile of tokens is whole registers."""
+        return width, columns, -(-history // _SUBLANES) * _SUBLANES
 
     def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
         """See `Kernels`."""
@@ -174,19 +190,6 @@ def _check_vmem(tiling: Tiling, inputs: Inputs) -> None:
         )
 
 
-def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision,
-                           preferred_element_type=jnp.float32)  # fmt: skip
-
-
-def _masked_scores(key: Array, query: Array, start: Array, end: Array, position: Any) -> Array:
-    """[t, C] scores; `NO_SCORE` outside a range."""
-    score = _dot(key, query, 1, 0)
-    position = position + lax.broadcasted_iota(jnp.int32, score.shape, 0)
-    return jnp.where((position >= start) & (position < end), score, NO_SCORE)
-
-
 def _forward_kernel(first, last, start, end, query, key, value, output, log_sum_exp, peak, total,
                     summed, *, tile):  # fmt: skip
     j, i = pl.program_id(0), pl.program_id(2)
@@ -199,14 +202,11 @@ def _forward_kernel(first, last, start, end, query, key, value, output, log_sum_
 
     @pl.when(first[j] + i < last[j])
     def _():
-        score = _masked_scores(key[0, 0], query[0, 0], start[0], end[0], (first[j] + i) * tile)
-        new_peak = jnp.maximum(peak[...], score.max(0, keepdims=True))
-        weight = jnp.exp(score - new_peak)
-        rescale = jnp.exp(peak[...] - new_peak)
-        total[...] = total[...] * rescale + weight.sum(0, keepdims=True)
+        score = dot(key[0, 0], query[0, 0], 1, 0)
+        score = mask_scores(score, start[0], end[0], (first[j] + i) * tile)
+        weight, rescale, peak[...], total[...] = softmax_step(score, peak[...], total[...])
         block = value[0, 0]
-        summed[...] = summed[...] * rescale + _dot(block, weight.astype(block.dtype), 0, 0)
-        peak[...] = new_peak
+        summed[...] = summed[...] * rescale + dot(block, weight.astype(block.dtype), 0, 0)
 
     @pl.when(i == pl.num_programs(2) - 1)
     def _():
@@ -216,11 +216,11 @@ def _forward_kernel(first, last, start, end, query, key, value, output, log_sum_
         log_sum_exp[0, 0] = jnp.where(nonempty, peak[...] + jnp.log(safe_total), 0)
 
 
-def _score_gradients(start, end, log_sum_exp, delta, query, d_output, key, value, position):
+def _gradients(start, end, log_sum_exp, delta, query, d_output, key, value, position):
     """[t, C] weights and gradients of the scores, in the dtype of the keys."""
-    score = _masked_scores(key[0, 0], query[0, 0], start[0], end[0], position)
-    weight = jnp.exp(score - log_sum_exp[0, 0])
-    d_score = weight * (_dot(value[0, 0], d_output[0, 0], 1, 0) - delta[0, 0])
+    score = mask_scores(dot(key[0, 0], query[0, 0], 1, 0), start[0], end[0], position)
+    d_weight = dot(value[0, 0], d_output[0, 0], 1, 0)
+    weight, d_score = score_gradients(score, d_weight, log_sum_exp[0, 0], delta[0, 0])
     return weight.astype(key.dtype), d_score.astype(key.dtype)
 
 
@@ -234,9 +234,9 @@ def _query_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, 
 
     @pl.when(first[j] + i < last[j])
     def _():
-        _, d_score = _score_gradients(start, end, log_sum_exp, delta, query, d_output, key, value,
-                                      (first[j] + i) * tile)  # fmt: skip
-        summed[...] += _dot(key[0, 0], d_score, 0, 0)
+        _, d_score = _gradients(start, end, log_sum_exp, delta, query, d_output, key, value,
+                                (first[j] + i) * tile)  # fmt: skip
+        summed[...] += dot(key[0, 0], d_score, 0, 0)
 
     @pl.when(i == pl.num_programs(2) - 1)
     def _():
@@ -255,11 +255,11 @@ def _key_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, ke
 
     @pl.when((first[target_tile] <= i) & (i < last[target_tile]))
     def _():
-        weight, d_score = _score_gradients(
+        weight, d_score = _gradients(
             start, end, log_sum_exp, delta, query, d_output, key, value, i * tile
         )
-        key_sum[...] += _dot(d_score, query[0, 0], 1, 1)
-        value_sum[...] += _dot(weight, d_output[0, 0], 1, 1)
+        key_sum[...] += dot(d_score, query[0, 0], 1, 1)
+        value_sum[...] += dot(weight, d_output[0, 0], 1, 1)
 
     @pl.when(j == tiles_per_row - 1)
     def _():

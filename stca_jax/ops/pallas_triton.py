@@ -1,0 +1,365 @@
+"""GPU kernels of the op (Triton): a target tile's band is shared out among many programs.
+
+A batch has few target tiles, and each reads thousands of tokens: one program per tile would leave
+most of the GPU idle.  The programs of a tile take equal shares of its band, and XLA merges their
+partial softmaxes and adds their gradients of the queries.  No two programs write to the same place,
+so there are no atomics and results are reproducible.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Int
+
+from stca_jax.ops.kernels import (
+    LOWEST_PEAK,
+    NO_SCORE,
+    Inputs,
+    dot,
+    mask_scores,
+    score_gradients,
+    softmax_step,
+)
+from stca_jax.ops.tiles import BlockSizes, Tiling
+
+# Sides of the smallest matrix product of the tensor cores that Triton offers.
+_SMALLEST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What a generation of GPUs offers the kernels.
+
+    Attributes:
+      shared_memory: Bytes of shared memory a program may have.
+      multiprocessors: How many there are; each runs about two programs.
+      columns: Most targets x heads of a tile, if tokens are at most 256 wide: what is summed for
+        them has to stay in registers.
+    """
+
+    shared_memory: int
+    multiprocessors: int
+    columns: int
+
+
+# By compute capability.  With the default block sizes, powers of two as widths spill no register.
+GPUS = {
+    "8.0": Gpu(shared_memory=166_912, multiprocessors=108, columns=32),  # A100
+    "9.0": Gpu(shared_memory=232_448, multiprocessors=132, columns=64),  # H100, H200
+}
+_OTHER_GPU = Gpu(shared_memory=101_376, multiprocessors=108, columns=32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonKernels:
+    """`Kernels` of NVIDIA GPUs from Ampere (A100) on.
+
+    Attributes:
+      gpu: The GPU whose limits and block sizes hold; what fits an A100 fits an H100.
+      interpret: Run on the CPU, by JAX's interpreter of Pallas.
+    """
+
+    gpu: Gpu = GPUS["8.0"]
+    interpret: bool = False
+
+    @property
+    def platform(self) -> str | None:
+        """See `Kernels`."""
+        return None if self.interpret else "cuda"
+
+    def default_block_sizes(self, heads_per_group: int, width: int, dtype: Any) -> BlockSizes:
+        """See `Kernels`."""
+        power = pl.next_power_of_2(width)
+        if jnp.dtype(dtype).itemsize > 2:
+            tokens, columns = 2048 // power, 16
+        elif width == power <= 256:
+            tokens, columns = 8192 // power, self.gpu.columns
+        else:
+            tokens, columns = 4096 // power, 32 if power <= 512 else 16
+        return BlockSizes(
+            history=min(max(tokens, _SMALLEST), 64), targets=max(1, columns // heads_per_group)
+        )
+
+    def padded_sizes(self, width: int, columns: int, history: int) -> tuple[int, int, int]:
+        """See `Kernels`: Triton loads powers of two."""
+        return (
+            -(-width // _SMALLEST) * _SMALLEST,  # in parts, see `_parts`
+            max(_SMALLEST, pl.next_power_of_2(columns)),
+            max(_SMALLEST, pl.next_power_of_2(history)),
+        )
+
+    def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
+        """See `Kernels`."""
+        J, G, E, C = inputs.query.shape
+        self._check_shared_memory(tiling, inputs)
+        splits = self._splits(tiling, J * G)
+        specs = _band_specs(tiling, E, C)
+        output, log_sum_exp = self._call(
+            functools.partial(_forward_kernel, tile=tiling.history),
+            grid=(J, G, splits),
+            in_specs=[*specs.ranges, specs.wide, specs.key, specs.key],
+            out_specs=[_share_spec(E, C), _share_spec(1, C)],
+            out_shape=[_shares(splits, J, G, E, C), _shares(splits, J, G, 1, C)],
+            name="target_to_history_forward",
+        )(inputs.first, inputs.last, inputs.start, inputs.end, inputs.query, inputs.key,
+          inputs.value)  # fmt: skip
+        joined = jax.nn.logsumexp(log_sum_exp, axis=0)
+        output = (output * jnp.exp(log_sum_exp - joined)).sum(0)
+        return output, jnp.where(joined > LOWEST_PEAK, joined, 0)
+
+    def backward(
+        self, tiling: Tiling, inputs: Inputs, d_output: Array, log_sum_exp: Array, delta: Array
+    ) -> tuple[Array, Array, Array]:
+        """See `Kernels`."""
+        J, G, E, C = inputs.query.shape
+        splits = self._splits(tiling, J * G)
+        arguments = (inputs.start, inputs.end, log_sum_exp, delta, inputs.query, d_output,
+                     inputs.key, inputs.value)  # fmt: skip
+        specs = _band_specs(tiling, E, C)
+        d_query = self._call(
+            functools.partial(_query_kernel, tile=tiling.history),
+            grid=(J, G, splits),
+            in_specs=specs.backward,
+            out_specs=_share_spec(E, C),
+            out_shape=_shares(splits, J, G, E, C),
+            name="target_to_history_backward_query",
+        )(inputs.first, inputs.last, *arguments)
+        specs = _history_specs(tiling, E, C)
+        d_key, d_value = self._call(
+            _key_kernel,
+            grid=(tiling.tiles_per_row, G, tiling.rows),
+            in_specs=specs.backward,
+            out_specs=[specs.key, specs.key],
+            out_shape=[jax.ShapeDtypeStruct(inputs.key.shape, inputs.key.dtype)] * 2,
+            name="target_to_history_backward_key",
+        )(*_target_bands(inputs.first, inputs.last, tiling), *arguments)
+        return d_query.sum(0), d_key, d_value
+
+    def _splits(self, tiling: Tiling, programs: int) -> int:
+        """How many programs share a band: two per multiprocessor, or one per history tile."""
+        return min(tiling.tiles_per_row, -(-2 * self.gpu.multiprocessors // programs))
+
+    def _check_shared_memory(self, tiling: Tiling, inputs: Inputs) -> None:
+        E, C = inputs.query.shape[2:]
+        t, size = tiling.history, inputs.key.dtype.itemsize
+        # Hopper's asynchronous products, which need 64 tokens, keep two tiles of each array.
+        stages = 2 if t >= 64 and size == 2 else 1
+        needed = size * (2 * E * C + stages * 2 * t * E + 3 * t * C) + 16 * C
+        if needed > self.gpu.shared_memory:
+            raise ValueError(
+                f"blocks of {t} tokens x {C} targets and heads, width {E}, need about "
+                f"{needed / 2**10:.0f} KiB of shared memory; a program has "
+                f"{self.gpu.shared_memory / 2**10:.0f} KiB. Pass smaller block_sizes, or "
+                'order="projected" for narrower tokens'
+            )
+
+    def _call(self, kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
+        width = options["in_specs"][-1].block_shape[-1]
+        params = plgpu.CompilerParams(num_warps=4 if width <= 128 else 8, num_stages=2)
+        return pl.pallas_call(kernel, compiler_params=params, interpret=self.interpret, **options)
+
+
+def kernels_of_this_gpu() -> TritonKernels:
+    """The kernels for this process's GPU; without one, for an A100, to be compiled elsewhere.
+
+    Raises:
+      ValueError: the GPU is older than an A100.
+    """
+    if jax.default_backend() != "gpu":
+        return TritonKernels()
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    major = capability.split(".")[0]
+    if major.isdigit() and int(major) < 8:  # other makers' are no numbers, and refused later
+        raise ValueError(
+            'implementation="triton" needs an NVIDIA GPU of compute capability 8.0 or more; this '
+            f'one has {capability}. Use implementation="xla"'
+        )
+    return TritonKernels(GPUS.get(capability, _OTHER_GPU))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Specs:
+    """Blocks of the kernels' inputs.
+
+    Attributes:
+      ranges: Of the band's two ends, then of `start` and `end`.
+      row: Of a number per target and head: log-sum-exp or delta.
+      wide: Of queries, or gradients of outputs.
+      key: Of keys or values.
+    """
+
+    ranges: list[pl.BlockSpec]
+    row: pl.BlockSpec
+    wide: pl.BlockSpec
+    key: pl.BlockSpec
+
+    @property
+    def backward(self) -> list[pl.BlockSpec]:
+        """Of all inputs of a backward kernel."""
+        return [*self.ranges, self.row, self.row, self.wide, self.wide, self.key, self.key]
+
+
+def _band_specs(tiling: Tiling, E: int, C: int) -> _Specs:
+    """One target tile and its whole row of history; grid (target tile, group, share)."""
+
+    def key(j: Any, g: Any, s: Any) -> tuple[Any, ...]:
+        return lax.div(j, jnp.int32(tiling.target_tiles_per_row)), g, 0, 0
+
+    length = tiling.tiles_per_row * tiling.history
+    band = pl.BlockSpec((1,), lambda j, g, s: (j,))
+    span = pl.BlockSpec((None, 1, C), lambda j, g, s: (j, 0, 0))
+    return _Specs(
+        ranges=[band, band, span, span],
+        row=pl.BlockSpec((None, None, 1, C), lambda j, g, s: (j, g, 0, 0)),
+        wide=pl.BlockSpec((None, None, E, C), lambda j, g, s: (j, g, 0, 0)),
+        key=pl.BlockSpec((None, None, length, E), key),
+    )
+
+
+def _history_specs(tiling: Tiling, E: int, C: int) -> _Specs:
+    """One history tile and all target tiles of its row; grid (history tile, group, row)."""
+    per_row = tiling.target_tiles_per_row
+    band = pl.BlockSpec((1, 1), lambda i, g, r: (r, i))
+    span = pl.BlockSpec((per_row, 1, C), lambda i, g, r: (r, 0, 0))
+    return _Specs(
+        ranges=[band, band, span, span],
+        row=pl.BlockSpec((per_row, None, 1, C), lambda i, g, r: (r, g, 0, 0)),
+        wide=pl.BlockSpec((per_row, None, E, C), lambda i, g, r: (r, g, 0, 0)),
+        key=pl.BlockSpec((None, None, tiling.history, E), lambda i, g, r: (r, g, i, 0)),
+    )
+
+
+def _share_spec(*block: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, None, *block), lambda j, g, s: (s, j, g, 0, 0))
+
+
+def _shares(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _target_bands(
+    first: Int[Array, " J"], last: Int[Array, " J"], tiling: Tiling
+) -> tuple[Int[Array, "R tiles"], Int[Array, "R tiles"]]:
+    """First and one past the last target tile of the row that need each history tile."""
+    tile = jnp.arange(tiling.tiles_per_row)
+    needs = (first[:, None] <= tile) & (tile < last[:, None])
+    needs = needs.reshape(tiling.rows, tiling.target_tiles_per_row, -1)
+    after_last = needs.shape[1] - needs[:, ::-1].argmax(1)
+    return (
+        needs.argmax(1).astype(jnp.int32),
+        jnp.where(needs.any(1), after_last, 0).astype(jnp.int32),
+    )
+
+
+def _parts(width: int) -> list[slice]:
+    """Cuts a multiple of 16 into powers of two, the largest first."""
+    parts, offset = [], 0
+    while offset < width:
+        size = 1 << ((width - offset).bit_length() - 1)
+        parts.append(slice(offset, offset + size))
+        offset += size
+    return parts
+
+
+def _share(first: Any, last: Any) -> tuple[Array, Array]:
+    """This program's tiles of the band."""
+    most = pl.cdiv(jnp.maximum(last - first, 0), pl.num_programs(2))
+    begin = first + pl.program_id(2) * most
+    return begin, jnp.minimum(begin + most, last)
+
+
+def _product(a: list[Array], b: list[Array]) -> Any:
+    """[t, C] product of keys or values [t, E] with [E, C], both in parts of E."""
+    return sum(dot(x, y, 1, 0) for x, y in zip(a, b, strict=True))
+
+
+def _forward_kernel(first, last, start, end, query, key, value, output, log_sum_exp, *, tile):
+    parts = _parts(query.shape[0])
+    queries = [query[p, :] for p in parts]
+    ranges = start[...], end[...]
+    C = query.shape[1]
+
+    def step(i, carry):
+        peak, total, *summed = carry
+        tokens = pl.ds(i * tile, tile)
+        score = _product([key[tokens, p] for p in parts], queries)
+        score = mask_scores(score, *ranges, i * tile)
+        weight, rescale, peak, total = softmax_step(score, peak, total)
+        weight = weight.astype(value.dtype)
+        summed = [
+            x * rescale + dot(value[tokens, p], weight, 0, 0)
+            for x, p in zip(summed, parts, strict=True)
+        ]
+        return peak, total, *summed
+
+    row = (1, C)
+    peak, total, *summed = lax.fori_loop(
+        *_share(first[0], last[0]),
+        step,
+        (
+            jnp.full(row, LOWEST_PEAK, jnp.float32),
+            jnp.zeros(row, jnp.float32),
+            *(jnp.zeros(q.shape, jnp.float32) for q in queries),
+        ),
+    )
+    nonempty = total > 0
+    safe_total = jnp.where(nonempty, total, 1)
+    for p, x in zip(parts, summed, strict=True):
+        output[p, :] = x / safe_total
+    log_sum_exp[...] = jnp.where(nonempty, peak + jnp.log(safe_total), NO_SCORE)
+
+
+def _query_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, key, value,
+                  d_query, *, tile):  # fmt: skip
+    parts = _parts(query.shape[0])
+    queries = [query[p, :] for p in parts]
+    d_outputs = [d_output[p, :] for p in parts]
+    ranges, statistics = (start[...], end[...]), (log_sum_exp[...], delta[...])
+
+    def step(i, summed):
+        tokens = pl.ds(i * tile, tile)
+        keys = [key[tokens, p] for p in parts]
+        score = mask_scores(_product(keys, queries), *ranges, i * tile)
+        d_weight = _product([value[tokens, p] for p in parts], d_outputs)
+        _, d_score = score_gradients(score, d_weight, *statistics)
+        d_score = d_score.astype(key.dtype)
+        return [x + dot(k, d_score, 0, 0) for x, k in zip(summed, keys, strict=True)]
+
+    zeros = [jnp.zeros(q.shape, jnp.float32) for q in queries]
+    summed = lax.fori_loop(*_share(first[0], last[0]), step, zeros)
+    for p, x in zip(parts, summed, strict=True):
+        d_query[p, :] = x
+
+
+def _key_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, key, value,
+                d_key, d_value):  # fmt: skip
+    parts = _parts(query.shape[1])
+    keys, values = ([x[:, p] for p in parts] for x in (key, value))
+    position = pl.program_id(0) * key.shape[0]
+
+    def step(j, carry):
+        key_sum, value_sum = carry
+        queries, d_outputs = ([x[j, p, :] for p in parts] for x in (query, d_output))
+        score = mask_scores(_product(keys, queries), start[j], end[j], position)
+        weight, d_score = score_gradients(
+            score, _product(values, d_outputs), log_sum_exp[j], delta[j]
+        )
+        weight, d_score = (x.astype(key.dtype) for x in (weight, d_score))
+        key_sum = [x + dot(d_score, q, 1, 1) for x, q in zip(key_sum, queries, strict=True)]
+        value_sum = [x + dot(weight, d, 1, 1) for x, d in zip(value_sum, d_outputs, strict=True)]
+        return key_sum, value_sum
+
+    zeros = [jnp.zeros(k.shape, jnp.float32) for k in keys]
+    key_sum, value_sum = lax.fori_loop(first[0, 0], last[0, 0], step, (zeros, zeros))
+    for p, dk, dv in zip(parts, key_sum, value_sum, strict=True):
+        d_key[:, p] = dk.astype(d_key.dtype)
+        d_value[:, p] = dv.astype(d_value.dtype)

@@ -1,0 +1,118 @@
+"""Compiles the Triton kernels for GPUs on a machine without one: they fit, and store no scores."""
+
+import itertools
+
+import jax.numpy as jnp
+import pytest
+from compiled_step import D, L, R, compiled_step, in_process_of_its_own, stores_scores
+
+from stca_jax.ops.pallas_triton import GPUS, TritonKernels
+from stca_jax.ops.tiles import BlockSizes
+
+pytest.importorskip(
+    "jax_plugins.xla_cuda13", reason="pip install -e .[test] has the CUDA plugin on Linux"
+)
+
+MODULE = "test_compile_gpu"
+# From the data sheets: compute capability, multiprocessors, shared memory per multiprocessor,
+# memory bandwidth, L2 cache and memory size in bytes.
+DATA_SHEETS = {
+    "A100": ("8.0", 108, 167_936, 2_039_000_000_000, 41_943_040, 85_899_345_920),
+    "H100": ("9.0", 132, 233_472, 3_352_000_000_000, 52_428_800, 84_929_347_584),
+}
+
+
+def description(gpu: str) -> str:
+    """What XLA has to know of a GPU to compile for it."""
+    capability, cores, shared_memory, bandwidth, cache, memory = DATA_SHEETS[gpu]
+    return f"""
+      gpu_device_info {{
+        cuda_compute_capability {{ major: {capability[0]} }}
+        core_count: {cores} fpus_per_core: 128 clock_rate_ghz: 1.4
+        threads_per_block_limit: 1024 threads_per_core_limit: 2048 threads_per_warp: 32
+        registers_per_core_limit: 65536 registers_per_block_limit: 65536
+        shared_memory_per_core: {shared_memory} shared_memory_per_block: 49152
+        shared_memory_per_block_optin: {shared_memory - 1024}
+        memory_bandwidth: {bandwidth} l2_cache_size: {cache} device_memory_size: {memory}
+        block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      }}
+      platform_name: "CUDA" device_description_str: "{gpu}"
+      dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 9 }}
+    """
+
+
+def devices_of(gpu: str, count: int = 1):
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=description(gpu), topology=f"1x1x{count}"
+    ).devices
+
+
+def check_single(gpu: str, order: str, dtype: str, score: str = "") -> None:
+    kernels = TritonKernels(GPUS[DATA_SHEETS[gpu][0]])
+    step = compiled_step(
+        devices_of(gpu), kernels, order, dtype, score=bool(score),
+        compiler_options={"xla_gpu_fail_ptx_compilation_on_register_spilling": True},
+    )  # fmt: skip
+    # Absorbed: clean and padded tokens, their gradients.  Projected: keys, values, the gradients
+    # of both.  The columns of a score widen each of them, and make keys and values differ.
+    arrays = (6 if score else 3) if order == "absorbed" else (8 if score else 5)
+    tokens = R * L * D * jnp.dtype(dtype).itemsize
+    stored = step.memory_analysis().temp_size_in_bytes
+    assert stored < arrays * tokens + 32e6, (stored / tokens, arrays)
+    text = step.as_text()
+    for kernel in ("forward", "backward_query", "backward_key"):
+        assert f"target_to_history_{kernel}/pallas_call" in text
+    assert not stores_scores(text)
+
+
+def check_all(gpu: str) -> None:
+    for order, dtype in itertools.product(("absorbed", "projected"), ("bfloat16", "float32")):
+        check_single(gpu, order, dtype)
+    check_single(gpu, "absorbed", "bfloat16", "score")
+
+
+def check_shared_memory(gpu: str, dtype: str, tokens: str, targets: str) -> None:
+    """The largest blocks that the estimate lets pass do fit, and larger ones are refused."""
+    kernels = TritonKernels(GPUS[DATA_SHEETS[gpu][0]])
+    blocks = [BlockSizes(history=factor * int(tokens), targets=int(targets)) for factor in (1, 2)]
+    compiled_step(devices_of(gpu), kernels, "absorbed", dtype, sizes=blocks[0])
+    with pytest.raises(ValueError, match=r"KiB of shared memory; a program has \d+ KiB. Pass"):
+        compiled_step(devices_of(gpu), kernels, "absorbed", dtype, sizes=blocks[1])
+
+
+def check_sharded(gpu: str) -> None:
+    step = compiled_step(
+        devices_of(gpu, 8), "triton", "absorbed", "bfloat16", length=10_240, sharded=True,
+        fused=True,
+    )  # fmt: skip
+    text = step.as_text()
+    assert "target_to_history_forward/pallas_call" in text
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+
+
+def test_bfloat16_on_one_h100():
+    in_process_of_its_own(MODULE, "check_single", "H100", "absorbed", "bfloat16")
+
+
+def test_too_large_blocks_name_the_limit():
+    in_process_of_its_own(MODULE, "check_shared_memory", "H100", "bfloat16", "64", "8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", DATA_SHEETS)
+def test_one_gpu(gpu):
+    in_process_of_its_own(MODULE, "check_all", gpu)
+
+
+@pytest.mark.slow
+def test_shared_memory_of_an_a100():
+    in_process_of_its_own(MODULE, "check_shared_memory", "A100", "float32", "32", "4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", DATA_SHEETS)
+def test_two_by_four_gpus(gpu):
+    in_process_of_its_own(MODULE, "check_sharded", gpu)

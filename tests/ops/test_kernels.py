@@ -1,0 +1,160 @@
+"""The Pallas kernels in interpret mode against the oracle; what they do not write is NaN."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_oracle import assert_matches_oracle, make_case, random_ranges, run
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from test_attention import ORDERS, ragged_case
+
+from stca_jax.ops import pallas_triton
+from stca_jax.ops.attention import target_to_history_attention
+from stca_jax.ops.pallas_tpu import MosaicKernels
+from stca_jax.ops.pallas_triton import GPUS, TritonKernels
+from stca_jax.ops.tiles import BlockSizes
+
+# The smallest tiles of both: 23 tokens are two of them, and no multiple.
+SMALL = BlockSizes(history=16, targets=4)
+KERNELS = {"mosaic_tpu": MosaicKernels(interpret=True), "triton": TritonKernels(interpret=True)}
+ANY_KERNELS = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@ANY_KERNELS
+def test_ragged_rows_match_oracle(kernels, order):
+    case = ragged_case(fused=True, score=True)
+    assert_matches_oracle(case, implementation=kernels, order=order, block_sizes=SMALL)
+
+
+@ANY_KERNELS
+def test_bfloat16_matches_oracle(kernels):
+    case = ragged_case(score=True)
+    assert_matches_oracle(
+        case, dtype=jnp.bfloat16, tolerance=0.03, implementation=kernels, order="absorbed",
+        block_sizes=SMALL,
+    )  # fmt: skip
+
+
+@ANY_KERNELS
+def test_widths_and_heads_that_are_no_power_of_two(kernels):
+    case = ragged_case(H=3, K=5, D=40, score=True)  # keys of 40 + 9 columns
+    assert_matches_oracle(case, implementation=kernels, order="absorbed", block_sizes=SMALL)
+
+
+@ANY_KERNELS
+def test_default_blocks(kernels):
+    start, end = random_ranges(np.random.default_rng(0), 1, 70, 150)
+    case = make_case(start, end, 150, D=16, score=True)
+    assert_matches_oracle(case, implementation=kernels, order="absorbed")
+
+
+@ANY_KERNELS
+def test_huge_logits(kernels):
+    """Scores of about +-1e4, where only an online maximum keeps exp finite."""
+    case = ragged_case(logit_scale=1e4)
+    out, _ = run(case, implementation=kernels, block_sizes=SMALL)
+    assert np.abs(out.log_sum_exp[np.isfinite(out.log_sum_exp)]).max() > 1e4
+    case = case._replace(d_output=case.d_output * 0)
+    assert_matches_oracle(case, tolerance=2e-4, implementation=kernels, block_sizes=SMALL)
+
+
+@ANY_KERNELS
+def test_uncovered_tokens_never_matter(kernels):
+    options = {"implementation": kernels, "block_sizes": SMALL}
+    dirty = run(ragged_case(score=True, garbage=np.nan), **options)
+    clean = run(ragged_case(score=True, garbage=0.0), **options)
+    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+
+
+@ANY_KERNELS
+def test_all_ranges_empty(kernels):
+    case = make_case(np.full((1, 3), 4), np.full((1, 3), 4), 9, score=True)
+    out, gradients = run(case, implementation=kernels, block_sizes=SMALL)
+    assert np.all(out.output == 0)
+    assert np.all(out.log_sum_exp == -np.inf)
+    assert all(np.all(g == 0) for g in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+def test_shares_of_a_band(multiprocessors):
+    """Two or six programs share seven tiles: uneven shares, and shares of nothing."""
+    gpu = dataclasses.replace(GPUS["8.0"], multiprocessors=multiprocessors)
+    case = make_case([[0, 17, 100, 50]], [[103, 90, 101, 50]], 103, score=True)
+    kernels = TritonKernels(gpu, interpret=True)
+    assert_matches_oracle(case, implementation=kernels, order="absorbed", block_sizes=SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@ANY_KERNELS
+def test_random_ranges(kernels, seed):
+    rng = np.random.default_rng(seed)
+    R, M, L = rng.integers(1, 3), rng.integers(1, 40), rng.integers(1, 120)
+    start, end = random_ranges(rng, R, M, L)
+    case = make_case(start, end, L, H=3, score=bool(seed % 2), seed=seed)
+    assert_matches_oracle(case, implementation=kernels, order=ORDERS[seed % 2], block_sizes=SMALL)
+
+
+@pytest.mark.slow
+@ANY_KERNELS
+def test_a_thousand_targets(kernels):
+    start, end = random_ranges(np.random.default_rng(0), 1, 1000, 300)
+    case = make_case(start, end, 300)
+    assert_matches_oracle(case, implementation=kernels, order="absorbed", tolerance=1e-4)
+
+
+@pytest.fixture
+def strict_interpreter(monkeypatch):
+    """Interprets two programs at a time, prints races and fills what is not written with NaN."""
+    # The interpreter that can do this is the TPU's, and asks for its compiler parameters.
+    monkeypatch.setattr(
+        pallas_triton.plgpu, "CompilerParams",
+        lambda **_: pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+    )  # fmt: skip
+    return pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [MosaicKernels, TritonKernels])
+def test_no_races(kernels, strict_interpreter, capfd):
+    assert_matches_oracle(
+        ragged_case(score=True), implementation=kernels(interpret=strict_interpreter),
+        order="projected", block_sizes=SMALL,
+    )  # fmt: skip
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_races_are_seen(monkeypatch, strict_interpreter, capfd):
+    """The previous test can fail: shares of a band that are all written to one place."""
+    monkeypatch.setattr(
+        pallas_triton, "_share_spec",
+        lambda *block: pl.BlockSpec((None,) * 3 + block, lambda j, g, s: (0, j, g, 0, 0)),
+    )  # fmt: skip
+    case = make_case([[0, 5, 9]], [[40, 30, 9]], 40)
+    run(case, implementation=TritonKernels(interpret=strict_interpreter), block_sizes=SMALL)
+    assert "RACE DETECTED" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("implementation", "platform"), [("mosaic_tpu", "tpu"), ("triton", "cuda")]
+)
+def test_other_platforms_are_refused(implementation, platform, jit):
+    case = ragged_case()
+    p = jax.tree.map(jnp.asarray, case.problem)
+
+    def attend(query):
+        return target_to_history_attention(
+            query, p.tokens, p.w_key, p.w_value, case.start, case.end,
+            implementation=implementation,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=rf"on platform '{platform}' only.*implementation=\"xla\""):
+        (jax.jit(attend) if jit else attend)(p.query)
