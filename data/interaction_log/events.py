@@ -205,11 +205,11 @@ def read_side_table(source: LogSource, what: str) -> pa.Table:
             return connection.sql(query).to_arrow_table().combine_chunks()
 
 
-def user_keys(users: pa.Array) -> np.ndarray:
-    """A 64-bit number for each user id, the same in every run: itself, or a hash of the text."""
-    if pa.types.is_integer(users.type):
-        return users.to_numpy(zero_copy_only=False).astype(np.int64)
-    return rb.text_hash(users.to_pylist())
+def id_keys(ids: pa.Array) -> np.ndarray:
+    """A 64-bit number for each id, the same in every run: itself, or a hash of the text."""
+    if pa.types.is_integer(ids.type):
+        return ids.to_numpy(zero_copy_only=False).astype(np.int64)
+    return rb.text_hash(ids.to_pylist())
 
 
 def _plain_names(columns: Sequence[Column]) -> list[str]:
@@ -390,7 +390,7 @@ def _explain_sql(what: str, where: str) -> Iterator[None]:
 def _shard_of(users: pa.ChunkedArray, num_shards: int) -> np.ndarray:
     """By a hash of the user, so that it does not depend on what else is in the log."""
     encoded = users.combine_chunks().dictionary_encode()
-    of_user = rb.counter_hash(_SHARD, user_keys(encoded.dictionary)) % np.uint64(num_shards)
+    of_user = rb.counter_hash(_SHARD, id_keys(encoded.dictionary)) % np.uint64(num_shards)
     return of_user.astype(np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
 
 

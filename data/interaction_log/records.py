@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.interaction_log.events import LogSource, read_side_table, user_keys
+from data.interaction_log.events import LogSource, id_keys, read_side_table
 from data.interaction_log.requests import Shard
 from data.interaction_log.statistics import ShardStatistics, ValueCounts
 from stca_jax.input import request_building as rb
@@ -180,7 +180,7 @@ def make_plan(
         test_start=times[1],
         encoders=encoders,
         items=items,
-        item_key=user_keys(items),
+        item_key=id_keys(items),
         item_count=item_count,
         item_columns=item_columns,
         users=users,

@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import pyarrow as pa
 
-from data.interaction_log.events import user_keys
+from data.interaction_log.events import id_keys
 from data.interaction_log.log_config import LogConfig
 from stca_jax.input import request_building as rb
 
@@ -112,7 +112,7 @@ def _find_requests(shard: Shard) -> Requests:
         history_end=rb.history_end(shard.user[in_history], shard.time[in_history], user, time),
         target_row=row,
         of_target=of_target,
-        key=rb.counter_hash(shard.config.seed, user_keys(shard.user_ids)[user], time),
+        key=rb.counter_hash(shard.config.seed, id_keys(shard.user_ids)[user], time),
     )
 
 

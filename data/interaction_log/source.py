@@ -110,7 +110,7 @@ class Table:
             return sum(pq.read_metadata(f).num_rows for f in self.files)
         return sum(pathlib.Path(f).stat().st_size for f in self.files) // _CSV_BYTES_PER_ROW
 
-    @property
+    @functools.cached_property
     def num_shards(self) -> int:
         """How many record files to make, so that the users of one fit into memory."""
         return max(1, -(-self.num_rows // _EVENTS_PER_SHARD))
