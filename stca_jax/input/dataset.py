@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from google.protobuf.message import DecodeError
 from jaxtyping import Int
-from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from stca_jax.errors import UserError
+from stca_jax.input.example import read_example
 from stca_jax.input.records import REQUEST_COLUMNS, SPLITS, UserRecord, decode_record
 from stca_jax.schema import Schema
 
@@ -123,11 +122,11 @@ class RequestDataset:
         if not 0 <= i < len(self):
             raise IndexError(f"no user {i}; the dataset has {len(self)}")
         try:
-            example = tf_example_pb2.Example.FromString(self._source[i])
-        except (RuntimeError, DecodeError) as error:
+            columns = _matrices(read_example(self._source[i]), self.schema)
+        except (RuntimeError, ValueError) as error:
             file = self._files[np.searchsorted(self._record_ends, i, side="right")]
             raise file.damaged(str(error)) from error
-        return decode_record(_matrices(example, self.schema), self.schema)
+        return decode_record(columns, self.schema)
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -251,19 +250,17 @@ def _read_metadata(directory: pathlib.Path) -> dict[str, Any]:
     return metadata
 
 
-def _matrices(example: tf_example_pb2.Example, schema: Schema) -> dict[str, Any]:
+def _matrices(example: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
     """The argument of `decode_record`: views of the bytes, shaped by the number of columns."""
-    feature = example.features.feature
     rows = {
         "events": 1 + len(schema.history),
         "requests": REQUEST_COLUMNS + len(schema.request),
         "targets": len(schema.target) + len(schema.tasks),
     }
     matrices = {
-        n: np.frombuffer(feature[n].bytes_list.value[0], np.int32).reshape(size, -1)
-        for n, size in rows.items()
+        n: np.frombuffer(example[n], np.int32).reshape(size, -1) for n, size in rows.items()
     }
-    return {"user_id": feature["user_id"].int64_list.value[0], **matrices}
+    return {"user_id": example["user_id"], **matrices}
 
 
 def _write_atomically(path: pathlib.Path, **arrays: np.ndarray) -> None:

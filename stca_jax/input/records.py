@@ -153,7 +153,8 @@ def decode_record(example: Mapping[str, np.ndarray], schema: Schema) -> UserReco
             for n, row in zip(names, rows, strict=False)
         }
 
-    num_targets = targets.shape[1]
+    target_offset = np.empty(requests.shape[1] + 1, np.int32)
+    target_offset[:-1], target_offset[-1] = requests[4], targets.shape[1]
     return UserRecord(
         user_id=int(example["user_id"]),
         event_time=events[0],
@@ -162,7 +163,7 @@ def decode_record(example: Mapping[str, np.ndarray], schema: Schema) -> UserReco
         request_time=requests[1],
         request_split=requests[2],
         history_end=requests[3],
-        target_offset=np.append(requests[4], np.int32(num_targets)),
+        target_offset=target_offset,
         request=features(schema.request, requests[REQUEST_COLUMNS:]),
         target=features(schema.target, targets),
         label=targets[len(schema.target) :].view(np.float32).T,
