@@ -1,12 +1,13 @@
 """Compiles an experiment's train step for machines that are not here, and says whether it fits.
 
 python -m experiments.plan --config=experiments/configs/paper_133m.py --topology=v5e:16x16
-    [--config.NAME=VALUE ...] [--vocabulary=item=100000000,...] [--json] [--data_dir=DIR]
+    [--num_slices=N] [--config.NAME=VALUE ...] [--vocabulary=item=100000000,...] [--json]
+    [--data_dir=DIR]
 
 Topologies are TPU slices as Cloud TPU names them (v5e, v5p and v6e; needs `pip install libtpu`)
-or GPUs of one node, h100:8 or a100:8 (needs `pip install jax-cuda13-plugin jax-cuda13-pjrt`).  No
-accelerator, no data preparation beyond what the schema needs, and no memory for the model are
-needed: nothing is run.
+or GPUs of one node, h100:8 or a100:8 (needs `pip install jax-cuda13-plugin jax-cuda13-pjrt`);
+--num_slices=N is for N of them.  No accelerator, no data preparation beyond what the schema needs,
+and no memory for the model are needed: nothing is run.
 
 The schema is that of the config's dataset, or of the config file itself if that defines
 `get_schema()`; --vocabulary sets sizes of vocabularies by name.
@@ -49,6 +50,7 @@ from stca_jax.training.train_step import Program
 from stca_jax.training.trainer import experiment_program
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, h100:8, …", required=True)
+_NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices or nodes of that topology.", 1)
 _VOCABULARY = flags.DEFINE_list("vocabulary", [], "Sizes of vocabularies, NAME=ROWS.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 flags.adopt_module_key_flags(launch)
@@ -99,7 +101,7 @@ class Plan:
       collectives: By kind.
       flops: Of a step, on all devices.
       seconds: Lower bounds of a step's time: compute at peak FLOP/s, memory at peak bandwidth,
-        interconnect for the collectives, one trip of each loop.
+        interconnect for the collectives, one trip of each loop, as if all devices were one slice.
       advice: What would make it fit; empty if it does.
     """
 
@@ -166,7 +168,7 @@ def main() -> int:
     path, overrides, _ = config_lib.parse_config_args(sys.argv)
     config = config_lib.load_config(path, overrides)
     schema = with_vocabulary(config_schema(str(path), config), _VOCABULARY.value)
-    plan = make_plan(config, schema, _TOPOLOGY.value)
+    plan = make_plan(config, schema, _TOPOLOGY.value, _NUM_SLICES.value)
     print(plan.to_json() if _JSON.value else plan.to_text())
     return 0 if plan.fits else 2
 
@@ -196,13 +198,19 @@ def with_vocabulary(schema: Schema, sizes: Sequence[str]) -> Schema:
     return dataclasses.replace(schema, vocabularies=vocabularies)
 
 
-def make_plan(config: ExperimentConfig, schema: Schema, topology: str) -> Plan:
+def make_plan(config: ExperimentConfig, schema: Schema, topology: str, num_slices: int = 1) -> Plan:
     """Compiles the train step and adds things up.
+
+    Args:
+      config: The experiment.
+      schema: Of its dataset.
+      topology: Such as "v5e:2x4"; see `topology_devices`.
+      num_slices: How many of them.
 
     Raises:
       UserError: the topology is unknown, its compiler is not installed, or the mesh does not fit.
     """
-    chip, devices = topology_devices(topology)
+    chip, devices = topology_devices(topology, num_slices)
     mesh = make_mesh(config.mesh, devices)
     program = experiment_program(config, schema, num_steps=1_000, mesh=mesh)
     batch = _abstract_batch(config, schema, program)
@@ -217,9 +225,9 @@ def make_plan(config: ExperimentConfig, schema: Schema, topology: str) -> Plan:
         "activations": compiled.temporary_bytes,
         "program": compiled.code_bytes,
     }
-    tokens, targets, pairs = _amounts(config)
+    tokens, targets, pairs, token_pairs = _amounts(config)
     step_flops = model_flops(config.model, schema, config.input.targets_per_row).train_step(
-        tokens, targets, pairs
+        tokens, targets, pairs, token_pairs
     )
     traffic = step_traffic(
         config.model,
@@ -234,7 +242,7 @@ def make_plan(config: ExperimentConfig, schema: Schema, topology: str) -> Plan:
         for c in compiled.collectives
     )
     plan = Plan(
-        topology=topology,
+        topology=topology if num_slices == 1 else f"{num_slices} x {topology}",
         mesh=dict(mesh.shape),
         parameters={
             "dense": sum(x.size for x in jax.tree.leaves(state.dense)),
@@ -254,8 +262,8 @@ def make_plan(config: ExperimentConfig, schema: Schema, topology: str) -> Plan:
     return plan if plan.fits else dataclasses.replace(plan, advice=advise(plan, config))
 
 
-def topology_devices(topology: str) -> tuple[Chip, Sequence[jax.Device]]:
-    """The chip and the abstract devices of a topology.
+def topology_devices(topology: str, num_slices: int = 1) -> tuple[Chip, Sequence[jax.Device]]:
+    """The chip and the abstract devices of a topology, or of several of them.
 
     Raises:
       UserError: it is unknown, or its compiler is not installed.
@@ -269,7 +277,9 @@ def topology_devices(topology: str) -> tuple[Chip, Sequence[jax.Device]]:
     chip = CHIPS[name]
     try:
         if name not in _GPUS:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology, num_slices=num_slices
+            )
         else:
             target = _GPU_TARGET.format(
                 name=chip.device_kinds[0],
@@ -278,7 +288,7 @@ def topology_devices(topology: str) -> tuple[Chip, Sequence[jax.Device]]:
                 **_GPUS[name],
             )
             found = topologies.get_topology_desc(
-                platform="cuda", target_config=target, topology=f"1x1x{shape}"
+                platform="cuda", target_config=target, topology=f"{num_slices}x1x{shape}"
             )
     except Exception as error:  # each plugin raises kinds of its own
         packages = "jax-cuda13-plugin jax-cuda13-pjrt" if name in _GPUS else "libtpu"
@@ -444,19 +454,25 @@ def _abstract_batch(config: ExperimentConfig, schema: Schema, program: Program) 
     )
 
 
-def _amounts(config: ExperimentConfig) -> tuple[int, int, float]:
-    """History tokens, targets, and tokens that all targets read, of full rows."""
+def _amounts(config: ExperimentConfig) -> tuple[int, int, float, float]:
+    """Of full rows: history tokens, targets, tokens that all targets read, pairs of tokens."""
     rows = config.input.rows_per_batch
     quantiles = (np.arange(1_000) + 0.5) / 1_000
-    length = float(config.input.length.lengths(quantiles).mean())
-    targets = rows * config.input.targets_per_row
-    return rows * config.input.row_length, targets, targets * length
+    lengths = config.input.length.lengths(quantiles).astype(float)
+    tokens, targets = rows * config.input.row_length, rows * config.input.targets_per_row
+    token_pairs = tokens * float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
+    return tokens, targets, targets * float(lengths.mean()), token_pairs
 
 
 def _bytes_per_device(tree: Any) -> int:
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
+    total = 0
+    for array in jax.tree.leaves(tree):
+        *rows, width = array.sharding.shard_shape(array.shape) or (1,)
+        on_tpu = next(iter(array.sharding.device_set)).platform == "tpu"
+        if on_tpu and array.format.layout is not None:
+            width = -(-width // 128) * 128  # a TPU pads the rows of tables
+        total += math.prod(rows) * width * array.dtype.itemsize
+    return total
 
 
 def _gib(size: int) -> str:

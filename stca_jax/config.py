@@ -168,6 +168,22 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
     return _decode(data, cls, "config")
 
 
+def fill_missing(cls: Any, data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Gives `to_dict`'s form, as an older version saved it, the fields that came since.
+
+    They take their defaults, so the default of a new field must be what was done before it.
+
+    Args:
+      cls: the dataclass whose form it is.
+      data: may lack fields, and hold unknown ones, which `from_dict` refuses.
+
+    Returns:
+      The form with the missing fields that have a default, and those fields as "path=value".
+    """
+    filled: list[str] = []
+    return _fill(data, cls, "", filled), filled
+
+
 def flatten(config: Any) -> dict[str, Any]:
     """Returns the leaves by dotted path, as `apply_overrides` takes them.
 
@@ -299,6 +315,23 @@ def _construct(data: Mapping[str, Any], cls: Any, path: str) -> Any:
         return cls(**fields)
     except ValueError as e:
         raise ConfigError(f"{path}: {e}") from e
+
+
+def _fill(data: Any, hint: Any, path: str, filled: list[str]) -> Any:
+    """Returns the JSON form `data` with defaults where fields are missing, and lists them."""
+    if isinstance(data, dict) and (cls := _classes(hint).get(str(data.get(_TAG)))):
+        hints = _hints(cls)
+        new = {name: v for name, v in _defaults(cls, path).items() if name not in data}
+        filled += [f"{path}.{name}={value}".lstrip(".") for name, value in new.items()]
+        known = [name for name in hints if name in data]
+        return {**data, **new} | {
+            name: _fill(data[name], hints[name], f"{path}.{name}", filled) for name in known
+        }
+    option = next((o for o in _options(hint) if typing.get_origin(o) is tuple), None)
+    if isinstance(data, list) and option is not None:
+        items = _item_hints(option, len(data), path)
+        return [_fill(data[i], items[i], f"{path}.{i}", filled) for i in range(len(data))]
+    return data
 
 
 def _leaves(data: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -196,6 +196,31 @@ def test_from_dict_refuses_missing_keys():
         config_lib.from_dict(Config, data)
 
 
+def test_fields_that_came_later_take_their_defaults():
+    config = Config(ModelConfig(num_heads=4, sequence=StcaConfig(3)), seed=7)
+    data = config_lib.to_dict(config)
+    del data["shuffle"], data["model"]["dropout"], data["model"]["sequence"]["widths"]
+    filled, names = config_lib.fill_missing(Config, data)
+    assert config_lib.from_dict(Config, filled) == config
+    assert sorted(names) == [
+        "model.dropout=None",
+        "model.sequence.widths=[8, 8]",
+        "shuffle=True",
+    ]
+    assert "shuffle" not in data
+    assert config_lib.fill_missing(Config, filled) == (filled, [])
+
+
+def test_filling_hides_neither_removed_fields_nor_required_ones():
+    data = config_lib.to_dict(Config()) | {"gone": 1}
+    with pytest.raises(ConfigError, match="Config has no field 'gone'"):
+        config_lib.from_dict(Config, config_lib.fill_missing(Config, data)[0])
+    data = config_lib.to_dict(Config(ModelConfig(sequence=DinConfig(2))))
+    del data["model"]["sequence"]["units"]
+    with pytest.raises(ConfigError, match="DinConfig lacks a value for units"):
+        config_lib.from_dict(Config, config_lib.fill_missing(Config, data)[0])
+
+
 def test_validate_finds_wrong_values_given_in_python():
     with pytest.raises(
         ConfigError, match=r"config.model.sequence.num_layers: expected int, got '3'"

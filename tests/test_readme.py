@@ -19,8 +19,13 @@ def block(name: str) -> str:
     return match[1]
 
 
-def run_here(command: str, tmp_path: pathlib.Path, data_dir: pathlib.Path) -> str:
-    """Runs a README command in this environment, with its directories under tmp_path."""
+def run_here(
+    command: str,
+    tmp_path: pathlib.Path,
+    data_dir: pathlib.Path,
+    cwd: pathlib.Path = REPOSITORY,
+) -> str:
+    """Runs a command of the docs in this environment, with its directories under tmp_path."""
     command = command.replace(".venv/bin/python", sys.executable).replace(
         "/tmp/stca", str(tmp_path)
     )
@@ -29,7 +34,7 @@ def run_here(command: str, tmp_path: pathlib.Path, data_dir: pathlib.Path) -> st
     )
     finished = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
-        cwd=REPOSITORY,
+        cwd=cwd,
         capture_output=True,
         text=True,
         check=False,

@@ -6,6 +6,7 @@ only; a million predictions take tens of milliseconds, whatever the number of us
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64, Integer, Shaped, UInt64
@@ -136,6 +137,33 @@ def normalized_entropy(label: Labels, logit: Scores) -> float:
     return float(loss / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))
 
 
+class ScoredTargets(NamedTuple):
+    """One set of predictions: what a metric is a function of.
+
+    Attributes:
+      label: [n] of 0 or 1, any dtype.
+      logit: [n] floats.
+      user_id: [n] integers.
+      request_id: [n] integers that differ between the requests of all users.
+    """
+
+    label: Labels
+    logit: Scores
+    user_id: Groups
+    request_id: Groups
+
+
+# The columns of a result table. A new metric is registered here.
+METRICS: dict[str, Callable[[ScoredTargets], float | GroupedAuc]] = {
+    "auc": lambda t: auc(t.label, t.logit),
+    "gauc_user": lambda t: grouped_auc(t.label, t.logit, t.user_id),
+    "gauc_request": lambda t: grouped_auc(t.label, t.logit, t.request_id),
+    "log_loss": lambda t: log_loss(t.label, t.logit),
+    "calibration": lambda t: calibration(t.label, t.logit),
+    "normalized_entropy": lambda t: normalized_entropy(t.label, t.logit),
+}
+
+
 def ranking_metrics(
     label: Labels,
     logit: Scores,
@@ -158,26 +186,19 @@ def ranking_metrics(
         out of the row; None raises the error.
 
     Returns:
-      `auc`, `gauc_user`, `gauc_request`, `log_loss`, `calibration` and `normalized_entropy`; then
-      the counts `num_targets`, `num_positives`, and of users and of requests `num_users`,
-      `num_requests`, with `one_class_users` and `one_class_requests` which grouped AUCs leave out.
+      The values of `METRICS`, in their order; then the counts `num_targets`, `num_positives`, and
+      of users and of requests `num_users`, `num_requests`, with `one_class_users` and
+      `one_class_requests` which grouped AUCs leave out.
 
     Raises:
       ValueError: as for `auc` and `grouped_auc`, without `on_failure`.
     """
     values: dict[str, float] = {}
     counts = {"num_targets": np.size(label), "num_positives": int(np.count_nonzero(label))}
-    metrics: dict[str, Callable[[], float | GroupedAuc]] = {
-        "auc": lambda: auc(label, logit),
-        "gauc_user": lambda: grouped_auc(label, logit, user_id),
-        "gauc_request": lambda: grouped_auc(label, logit, request_id),
-        "log_loss": lambda: log_loss(label, logit),
-        "calibration": lambda: calibration(label, logit),
-        "normalized_entropy": lambda: normalized_entropy(label, logit),
-    }
-    for name, metric in metrics.items():
+    targets = ScoredTargets(label, logit, user_id, request_id)
+    for name, metric in METRICS.items():
         try:
-            value = metric()
+            value = metric(targets)
         except Exception as error:
             if on_failure is None:
                 raise

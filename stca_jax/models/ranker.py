@@ -11,6 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from stca_jax.batch import RequestBatch, covered_tokens
+from stca_jax.errors import UserError
+from stca_jax.models.din import DinConfig
 from stca_jax.models.embedding import (
     EmbeddingConfig,
     FeatureEmbedding,
@@ -21,7 +23,8 @@ from stca_jax.models.embedding import (
 from stca_jax.models.layers import Linear, recomputed
 from stca_jax.models.rankmixer import RankMixer, RankMixerConfig
 from stca_jax.models.sequence import SequenceInput
-from stca_jax.models.stca import Stca, StcaConfig, log_count
+from stca_jax.models.stca import StcaConfig, log_count
+from stca_jax.models.transformer import TransformerConfig
 from stca_jax.ops.match import match_statistics
 from stca_jax.schema import Schema
 
@@ -34,7 +37,7 @@ class RankerConfig:
     """The whole model.
 
     Attributes:
-      sequence: The sequence module.
+      sequence: The sequence module; `StcaConfig`, or a rival of the same interface.
       embedding: Tables and token features.
       backbone: RankMixer.
       match_channel: Give the target and the backbone exact-match statistics of the target's ids
@@ -47,7 +50,7 @@ class RankerConfig:
         neither scores nor encoded tokens in any case, unless by kernels.)
     """
 
-    sequence: StcaConfig = StcaConfig()
+    sequence: StcaConfig | DinConfig | TransformerConfig = StcaConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
     backbone: RankMixerConfig = RankMixerConfig()
     match_channel: bool = True
@@ -96,7 +99,7 @@ class Ranker(nnx.Module):
         target_width = self.embedding.width_of(self.target_names) + num_statistics
         self.history_fusion = TokenFusion(item_width, history_width, d, ratio, rngs=rngs)
         self.target_fusion = TokenFusion(item_width, target_width, d, ratio, rngs=rngs)
-        self.sequence = Stca(config.sequence, remat=config.remat == "all", rngs=rngs)
+        self.sequence = config.sequence.make(remat=config.remat == "all", rngs=rngs)
         # Tokens of E8: z, the user's, the candidate's.
         widths = {"summary": d, "target": d}
         if schema.request:
@@ -131,8 +134,15 @@ class Ranker(nnx.Module):
             that a trainer divides over its devices.
 
         Raises:
-          ValueError: token features need rows of exclusive history and the batch shares it.
+          ValueError: token features or the sequence module need rows of exclusive history and the
+            batch shares it.
         """
+        if batch.shared_history and self.config.sequence.needs_exclusive_history:
+            raise UserError(
+                f"{type(self.config.sequence).__name__} lets history tokens interact, but this "
+                "batch shares them between requests of different times: use "
+                "--config.input.rows=request"
+            )
         batch = _without_garbage(batch)
         embedded = embedded or {}
         dtype = jnp.dtype(self.config.dtype)

@@ -1,9 +1,17 @@
-"""What every sequence module receives and returns, so that one launch can compare them."""
+"""What every sequence module receives and returns, so that one launch can compare them.
+
+A module is one file: a config that derives from `SequenceConfig`, and what its `make` returns.  It
+is registered by its config's name in the union `RankerConfig.sequence`.
+"""
 
 from __future__ import annotations
 
+import abc
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 
@@ -37,3 +45,85 @@ class SequenceOutput(NamedTuple):
 
     summary: Float[Array, "R M D"]
     counts: Float[Array, "R M C"]
+
+
+SequenceModule = Callable[[SequenceInput], SequenceOutput]
+
+
+class SequenceCost(NamedTuple):
+    """FLOPs of a module's matrix products, forward, by what they are proportional to.
+
+    Attributes:
+      per_token: For each history token.
+      per_target: For each target.
+      per_pair: For each target and token of its range.
+      per_token_pair: For each token of a request's history and each token before it, itself
+        included: zero unless history tokens interact.
+      num_layers: How often the tokens are read from memory.
+    """
+
+    per_token: int
+    per_target: int
+    per_pair: int
+    per_token_pair: int = 0
+    num_layers: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceConfig(abc.ABC):
+    """What the configs of all sequence modules have.
+
+    Attributes:
+      width: d, the width of tokens.
+      ffn_ratio: r, the hidden width of FFNs over d; of the fusion of features into tokens, too.
+    """
+
+    width: int = 64
+    ffn_ratio: int = 2
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes below 1."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is int and value < 1:
+                raise ValueError(f"{field.name} is {value}; it must be at least 1")
+
+    @property
+    def num_counts(self) -> int:
+        """Size of `SequenceOutput.counts`."""
+        return 0
+
+    @property
+    def needs_exclusive_history(self) -> bool:
+        """Whether all targets that read a token must be of one request: input.rows="request"."""
+        return False
+
+    @abc.abstractmethod
+    def make(self, *, remat: bool, rngs: nnx.Rngs) -> nnx.Module:
+        """The module, a `SequenceModule`.
+
+        Args:
+          remat: Compute layers again in the backward pass instead of keeping their activations.
+          rngs: Of the initial parameters.
+        """
+
+    @abc.abstractmethod
+    def cost(self, targets_per_row: int) -> SequenceCost:
+        """What the module computes.
+
+        Args:
+          targets_per_row: Target slots of a row.
+        """
+
+
+def head_width(width: int, num_heads: int) -> int:
+    """Width of an attention head.
+
+    Raises:
+      ValueError: the heads do not divide the width.
+    """
+    if width % num_heads:
+        raise ValueError(
+            f"num_heads {num_heads} does not divide width {width}; heads split the width evenly"
+        )
+    return width // num_heads

@@ -16,8 +16,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from stca_jax.models.layers import LayerNorm, Linear, SwiGLU, parameter, recomputed
-from stca_jax.models.sequence import SequenceInput, SequenceOutput
-from stca_jax.ops.attention import history_layer
+from stca_jax.models.sequence import (
+    SequenceConfig,
+    SequenceCost,
+    SequenceInput,
+    SequenceOutput,
+    head_width,
+)
+from stca_jax.ops.attention import cheaper_order, history_layer
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.reference import Order
 
@@ -27,14 +33,12 @@ _COUNT_SCALE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
-class StcaConfig:
+class StcaConfig(SequenceConfig):
     """Shape of the sequence module.
 
     Attributes:
-      width: d.
       num_layers: N.
       num_heads: h; must divide `width`.
-      ffn_ratio: r.
       initialization: "matched" starts target side and history side equal, so that at step 0 an
         event's score is the similarity of its item to the target; "independent" draws every weight
         on its own, as the paper presumably does.
@@ -46,10 +50,8 @@ class StcaConfig:
         ranges that requests of different times share.
     """
 
-    width: int = 64
     num_layers: int = 2
     num_heads: int = 4
-    ffn_ratio: int = 2
     initialization: Literal["matched", "independent"] = "matched"
     count_channel: bool = True
     recency_score: bool = False
@@ -57,19 +59,13 @@ class StcaConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for impossible shapes."""
-        for name in ("width", "num_layers", "num_heads", "ffn_ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} does not divide width {self.width}; "
-                "heads split the width evenly"
-            )
+        super().__post_init__()
+        head_width(self.width, self.num_heads)
 
     @property
     def head_width(self) -> int:
         """d_h."""
-        return self.width // self.num_heads
+        return head_width(self.width, self.num_heads)
 
     def counts_after(self, num_layers: int) -> int:
         """Size of the count channel after that many layers."""
@@ -79,6 +75,26 @@ class StcaConfig:
     def num_counts(self) -> int:
         """Size of `SequenceOutput.counts`."""
         return self.counts_after(self.num_layers)
+
+    def make(self, *, remat: bool, rngs: nnx.Rngs) -> Stca:
+        """The module."""
+        return Stca(self, remat=remat, rngs=rngs)
+
+    def cost(self, targets_per_row: int) -> SequenceCost:
+        """FLOPs in the order of attention that is run."""
+        N, d, h = self.num_layers, self.width, self.num_heads
+        order = self.attention_order or cheaper_order(targets_per_row, h, d)
+        ffn, square = 6 * self.ffn_ratio * d * d, 2 * d * d
+        keys_and_values = 2 * square
+        is_projected = order == "projected"
+        of_layer = ffn + 2 * square + (0 if is_projected else keys_and_values)
+        fused = sum(2 * ((i + 1) * d + self.counts_after(i)) * d for i in range(1, N + 1))
+        return SequenceCost(
+            per_token=N * (ffn + is_projected * keys_and_values),
+            per_target=N * of_layer + fused + ffn,
+            per_pair=N * 4 * d * (1 if is_projected else h),
+            num_layers=N,
+        )
 
 
 class Fusion(nnx.Module):

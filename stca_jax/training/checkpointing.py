@@ -124,7 +124,7 @@ class Checkpointer:
 
         Args:
           step: One of `steps()`.
-          abstract_state: Shapes, dtypes and shardings to restore to, on any mesh.
+          abstract_state: Shapes, dtypes, shardings and layouts to restore to, on any mesh.
 
         Returns:
           The state and the input's position.
@@ -136,7 +136,7 @@ class Checkpointer:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_as_tree(abstract_state)),
+                state=ocp.args.StandardRestore(_as_tree(abstract_state), support_layout=True),
                 input=ocp.args.JsonRestore(),
             ),
         )

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from flax import nnx
 
 from stca_jax.models.ranker import Ranker, RankerConfig
-from stca_jax.ops.attention import cheaper_order
 from stca_jax.schema import Schema
 
 
@@ -37,6 +36,9 @@ class Chip:
     interconnect: float
 
 
+# Compared on 2026-11-25 with https://cloud.google.com/tpu/docs/v5e, v5p and v6e, which give the
+# interconnect of a chip in bits (1,600, 4,800 and 3,200 Gbit/s), and with NVIDIA's data sheets of
+# the SXM cards, which count both directions of NVLink and, for peaks, sparsity.
 CHIPS: Mapping[str, Chip] = {
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 0.819e12, 200e9),
     "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 2.765e12, 600e9),
@@ -59,22 +61,27 @@ class ModelFlops:
       per_token: For each history token: fusion (x of E1), history FFN (E1), keys and values.
       per_target: For each target: everything else but attention.
       per_pair: For each target and token of its range: scores and weighted sums (E3, E4).
+      per_token_pair: For each token and each before it in a request's history, itself included.
     """
 
     per_token: int
     per_target: int
     per_pair: int
+    per_token_pair: int = 0
 
-    def train_step(self, tokens: float, targets: float, pairs: float) -> float:
+    def train_step(
+        self, tokens: float, targets: float, pairs: float, token_pairs: float = 0.0
+    ) -> float:
         """FLOPs of a forward and a backward pass.
 
         Args:
           tokens: History tokens of the batch that some range covers.
           targets: Valid targets.
-          pairs: Sum over targets of the length of their range.
+          pairs: Sum over targets of the length n of their range.
+          token_pairs: Sum over requests of n (n + 1) / 2.
         """
         forward = self.per_token * tokens + self.per_target * targets + self.per_pair * pairs
-        return 3 * forward
+        return 3 * (forward + self.per_token_pair * token_pairs)
 
 
 def model_flops(config: RankerConfig, schema: Schema, targets_per_row: int) -> ModelFlops:
@@ -85,30 +92,18 @@ def model_flops(config: RankerConfig, schema: Schema, targets_per_row: int) -> M
       schema: Of its dataset; the sizes of vocabularies do not matter.
       targets_per_row: Target slots of a row, by which the order is chosen.
     """
-    sequence = config.sequence
-    order = sequence.attention_order or cheaper_order(
-        targets_per_row, sequence.num_heads, sequence.width
-    )
+    cost = config.sequence.cost(targets_per_row)
+    per_token, per_target = cost.per_token, cost.per_target
     ranker = nnx.eval_shape(lambda: Ranker(config, schema, rngs=nnx.Rngs(0)))
-    per_token = per_target = 0
     for path, weight in nnx.to_flat_state(nnx.state(ranker, nnx.Param)):
-        names = [str(name) for name in path]
-        if weight.ndim < 2 or names[-1] == "rows" or names[-1].endswith("bias"):
-            continue  # scales, tables and biases multiply nothing
-        if _is_of_tokens(names, order):
+        module, name = str(path[0]), str(path[-1])
+        if module == "sequence" or weight.ndim < 2 or name == "rows" or name.endswith("bias"):
+            continue  # counted above; scales, tables and biases multiply nothing
+        if module == "history_fusion":
             per_token += 2 * math.prod(weight.shape)
         else:
             per_target += 2 * math.prod(weight.shape)
-    heads_per_key = sequence.num_heads if order == "absorbed" else 1
-    return ModelFlops(
-        per_token, per_target, per_pair=sequence.num_layers * 4 * sequence.width * heads_per_key
-    )
-
-
-def _is_of_tokens(names: list[str], order: str) -> bool:
-    """Whether a weight multiplies history tokens rather than targets."""
-    projects = names[-1] in ("w_key", "w_value") and order == "projected"
-    return names[0] == "history_fusion" or "history_ffn" in names or projects
+    return ModelFlops(per_token, per_target, cost.per_pair, cost.per_token_pair)
 
 
 def step_traffic(
@@ -149,5 +144,5 @@ def step_traffic(
     rows = tokens * row_bytes["history"]
     rows += targets * (row_bytes["target"] + row_bytes["request"])
     itemsize = 2 if config.dtype == "bfloat16" else 4
-    token_bytes = (1 + 4 * sequence.num_layers) * tokens * sequence.width * itemsize
+    token_bytes = (1 + 4 * sequence.cost(1).num_layers) * tokens * sequence.width * itemsize
     return 6 * dense_bytes + 2 * optimizer_bytes + 5 * rows + token_bytes

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stca_jax.batch import RequestBatch
@@ -22,43 +23,84 @@ MESH_AXES = ("data", "sequence", "model")
 class MeshConfig:
     """Sizes of the mesh axes; their product is the number of devices.
 
+    Devices of one slice share a fast network: those of a TPU slice, or the GPUs of a host.  Between
+    slices the network is slow, so at best only `data` spans several, which is the default.
+
     Attributes:
       data: Rows of the batch. -1 takes the devices that the other axes leave.
       sequence: History tokens of one row.
       model: FFN hidden units, attention heads.
+      dcn_data: Slices that `data` spans, of its size. -1 takes the slices that the others leave.
+      dcn_sequence: Slices that `sequence` spans.
+      dcn_model: Slices that `model` spans.
 
-    Large tables are divided over the product of all three, which must divide 3,072.
+    Large tables are divided over the product of all three axes, which must divide 3,072.
     """
 
     data: int = -1
     sequence: int = 1
     model: int = 1
+    dcn_data: int = -1
+    dcn_sequence: int = 1
+    dcn_model: int = 1
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges the devices.
+    """Arranges the devices: neighbours along an axis are near in the network.
 
     Args:
-      config: Axis sizes; at most one may be -1.
+      config: Axis sizes.
       devices: All devices of all processes by default.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, those of `dcn_` not to the
+        number of slices, or an axis is not divisible by the slices that it spans.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    shown = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    by_slice: dict[int, list[jax.Device]] = {}
+    for device in jax.devices() if devices is None else devices:
+        by_slice.setdefault(slice_index(device), []).append(device)
+    slices = [by_slice[index] for index in sorted(by_slice)]
+    sizes = _complete(config, MESH_AXES, sum(map(len, slices)), "devices")
+    across = _complete(config, [f"dcn_{axis}" for axis in MESH_AXES], len(slices), "slices")
+    for axis, size, spanned in zip(MESH_AXES, sizes, across, strict=True):
+        if size % spanned:
+            raise UserError(
+                f"mesh axis {axis!r} of size {size} cannot span {spanned} slices: make mesh.{axis} "
+                f"a multiple of {spanned}, or choose by mesh.dcn_data, mesh.dcn_sequence and "
+                "mesh.dcn_model which axes span slices"
+            )
+    within = [size // spanned for size, spanned in zip(sizes, across, strict=True)]
+    arranged = np.stack(
+        [
+            mesh_utils.create_device_mesh(within, of_slice, allow_split_physical_axes=True)
+            for of_slice in slices
+        ]
+    )
+    # An axis is its slices, one after the other.
+    interleaved = arranged.reshape(*across, *within).transpose(0, 3, 1, 4, 2, 5)
+    return Mesh(interleaved.reshape(sizes), MESH_AXES)
+
+
+def slice_index(device: jax.Device) -> int:
+    """Which slice a device belongs to; devices that do not know, such as CPUs, are of one."""
+    return getattr(device, "slice_index", None) or 0
+
+
+def _complete(config: MeshConfig, names: Sequence[str], total: int, what: str) -> list[int]:
+    """The sizes of those names, with -1 replaced by what the others leave of the total."""
+    sizes = [getattr(config, name) for name in names]
+    shown = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise UserError(f"mesh {shown}: sizes are positive, and at most one of them is -1")
     known = math.prod(s for s in sizes if s != -1)
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
+    if -1 in sizes and total % known == 0:
+        sizes[sizes.index(-1)] = total // known
+    if math.prod(sizes) != total:
         raise UserError(
-            f"mesh {shown} does not fit {len(devices)} devices: "
-            "the sizes must multiply to the number of devices"
+            f"mesh {shown} does not fit {total} {what}: "
+            f"the sizes must multiply to the number of {what}"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
+    return sizes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -30,6 +31,9 @@ from stca_jax.training.optimizer import (
     schedule,
 )
 from stca_jax.training.sharding import ShardingRules, batch_shardings, parameter_sharding
+
+# Left to itself, a TPU stores tables narrower than 128 column by column, and turns them every step.
+_ROW_BY_ROW = Layout((0, 1))
 
 OnDivergence = Literal["stop", "skip"]
 Tables = dict[str, Float[Array, "V W"]]
@@ -175,8 +179,10 @@ def make_program(
     if batch.num_rows % rows_per_unit:
         raise UserError(
             f"a batch of {batch.num_rows} rows cannot be divided over mesh axis 'data' of size "
-            f"{mesh.shape['data']} and {accumulate_steps} micro-batches: make input.rows_per_batch "
-            f"a multiple of {rows_per_unit}, or change mesh.data or training.accumulate_steps"
+            f"{mesh.shape['data']} and {accumulate_steps} micro-batches: set "
+            f"--config.input.rows_per_batch={-(-batch.num_rows // rows_per_unit) * rows_per_unit} "
+            f"or another multiple of {rows_per_unit}, or change mesh.data or "
+            "training.accumulate_steps"
         )
     transform = dense_optimizer(optimizer, num_steps)
     if ema_decay:
@@ -340,7 +346,10 @@ def _on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 def _state_shardings(
     abstract_state: TrainState, ranker: Ranker, mesh: Mesh, rules: ShardingRules
 ) -> Any:
-    """Shardings of the state: an optimizer slot lies like its parameter, the rest is replicated."""
+    """Shardings of the state, and layouts of tables.
+
+    An optimizer slot lies like its parameter; the rest is replicated.
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
     named = nnx.to_flat_state(nnx.state(ranker, nnx.Param))
     by_path = {
@@ -358,16 +367,20 @@ def _state_shardings(
                 return found
         return replicated
 
-    def table(name: str) -> NamedSharding:
-        return by_path["embedding", "tables", name, "rows"]
+    def rows_of(table: str, array: Array) -> NamedSharding | Format:
+        """Of a table or its slots; first axes are rows."""
+        sharding = by_path["embedding", "tables", table, "rows"]
+        if array.ndim == 1:
+            return NamedSharding(mesh, PartitionSpec(*sharding.spec[:1]))
+        return Format(_ROW_BY_ROW, sharding)
 
     shardings: dict[str, Any] = dict(
         step=replicated,
         dense=jax.tree_util.tree_map_with_path(sharding_of, abstract_state.dense),
-        tables={name: table(name) for name in abstract_state.tables},
+        tables={name: rows_of(name, table) for name, table in abstract_state.tables.items()},
         optimizer=jax.tree_util.tree_map_with_path(sharding_of, abstract_state.optimizer),
         table_optimizer={
-            name: dict.fromkeys(slots, NamedSharding(mesh, PartitionSpec(*table(name).spec[:1])))
+            name: {key: rows_of(name, slot) for key, slot in slots.items()}
             for name, slots in abstract_state.table_optimizer.items()
         },
     )

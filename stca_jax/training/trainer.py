@@ -149,15 +149,18 @@ def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
 
 
 def load_workdir_config(workdir: pathlib.Path) -> ExperimentConfig:
-    """The config that `train` saved.
+    """The config that `train` saved, in this or an older version.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or it has fields that are no more.
     """
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run (no config.json); train into it first")
-    return config_lib.from_dict(ExperimentConfig, json.loads(path.read_text()))
+    data, filled = config_lib.fill_missing(ExperimentConfig, json.loads(path.read_text()))
+    if filled:
+        _log.info("%s is of an older version; taken as before: %s", path, ", ".join(filled))
+    return config_lib.from_dict(ExperimentConfig, data)
 
 
 def count_steps(config: ExperimentConfig, dataset: RequestDataset) -> int:
@@ -347,9 +350,11 @@ class _RecentSteps:
     def _flops_of(self, step: _Step) -> float:
         """Of the global batch; every share of it is taken to have as long ranges as ours."""
         batch, fill = step.element.batch, step.element.fill
-        lengths = np.where(batch.target_mask, batch.history_end - batch.history_start, 0)
-        pairs = int(lengths.sum(dtype=np.int64)) * self._num_shares
-        return self._flops.train_step(fill.tokens, fill.targets, pairs)
+        lengths = np.where(batch.target_mask, batch.history_end - batch.history_start, 0.0)
+        pairs = lengths.sum() * self._num_shares
+        of_requests = lengths * (lengths + 1) / (2 * batch.num_request_targets)
+        token_pairs = of_requests.sum() * self._num_shares
+        return self._flops.train_step(fill.tokens, fill.targets, pairs, token_pairs)
 
 
 def _describe_divergence(step: _Step, metrics: StepMetrics, training: TrainingConfig) -> str:

@@ -7,6 +7,7 @@ Run by test_sharding.py in a process of its own, since the number of devices is 
 
 import json
 import sys
+import unittest.mock
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from stca_jax.batch import empty_batch
 from stca_jax.config import apply_overrides
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import make_input
+from stca_jax.training import sharding
 from stca_jax.training.sharding import MeshConfig, device_batch, make_mesh
 from stca_jax.training.table_rows import rows_by_id
 from stca_jax.training.train_step import make_program
@@ -34,16 +36,18 @@ def main(directory: str) -> None:
         shared_history=True,
     )  # fmt: skip
     results = {}
-    for sizes, heads in (
-        ((1, 1, 1), 2),
-        ((8, 1, 1), 2),
-        ((4, 2, 1), 2),
-        ((2, 2, 2), 2),
-        ((1, 8, 1), 2),
-        ((1, 1, 1), 8),
-        ((1, 1, 8), 8),  # heads are divided along `model`
+    for sizes, heads, slices in (
+        ((1, 1, 1), 2, 1),
+        ((8, 1, 1), 2, 1),
+        ((4, 2, 1), 2, 1),
+        ((4, 1, 2), 2, 2),  # of two slices, one device of each in turns
+        ((2, 2, 2), 2, 1),
+        ((1, 8, 1), 2, 1),
+        ((1, 1, 1), 8, 1),
+        ((1, 1, 8), 8, 1),  # heads are divided along `model`
     ):
-        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+        with unittest.mock.patch.object(sharding, "slice_index", lambda d, n=slices: d.id % n):
+            mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         replicated = 10_000 if sizes == (1, 1, 1) else 32  # 320 items, 32 categories
         model = apply_overrides(
             config.model, {"sequence.num_heads": heads, "embedding.replicated_rows": replicated}

@@ -12,10 +12,13 @@ from strategies import SCHEMA
 from tiny_ranker import CONFIGS
 
 from stca_jax.batch import empty_batch
-from stca_jax.models import stca
+from stca_jax.models import stca, transformer
+from stca_jax.models.din import DinConfig
 from stca_jax.models.ranker import Ranker, RankerConfig, paper_config
+from stca_jax.models.sequence import SequenceInput
 from stca_jax.models.stca import StcaConfig
-from stca_jax.ops.attention import history_layer
+from stca_jax.models.transformer import TransformerConfig
+from stca_jax.ops.attention import history_layer, target_to_history_attention
 from stca_jax.schema import Schema
 from stca_jax.training.flops import CHIPS, chip_of, model_flops, step_traffic
 
@@ -61,6 +64,24 @@ def test_counts_every_matrix_product(name, order, monkeypatch):
     forward = count_dots(jax.make_jaxpr(loss)(params).jaxpr)
     assert forward == expected / 3
     assert count_dots(jax.make_jaxpr(jax.value_and_grad(loss))(params).jaxpr) == expected
+
+
+@pytest.mark.parametrize("config", [DinConfig(width=8), TransformerConfig(width=8, num_layers=3)])
+def test_counts_every_matrix_product_of_rivals(config, monkeypatch):
+    """Here every reader multiplies every token of its row: no range, and no order of events."""
+    reference = functools.partial(target_to_history_attention, implementation="reference")
+    monkeypatch.setattr(transformer, "target_to_history_attention", reference)
+    length = 128  # one block of DIN
+    inputs = SequenceInput(
+        np.zeros((R, length, 8), np.float32),
+        np.zeros((R, M, 8), np.float32),
+        *(np.zeros(shape, np.int32) for shape in ((R, length), (R, M), (R, M), (R, M))),
+    )
+    module = config.make(remat=False, rngs=nnx.Rngs(0))
+    cost = config.cost(M)
+    expected = cost.per_token * R * length + cost.per_target * R * M
+    expected += cost.per_pair * R * M * length + cost.per_token_pair * R * length**2
+    assert count_dots(jax.make_jaxpr(module)(inputs).jaxpr) == expected
 
 
 def test_history_costs_what_the_paper_says():

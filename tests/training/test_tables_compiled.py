@@ -24,7 +24,7 @@ def in_process_of_its_own(call: str, **environment: str) -> None:
 
 
 def compiled_step(num_items: int, devices, sizes=(2, 2, 2), tables: str = "adagrad"):
-    """A train step with one large table, and the rows of it that a device holds."""
+    """A train step with two large tables, one of which has `num_items` rows."""
     from stca_jax.batch import empty_batch
     from stca_jax.models.embedding import EmbeddingConfig
     from stca_jax.models.ranker import RankerConfig
@@ -36,12 +36,12 @@ def compiled_step(num_items: int, devices, sizes=(2, 2, 2), tables: str = "adagr
     from stca_jax.training.train_step import make_program
 
     schema = Schema(
-        history=("item",), target=("item",), request=(), vocabularies={"item": num_items},
-        tasks=("click",),
+        history=("item", "author"), target=("item", "author"), request=(),
+        vocabularies={"item": num_items, "author": 98_304}, tasks=("click",),
     )  # fmt: skip
     model = RankerConfig(
         sequence=StcaConfig(width=8, num_layers=1, num_heads=2),
-        embedding=EmbeddingConfig(item_width=WIDTH),
+        embedding=EmbeddingConfig(item_width=WIDTH, feature_width=WIDTH // 2),
         backbone=RankMixerConfig(num_blocks=1),
         match_channel=False,
     )
@@ -70,17 +70,20 @@ COLLECTIVE = re.compile(
 
 
 def check_collectives(text: str, block_rows: int) -> None:
-    """No collective carries a table or a device's block of one, nor anything of that many rows."""
-    found = set()
+    """No collective carries a table or a device's block of one, nor anything of that many rows.
+
+    All tables share three exchanges: row numbers, rows, and gradients with their row numbers.
+    """
+    exchanges = 0
     for line in text.splitlines():
         collective = COLLECTIVE.search(line)
         if collective is None:
             continue
-        found.add(collective[1])
+        exchanges += collective[1] == "all-to-all" and "/all_to_all" in line  # not XLA's own
         shapes = line.split(collective[0])[0]
         for dims in re.findall(r"\[([\d,]+)\]", shapes):
             assert max(map(int, dims.split(","))) < block_rows, line
-    assert "all-to-all" in found
+    assert exchanges == 3
 
 
 def check_step(devices, tables: str = "adagrad") -> None:
@@ -90,7 +93,7 @@ def check_step(devices, tables: str = "adagrad") -> None:
     block_rows = rows_of_a_block(program)
     assert block_rows == 9_830_400 // 8
     assert memory[1] < block_rows * WIDTH  # a quarter of a block: no dense gradient, no copy
-    assert memory[1] <= 1.01 * memory[0], memory
+    assert memory[1] - memory[0] < block_rows * WIDTH * 4 / 20, memory
     check_collectives(step.as_text(), block_rows)
 
 

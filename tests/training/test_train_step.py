@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.layout import Layout
 from jax.sharding import Mesh
 from strategies import SCHEMA, RequestLayout, UserLayout, make_batch
 from tiny_ranker import CONFIGS, TinyRanker, tiny_ranker
@@ -16,6 +17,8 @@ from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
 from stca_jax.input.pipeline import make_input
 from stca_jax.models.ranker import Ranker
+from stca_jax.training import train_step
+from stca_jax.training.checkpointing import CheckpointConfig, Checkpointer
 from stca_jax.training.optimizer import OptimizerConfig
 from stca_jax.training.sharding import MESH_AXES, device_batch
 from stca_jax.training.train_step import make_program
@@ -123,7 +126,9 @@ def test_micro_batches_add_up_to_the_batch(tiny_dataset, batches, plain_run):
 
 
 def test_rows_that_cannot_be_cut_are_refused(tiny_dataset):
-    with pytest.raises(UserError, match=r"8 rows cannot be divided .* a multiple of 3"):
+    with pytest.raises(
+        UserError, match=r"8 rows cannot be divided .*rows_per_batch=9 .* multiple of 3"
+    ):
         build_program(tiny_dataset.schema, accumulate_steps=3)
 
 
@@ -193,6 +198,26 @@ def test_options_that_are_off_add_nothing_to_the_state(tiny_dataset, plain, guar
     off = build_program(tiny_dataset.schema, **options)
     assert jax.tree.structure(off.abstract_state) == structure
     assert jax.tree.structure(guarded.abstract_state) != structure
+
+
+@pytest.mark.slow
+def test_layout_of_tables_survives_a_checkpoint(tiny_dataset, batches, tmp_path, monkeypatch):
+    """On TPUs tables do not lie as arrays lie by default; here, with the other order, neither."""
+    column_by_column = Layout((1, 0))
+    monkeypatch.setattr(train_step, "_ROW_BY_ROW", column_by_column)
+    program = build_program(tiny_dataset.schema)
+    batch = device_batch(batches[0], program.batch_shardings)
+    state, _ = program.train_step(program.initialize(), batch)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    checkpointer.save(state, 1, {})
+    checkpointer.wait()
+    _, restored, _ = checkpointer.restore_latest(program.abstract_state)
+    checkpointer.close()
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    after, _ = program.train_step(restored, batch)
+    for table in after.tables.values():
+        assert table.format.layout.major_to_minor == column_by_column.major_to_minor
 
 
 def small_batch():

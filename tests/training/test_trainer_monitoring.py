@@ -1,6 +1,7 @@
 """What a run says about itself, and what it does about steps that diverge."""
 
 import json
+import logging
 import time
 
 import jax
@@ -103,6 +104,24 @@ def test_what_does_not_change_the_learning_may_change(config, tmp_path, name, va
             trainer.claim_workdir(tmp_path, changed)
 
 
+def test_config_of_an_older_version_is_read_and_said_so(config, tmp_path, caplog):
+    trainer.claim_workdir(tmp_path, config)
+    path = tmp_path / "config.json"
+    data = json.loads(path.read_text())
+    del data["mesh"]["dcn_data"]
+    path.write_text(json.dumps(data))
+    with caplog.at_level(logging.INFO, "stca_jax"):
+        assert trainer.load_workdir_config(tmp_path) == config
+    assert [r.message for r in caplog.records] == [
+        f"{path} is of an older version; taken as before: mesh.dcn_data=-1"
+    ]
+    trainer.claim_workdir(tmp_path, config)
+    assert json.loads(path.read_text())["mesh"]["dcn_data"] == -1
+    path.write_text(json.dumps(data | {"gone": 1}))
+    with pytest.raises(UserError, match="has no field 'gone'"):
+        trainer.load_workdir_config(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("accumulate_steps", 0), ("max_gradient_norm", 0.0), ("ema_decay", 1.0), ("ema_decay", -0.1)],
@@ -130,6 +149,9 @@ def test_flops_are_those_of_the_batches(config, tiny_dataset, tmp_path, monkeypa
     kind = jax.devices()[0].device_kind
     chip = flops.Chip((kind,), flops=1e9, memory=1, bandwidth=1, interconnect=1)
     monkeypatch.setitem(flops.CHIPS, "test", chip)
+    # Its history tokens interact, so that all amounts count.
+    values = {"model.sequence": "TransformerConfig", "model.sequence.width": 16}
+    config = apply_overrides(config, values | {"input.rows": "request"})
     train(config, tiny_dataset, tmp_path)
     batches = make_input(tiny_dataset, config.input)
     elements = [next(batches) for _ in range(20)]
@@ -138,8 +160,11 @@ def test_flops_are_those_of_the_batches(config, tiny_dataset, tmp_path, monkeypa
     expected = 0
     for element in elements[10:]:  # the last two windows are reported together
         batch = element.batch
-        pairs = (batch.history_end - batch.history_start)[batch.target_mask].sum()
-        expected += model.train_step(element.fill.tokens, batch.target_mask.sum(), pairs)
+        lengths = (batch.history_end - batch.history_start)[batch.target_mask]
+        of_request = dict(zip(batch.request_id[batch.target_mask], lengths, strict=True))
+        token_pairs = sum(n * (n + 1) // 2 for n in map(int, of_request.values()))
+        amounts = (element.fill.tokens, batch.target_mask.sum(), lengths.sum(), token_pairs)
+        expected += model.train_step(*amounts)
     line = lines(tmp_path)[-1]
     seconds = 10 * (line["train/input_seconds"] + line["train/step_seconds"])
     assert line["speed/model_flops_per_second"] * seconds == pytest.approx(expected)

@@ -1,0 +1,37 @@
+"""The paper's tier of 23 M dense parameters; its data are those of paper_133m.
+
+Compiled and planned only: no data set of this size is public.
+Command: python -m experiments.plan --config=experiments/configs/paper_23m.py --topology=v5e:2x4
+Planned: 7.4 of 16 GiB on v5e:2x4 and 7.0 of 80 GiB on h100:8, of which tables take 6.1; compiling
+took about a minute on 2 cores of an AMD EPYC server (AVX2), 2026-11-25.
+
+The paper gives the size alone; N = 2, h = 8, d = 512 is our reading of its ablation, which starts
+from 2 layers and 8 heads.
+"""
+
+import dataclasses
+
+from experiments.configs import paper_133m
+from experiments.configs.paper_133m import get_schema as get_schema
+from stca_jax.experiment import ExperimentConfig
+from stca_jax.models.stca import StcaConfig
+
+
+def get_config() -> ExperimentConfig:
+    """Returns the experiment."""
+    large = paper_133m.get_config()
+    return dataclasses.replace(
+        large,
+        input=dataclasses.replace(large.input, rows_per_batch=32),
+        model=dataclasses.replace(
+            large.model,
+            sequence=StcaConfig(
+                width=512,
+                num_layers=2,
+                num_heads=8,
+                initialization="independent",
+                count_channel=False,
+            ),
+            embedding=dataclasses.replace(large.model.embedding, feature_width=32),
+        ),
+    )
