@@ -8,11 +8,13 @@ import functools
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from data.record_files import RecordFiles
 from data.running import Runner, run_here
@@ -61,6 +63,13 @@ class UserDatasetBuilder(  # type: ignore[call-arg]
 
     run: Runner = staticmethod(run_here)
     """How to run the steps that can be done side by side."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        # TFDS would look for this package below the working directory first, and anyone may have a
+        # folder that is called data.
+        if file := getattr(sys.modules[cls.__module__], "__file__", None):
+            cls.pkg_dir_path = epath.Path(file).parent
 
     def __init__(self, *, file_format: str = "array_record", **kwargs: Any):
         super().__init__(file_format=file_format, **kwargs)

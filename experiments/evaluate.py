@@ -24,29 +24,23 @@ the training has. Exit status 1 says that something could not be scored; the log
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from data.preparation import prepare
-from data.synthetic_interests import generator
 from experiments import launch
+from experiments.references import reference_rows
 from stca_jax.errors import UserError
 from stca_jax.evaluation.checkpoint_watcher import CheckpointWatcher, RowLog, mark_best_checkpoint
 from stca_jax.evaluation.evaluator import Row, evaluate_split, metric_rows
-from stca_jax.evaluation.metrics import ranking_metrics
-from stca_jax.evaluation.references import evaluate_references, labelled_views
 from stca_jax.evaluation.tables import format_table, write_table
 from stca_jax.experiment import EvaluationConfig, ExperimentConfig
-from stca_jax.input.dataset import RequestDataset, RequestIndex
-from stca_jax.input.pipeline import select_requests
-from stca_jax.input.records import UserRecord
+from stca_jax.input.dataset import RequestDataset
 from stca_jax.training.checkpointing import Checkpointer, read_best
 from stca_jax.training.distributed import is_main_process
 from stca_jax.training.train_step import Program, TrainState
@@ -69,9 +63,7 @@ _MIN_HISTORY = flags.DEFINE_integer(
     "min_history", None, "Only requests with at least so many earlier events."
 )
 _REFERENCES = flags.DEFINE_bool("references", True, "Also score counting and logistic regression.")
-_REFERENCE_TRAINING_REQUESTS = 12_000
 _SHOWN = ("model", "length", "task", "auc", "gauc_user", "gauc_request", "log_loss", "calibration")
-flags.adopt_module_key_flags(launch)
 _log = logging.getLogger(__name__)
 
 
@@ -91,7 +83,8 @@ def evaluate_once(workdir: pathlib.Path) -> int:
     selection = _selection(config, split)
     rows: list[Row] = []
     if _REFERENCES.value:
-        rows += [{**selection, **row} for row in reference_rows(config, dataset, split)]
+        with launch.working("Scoring the references"):
+            rows += [{**selection, **row} for row in reference_rows(config, dataset, split)]
     for length in config.evaluation.lengths:
         started = time.perf_counter()
         predictions = evaluate_split(
@@ -115,7 +108,7 @@ def evaluate_once(workdir: pathlib.Path) -> int:
     print(f"{split} split, checkpoint {step}, {rows[-1]['num_targets']:,} targets of "
           f"{rows[-1]['num_requests']:,} requests")  # fmt: skip
     _print_table(rows)
-    print(f"written to {directory}/{split}-{step}.csv and .jsonl")
+    print(f"results are in {directory}/{split}-{step}.csv and .jsonl")
     return 0
 
 
@@ -182,105 +175,20 @@ def watch(workdir: pathlib.Path) -> int:
     )
     if _REFERENCES.value:
         try:
-            _add_references(log, config, dataset, split)
+            with launch.working("Scoring the references"):
+                _add_references(log, config, dataset, split)
         except Exception as error:  # the rows of the checkpoints are there all the same
             failures.append(f"references: {error}")
             _log.error("%s", failures[-1])
     rows = [row for row in log.rows() if selection.items() <= row.items()]
     last = max((row["step"] for row in rows if "step" in row), default=None)
     shown = [row for row in rows if row.get("step", last) == last]
-    print(f"{split} split, checkpoint {last}; all of them are in {workdir}/evaluation")
+    print(f"{split} split, checkpoint {last}")
     _print_table(sorted(shown, key=lambda row: (row["model"], row["length"])))
     if failures:
         print("not scored:", *failures, sep="\n  ")
+    print(f"rows of all checkpoints are in {workdir}/evaluation/checkpoints.jsonl")
     return 1 if failures else 0
-
-
-def reference_rows(config: ExperimentConfig, dataset: RequestDataset, split: str) -> list[Row]:
-    """All references at every length, on the targets that the model is scored on."""
-    settings = config.evaluation
-    scored = select_requests(
-        dataset.index,
-        config.input.for_evaluation(
-            split,
-            max(settings.lengths),
-            min_history=settings.min_history,
-            max_requests=settings.max_requests,
-        ),
-    )
-    train = select_requests(
-        dataset.index,
-        dataclasses.replace(config.input, split="train", max_requests=_REFERENCE_TRAINING_REQUESTS),
-    )
-    rows: list[Row] = []
-    for k, task in enumerate(dataset.schema.tasks):
-        named = {"task": task} if len(dataset.schema.tasks) > 1 else {}
-        for row in evaluate_references(
-            labelled_views(dataset, train, task=k),
-            labelled_views(dataset, scored, task=k),
-            settings.lengths,
-        ):
-            rows.append({**row, **named})
-    rows.sort(key=lambda row: row["model"])
-    if config.dataset.startswith("synthetic_interests"):
-        rows += truth_rows(dataset, scored, settings.lengths)
-    return rows
-
-
-def truth_rows(
-    dataset: RequestDataset, requests: RequestIndex, lengths: Sequence[int]
-) -> list[Row]:
-    """How well the labels' own function ranks, restricted to the last events of each length.
-
-    Args:
-      dataset: One of synthetic_interests.
-      requests: Some of its requests, grouped by record.
-      lengths: Numbers of most recent events.
-
-    Returns:
-      A row per length, without the metrics of likelihood: below the whole history the function
-      ranks, but its sums shrink with the window.
-    """
-    config = generator.GeneratorConfig(**dataset.metadata["notes"]["generator"])
-    catalogue = generator.make_catalogue(config)
-    records = list(_records_of(dataset, requests))
-    label = np.concatenate([record.label[:, 0] for record in records])
-    num_targets = np.concatenate([np.diff(record.target_offset) for record in records])
-    request_id = np.repeat(np.concatenate([r.request_id for r in records]), num_targets)
-    user_id = np.concatenate([np.full(len(r.label), r.user_id) for r in records])
-    rows = []
-    for length in lengths:
-        logit = [generator.true_logit(record, catalogue, length) for record in records]
-        metrics = ranking_metrics(
-            label, np.concatenate(logit).astype(np.float32), user_id, request_id
-        )
-        for name in ("log_loss", "calibration", "normalized_entropy"):
-            del metrics[name]
-        rows.append({"model": "truth", "length": length, **metrics})
-    return rows
-
-
-def _records_of(dataset: RequestDataset, requests: RequestIndex) -> Iterator[UserRecord]:
-    """The users' records, cut down to the requests."""
-    starts = np.flatnonzero(np.diff(requests.record, prepend=-1))
-    for start, end in itertools.pairwise([*starts, len(requests)]):
-        record = dataset.record(int(requests.record[start]))
-        chosen = requests.position[start:end]
-        num_targets = np.diff(record.target_offset)
-        is_chosen = np.zeros(len(num_targets), bool)
-        is_chosen[chosen] = True
-        targets = np.repeat(is_chosen, num_targets)
-        yield dataclasses.replace(
-            record,
-            request_id=record.request_id[chosen],
-            request_time=record.request_time[chosen],
-            request_split=record.request_split[chosen],
-            history_end=record.history_end[chosen],
-            target_offset=np.append(0, np.cumsum(num_targets[chosen])),
-            request={name: values[chosen] for name, values in record.request.items()},
-            target={name: values[targets] for name, values in record.target.items()},
-            label=record.label[targets],
-        )
 
 
 def _add_references(
@@ -332,6 +240,8 @@ def _selection(config: ExperimentConfig, split: str) -> dict[str, Any]:
 def _wait_for(path: pathlib.Path) -> None:
     """Waits for a file of a training that may start later than this job."""
     started = time.monotonic()
+    if not path.exists():
+        _log.info("waiting for %s", path)
     while not path.exists():
         if _TIMEOUT.value is not None and time.monotonic() - started >= _TIMEOUT.value:
             raise UserError(f"no {path} in {_TIMEOUT.value:g} seconds; train into it")
@@ -358,4 +268,7 @@ def _checkpoint_step(workdir: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(
+        main,
+        when_interrupted="with --watch all finished rows are kept; the same command goes on",
+    )

@@ -24,7 +24,6 @@ import os
 import pathlib
 import re
 import runpy
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,7 +37,6 @@ from jax.sharding import Mesh
 
 from data.preparation import prepare
 from experiments import launch
-from stca_jax import config as config_lib
 from stca_jax.batch import RequestBatch, empty_batch
 from stca_jax.errors import UserError
 from stca_jax.experiment import ExperimentConfig
@@ -53,7 +51,6 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, h100:8, …", requ
 _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices or nodes of that topology.", 1)
 _VOCABULARY = flags.DEFINE_list("vocabulary", [], "Sizes of vocabularies, NAME=ROWS.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
-flags.adopt_module_key_flags(launch)
 
 # What XLA compiles for: public numbers of NVIDIA's data sheets and CUDA's device query.
 _GPU_TARGET = """gpu_device_info {{
@@ -165,10 +162,10 @@ def main() -> int:
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
-    path, overrides, _ = config_lib.parse_config_args(sys.argv)
-    config = config_lib.load_config(path, overrides)
-    schema = with_vocabulary(config_schema(str(path), config), _VOCABULARY.value)
-    plan = make_plan(config, schema, _TOPOLOGY.value, _NUM_SLICES.value)
+    config = launch.load_config()
+    schema = with_vocabulary(config_schema(launch.config_path(), config), _VOCABULARY.value)
+    with launch.working(f"Compiling for {_TOPOLOGY.value}"):
+        plan = make_plan(config, schema, _TOPOLOGY.value, _NUM_SLICES.value)
     print(plan.to_json() if _JSON.value else plan.to_text())
     return 0 if plan.fits else 2
 

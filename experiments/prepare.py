@@ -12,7 +12,6 @@ Exit status: 0 prepared, 1 an error.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import pathlib
 import re
 from collections.abc import Callable
@@ -24,13 +23,14 @@ from data import preparation
 from data.interaction_log.log_config import LogConfig, split_list
 from data.running import beam_runner
 from experiments import launch
+from experiments.command_help import attribute_descriptions
 from stca_jax.errors import UserError
 from stca_jax.input.dataset import RequestDataset
 
 _DATASET = flags.DEFINE_string("dataset", None, "Dataset, or DATASET/CONFIG.", required=True)
 _MANUAL_DIR = flags.DEFINE_string("manual_dir", None, "Folder of files downloaded by hand.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Of a log: stop after its profile.")
-_NAME = flags.DEFINE_string("name", None, "Of a log: what it is called, interaction_log/NAME.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Stop after the profile.")
+_NAME = flags.DEFINE_string("name", None, "What it is called: interaction_log/NAME.")
 _BEAM = flags.DEFINE_multi_string(
     "beam",
     None,
@@ -58,7 +58,7 @@ def main() -> None:
     size = sum(file["bytes"] for file in dataset.metadata["record_files"].values())
     print(f"\n{len(dataset):,} users, {len(dataset.index):,} requests, {size / 1e6:,.1f} MB")
     name = f"{preparation.OWN_LOGS}/{_NAME.value}" if _NAME.value else _DATASET.value
-    print(f"in {folder}\nTrain with --config.dataset={name}")
+    print(f"Train with --config.dataset={name}\nThe dataset is in {folder}")
 
 
 def _builder(data_dir: pathlib.Path) -> preparation.UserDatasetBuilder:
@@ -102,27 +102,24 @@ def _value(name: str) -> Any:
 
 def _define_log_options() -> None:
     """One flag for each attribute of `LogConfig`, described by its docstring."""
-    descriptions = _attribute_descriptions(LogConfig)
+    descriptions = attribute_descriptions(LogConfig)
     for field in dataclasses.fields(LogConfig):
         default = None if field.default is dataclasses.MISSING else field.default
-        help_text = f"Of a log: {descriptions[field.name]}"
         define: Callable[..., flags.FlagHolder] = flags.DEFINE_multi_string
         if isinstance(default, int):
             define = flags.DEFINE_integer
         elif isinstance(default, str):
             define = flags.DEFINE_string
-        _LOG_OPTIONS[field.name] = define(field.name, default, help_text)
-
-
-def _attribute_descriptions(cls: type) -> dict[str, str]:
-    """The Attributes section of a class's docstring, by attribute."""
-    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+        _LOG_OPTIONS[field.name] = define(field.name, default, descriptions[field.name])
 
 
 _define_log_options()
-flags.adopt_module_key_flags(launch)
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(
+        main,
+        flag_groups={
+            "of a log, with --dataset=interaction_log": ["name", "dry_run", *_LOG_OPTIONS]
+        },
+        when_interrupted="finished steps of a log are kept; the same command goes on",
+    )

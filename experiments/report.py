@@ -5,8 +5,9 @@ python -m experiments.report --workdir=/path/to/run [--workdir=/path/to/another 
 
 The page holds quality by history length (beside the references, where an evaluation wrote them), by
 step and by training cost, calibration, throughput and the config. It is one HTML file that loads
-nothing; the charts also lie as PNG in a directory of the same name. It reads what `train` and
-`evaluate` wrote, at any time.
+nothing; the charts also lie as PNG in a directory of the same name. Runs that differ only in their
+seeds are one line, with bars of one standard deviation. It reads what `train` and `evaluate` wrote,
+at any time.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from stca_jax.evaluation.report import load_run, write_report
 
 _WORKDIRS = flags.DEFINE_multi_string("workdir", None, "Directory of a run.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The page: a file ending in .html.", required=True)
-flags.adopt_module_key_flags(launch)
 
 
 def main() -> None:
     """Writes the page."""
     workdirs = [pathlib.Path(workdir).expanduser().absolute() for workdir in _WORKDIRS.value]
     runs = [load_run(*named) for named in zip(workdirs, _names(workdirs), strict=True)]
-    page, *charts = write_report(runs, pathlib.Path(_OUTPUT.value).expanduser())
+    with launch.working("Drawing"):
+        page, *charts = write_report(runs, pathlib.Path(_OUTPUT.value).expanduser())
     print(f"written to {page}, and {len(charts)} charts to {page.with_suffix('')}")
 
 

@@ -26,7 +26,6 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-flags.adopt_module_key_flags(launch)
 _log = logging.getLogger(__name__)
 
 
@@ -38,17 +37,27 @@ def main() -> int:
     result = train(config, dataset, workdir)
     if result.signal is not None:
         _log.warning(
-            "stopped by %s at step %d of %d; run the same command to go on from %s",
+            "stopped by %s at step %d of %d; run the same command to go on from %s:\n  %s",
             result.signal.name,
             result.step,
             result.num_steps,
             workdir,
+            launch.command(),
         )
         return 128 + result.signal
-    _log.info("finished %d steps; evaluate with", result.step)
-    _log.info("  python -m experiments.evaluate --workdir=%s", workdir)
+    _log.info(
+        "finished %d steps; evaluate with\n  python -m experiments.evaluate --workdir=%s\n"
+        "checkpoints, metrics and config are in %s",
+        result.step,
+        workdir,
+        workdir,
+    )
     return 0
 
 
 if __name__ == "__main__":
-    launch.run(main, takes_config=True)
+    launch.run(
+        main,
+        takes_config=True,
+        when_interrupted="checkpoints, if there are any, are kept; the same command goes on",
+    )

@@ -8,6 +8,7 @@ import pytest
 
 # The compile-only plugins of other platforms, where installed, are for the tests that name them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # compiling needs no cuDNN
 # Tests compile the same small programs again and again, in this process and in others.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "stca_jax_test_compilations")

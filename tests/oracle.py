@@ -72,8 +72,9 @@ def stca(
     target: np.ndarray,
     age_days: np.ndarray,
     mistake: Mistake | None = None,
+    temperature_length: int | None = None,
 ) -> Gathered:
-    """E1-E7 with the count channel and the recency score, if the parameters have them.
+    """E1-E7 with the count channel, the recency score and the sink, if the parameters have them.
 
     Args:
       p: Parameters of the sequence module.
@@ -81,8 +82,10 @@ def stca(
       target: [d] target token x_t.
       age_days: [n] request time - event time.
       mistake: What to get wrong.
+      temperature_length: As in `StcaConfig`.
     """
     n = len(x)
+    sharpness = np.log(1 + n) / np.log(1 + temperature_length) if temperature_length else 1.0
     outputs: list[np.ndarray] = []
     attentions: list[np.ndarray] = []
     counts = [log_count(n)]
@@ -117,10 +120,12 @@ def stca(
             for t in range(n):
                 key = encoded[t] @ layer["w_key"][:, j]
                 scores[t] = (query @ layer["w_query"][:, j]) @ key / np.sqrt(head_width)
+                scores[t] *= sharpness
                 if "recency_rate" in layer:
                     scores[t] -= layer["recency_rate"][j] * age_days[t]
             total = np.exp(scores).sum()
-            attention[j] = np.exp(scores) / total
+            sink = np.exp(layer["sink"][j]) if "sink" in layer else 0.0
+            attention[j] = np.exp(scores) / (total + sink)
             counts.append(0.25 * np.log(total) if n else 0.0)
         attentions.append(attention)
         if mistake == "heads averaged before W_V":
@@ -232,7 +237,10 @@ def score(p: Params, config: RankerConfig, schema: Schema, example: Example) -> 
     parts = [embed(f, example.target[f]) for f in schema.target if f != schema.item]
     item = embed(schema.item, example.target[schema.item])
     target = fuse(p["target_fusion"], item, [*parts, np.array(statistics)])
-    z, counts, _ = stca(p["sequence"], x, target, age / 86_400)
+    temperature_length = config.sequence.temperature_length
+    z, counts, _ = stca(
+        p["sequence"], x, target, age / 86_400, temperature_length=temperature_length
+    )
 
     numbers = [example.target[f] for f in schema.target if f not in schema.vocabularies]
     inputs = {"summary": z, "target": target}

@@ -30,7 +30,9 @@ CONFIGS = {
         embedding=dataclasses.replace(_EMBEDDING, time_delta=True, recency_index=True),
     ),
     "shared": RankerConfig(
-        sequence=dataclasses.replace(_SEQUENCE, recency_score=True),
+        sequence=dataclasses.replace(
+            _SEQUENCE, recency_score=True, temperature_length=3, attention_sink=True
+        ),
         embedding=dataclasses.replace(_EMBEDDING, item_width=5),
         backbone=RankMixerConfig(num_blocks=1),
     ),

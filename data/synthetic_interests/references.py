@@ -9,8 +9,10 @@ fitted anew for each length on the training requests, `logistic` and `counting` 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from absl import app, flags
@@ -24,10 +26,11 @@ from data.synthetic_interests.generator import (
     logit_of,
     make_catalogue,
     true_lifts,
+    true_logit,
 )
 from stca_jax.evaluation import metrics, references, tables
-from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.records import SPLITS
+from stca_jax.input.dataset import RequestDataset, RequestIndex
+from stca_jax.input.records import SPLITS, UserRecord
 
 
 def reference_rows(dataset: RequestDataset, lengths: Sequence[int]) -> list[tables.Row]:
@@ -68,6 +71,62 @@ def split_lifts(
         lifts.append(true_lifts(record, catalogue, max_history)[targets])
         labels.append(record.label[targets, 0])
     return np.concatenate(lifts), np.concatenate(labels)
+
+
+def truth_rows(
+    dataset: RequestDataset, requests: RequestIndex, lengths: Sequence[int]
+) -> list[dict[str, Any]]:
+    """How well the labels' own function ranks, restricted to the last events of each length.
+
+    Args:
+      dataset: One of synthetic_interests.
+      requests: Some of its requests, grouped by record.
+      lengths: Numbers of most recent events.
+
+    Returns:
+      A row per length, without the metrics of likelihood: below the whole history the function
+      ranks, but its sums shrink with the window.
+    """
+    config = GeneratorConfig(**dataset.metadata["notes"]["generator"])
+    catalogue = make_catalogue(config)
+    records = list(_records_of(dataset, requests))
+    label = np.concatenate([record.label[:, 0] for record in records])
+    num_targets = np.concatenate([np.diff(record.target_offset) for record in records])
+    request_id = np.repeat(np.concatenate([r.request_id for r in records]), num_targets)
+    user_id = np.concatenate([np.full(len(r.label), r.user_id) for r in records])
+    rows: list[dict[str, Any]] = []
+    for length in lengths:
+        logit = [true_logit(record, catalogue, length) for record in records]
+        values = metrics.ranking_metrics(
+            label, np.concatenate(logit).astype(np.float32), user_id, request_id
+        )
+        for name in ("log_loss", "calibration", "normalized_entropy"):
+            del values[name]
+        rows.append({"model": "truth", "length": length, **values})
+    return rows
+
+
+def _records_of(dataset: RequestDataset, requests: RequestIndex) -> Iterator[UserRecord]:
+    """The users' records, cut down to the requests."""
+    starts = np.flatnonzero(np.diff(requests.record, prepend=-1))
+    for start, end in itertools.pairwise([*starts, len(requests)]):
+        record = dataset.record(int(requests.record[start]))
+        chosen = requests.position[start:end]
+        num_targets = np.diff(record.target_offset)
+        is_chosen = np.zeros(len(num_targets), bool)
+        is_chosen[chosen] = True
+        targets = np.repeat(is_chosen, num_targets)
+        yield dataclasses.replace(
+            record,
+            request_id=record.request_id[chosen],
+            request_time=record.request_time[chosen],
+            request_split=record.request_split[chosen],
+            history_end=record.history_end[chosen],
+            target_offset=np.append(0, np.cumsum(num_targets[chosen])),
+            request={name: values[chosen] for name, values in record.request.items()},
+            target={name: values[targets] for name, values in record.target.items()},
+            label=record.label[targets],
+        )
 
 
 def _doubling_lengths(longest: int) -> list[int]:

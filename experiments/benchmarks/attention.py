@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from experiments import launch
 from experiments.benchmarks import timing
 from stca_jax.ops.attention import cheaper_order, history_layer
 from stca_jax.ops.encoder import HistoryEncoder
@@ -109,12 +109,11 @@ def _autotune() -> list[dict[str, Any]]:
     return records
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Measures, prints, and writes."""
-    del argv
     print(timing.environment())
     timing.write_json_lines(_JSON.value, _autotune() if _AUTOTUNE.value else _compare())
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

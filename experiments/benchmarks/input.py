@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 from data.base import UserDatasetBuilder
 from data.preparation import default_data_dir, prepare
@@ -241,10 +241,8 @@ def build(builder: UserDatasetBuilder) -> pathlib.Path:
     return pathlib.Path(builder.data_path)
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Runs the logs and prints a table for each."""
-    del argv
-    logging.set_verbosity(logging.ERROR)
     data_dir = pathlib.Path(launch.DATA_DIR.value or default_data_dir())
     for name in _LOGS.value or LOGS:
         with tempfile.TemporaryDirectory() as scratch:
@@ -253,6 +251,8 @@ def main(argv: Sequence[str]) -> None:
         if _JSON.value:
             with open(_JSON.value, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
+    if _JSON.value:
+        print(f"results are in {_JSON.value}")
 
 
 def print_table(name: str, lines: Sequence[dict[str, Any]]) -> None:
@@ -271,4 +271,4 @@ def print_table(name: str, lines: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

@@ -69,6 +69,7 @@ def main() -> None:
     if _JSON.value:
         with open(_JSON.value, "a") as file:
             file.write(json.dumps(result) + "\n")
+        print(f"results are in {_JSON.value}")
 
 
 def start(log: pathlib.Path, data_dir: pathlib.Path) -> subprocess.Popen:
@@ -122,7 +123,5 @@ def _megabytes(paths) -> float:
     return round(sum(p.stat().st_size for p in paths) / 1e6, 1)
 
 
-flags.adopt_module_key_flags(launch)
-
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, when_interrupted="the log is kept if it was whole; the same command goes on")

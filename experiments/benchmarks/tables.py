@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from experiments import launch
 from experiments.benchmarks import timing
 from stca_jax.batch import RequestBatch, empty_batch
 from stca_jax.models.embedding import EmbeddingConfig
@@ -100,7 +101,7 @@ class _Trainer:
         return compiled.memory_analysis().temp_size_in_bytes, table.nbytes
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Measures all sizes in turns."""
     trainers = {rows: _Trainer(int(rows)) for rows in _ROWS.value}
     memory = {rows: trainer.memory() for rows, trainer in trainers.items()}
@@ -134,4 +135,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

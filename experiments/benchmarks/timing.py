@@ -116,11 +116,12 @@ def environment() -> dict[str, Any]:
 
 
 def write_json_lines(path: str | None, records: list[dict[str, Any]]) -> None:
-    """One JSON object a line, each with `environment`."""
+    """One JSON object a line, each with `environment`; then says where they are."""
     if path:
         shared = environment()
         lines = [json.dumps(shared | record) + "\n" for record in records]
         pathlib.Path(path).write_text("".join(lines), encoding="utf-8")
+        print(f"results are in {path}")
 
 
 def fitted_exponent(lengths: list[int], seconds: list[float]) -> float:

@@ -12,15 +12,16 @@ Runs unchanged on GPU and TPU; `--dtype=bfloat16` there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jaxtyping import Array
 
+from experiments import launch
 from experiments.benchmarks import sequence_modules, timing
 from stca_jax.ops.attention import Order, cheaper_order, history_layer, target_to_history_attention
 from stca_jax.ops.encoder import encode_history
@@ -229,9 +230,8 @@ def _plot(records: list[dict[str, Any]], path: str) -> None:
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Measures, prints, and writes."""
-    del argv
     print(timing.environment())
     records: list[dict[str, Any]] = []
     points = [(int(x), int(m), False) for m in _TARGETS.value for x in _LENGTHS.value]
@@ -251,10 +251,11 @@ def main(argv: Sequence[str]) -> None:
         )
         print(f"exponent of the fused step in L, from {fused[0]['L']}: {exponent:.3f}")
         records.append({"step": "exponent in L", "value": exponent})
-    timing.write_json_lines(_JSON.value, records)
     if _PLOT.value:
         _plot(records, _PLOT.value)
+        print(f"the plot is in {_PLOT.value}")
+    timing.write_json_lines(_JSON.value, records)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from stca_jax.batch import RequestBatch
 from stca_jax.evaluation.metrics import ranking_metrics
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import make_input
+from stca_jax.input.pipeline import InputConfig, make_input
+from stca_jax.training.distributed import is_main_process
 from stca_jax.training.sharding import device_batch, input_share
 from stca_jax.training.train_step import Predictions, Program, TrainState
 
@@ -40,7 +42,8 @@ def evaluate_split(
       length: Events that each request may read, the most recent ones.
       max_requests: Only a sample of so many requests, the same at each call; None is all of them.
     """
-    share, num_shares = input_share(program.batch_shardings.history_time.mesh)
+    mesh = program.batch_shardings.history_time.mesh
+    share, num_shares = input_share(mesh)
     batches = make_input(
         dataset,
         config.input.for_evaluation(
@@ -48,11 +51,32 @@ def evaluate_split(
             length,
             min_history=config.evaluation.min_history,
             max_requests=max_requests,
+            rows_per_batch=rows_that_fit(config.input, length, mesh.shape["data"]),
         ),
         process_index=share,
         process_count=num_shares,
     )
-    return predict_all(program, state, (element.batch for element in batches))
+    shown = tqdm(
+        batches,
+        desc=f"Scoring {split} at length {length:,}",
+        unit="batch",
+        leave=False,
+        delay=2,
+        disable=None if is_main_process() else True,
+    )
+    return predict_all(program, state, (element.batch for element in shown))
+
+
+def rows_that_fit(config: InputConfig, length: int, num_shares: int) -> int:
+    """Rows of an evaluation's batch: no more tokens than a training batch, where rows are longer.
+
+    Args:
+      config: Of the training.
+      length: Events that each request may read.
+      num_shares: Devices that rows are divided over; each holds a row at least.
+    """
+    rows = config.rows_per_batch * config.row_length // max(length, config.row_length)
+    return max(rows // num_shares, 1) * num_shares
 
 
 def predict_all(

@@ -1,15 +1,18 @@
 """One page about one or more runs: quality by history length, by step and by training cost.
 
 The page is a single HTML file that loads nothing. Its charts are drawn once, as SVG whose colours
-follow the page (light, dark, paper), and as PNG beside it. Runs differ in colour, marker and label;
-the colours are Okabe and Ito's, which the colour-blind tell apart.
+follow the page (light, dark, paper), and as PNG beside it. Runs that differ in nothing but the seed
+are one line, their mean, with bars of one standard deviation. Lines differ in colour, marker and
+label; the colours are Okabe and Ito's, which the colour-blind tell apart.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import html
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -41,6 +44,7 @@ _METRICS = {
     "calibration": "predicted / observed",
 }
 _CALIBRATED = (0.98, 1.02)
+_SEEDS = ("seed", "input.seed")
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: searchable, and in the page's own font
     "svg.hashsalt": "stca_jax",
@@ -111,6 +115,44 @@ class Run:
         return statistics.fmean(fills) * slots if fills else None
 
 
+class Group(NamedTuple):
+    """Runs that differ in nothing but the seed.
+
+    Attributes:
+      name: Shown in the charts.
+      runs: At least one.
+    """
+
+    name: str
+    runs: Sequence[Run]
+
+    def steps_per_second(self) -> float | None:
+        """Median over the runs."""
+        return _median(run.steps_per_second() for run in self.runs)
+
+
+def group_by_seed(runs: Sequence[Run]) -> list[Group]:
+    """Runs of one config but for its seeds, in the order in which each first appears."""
+    groups: dict[tuple[str, int], list[Run]] = {}
+    seen: collections.Counter[str] = collections.Counter()
+    for run in runs:
+        rest = {name: value for name, value in run.config.items() if name not in _SEEDS}
+        # The same seeds again are another run, on other hardware perhaps, and no sample.
+        repetition = seen[json.dumps(dict(run.config))]
+        seen[json.dumps(dict(run.config))] += 1
+        groups.setdefault((json.dumps(rest), repetition), []).append(run)
+    return [Group(_common_name([run.name for run in group]), group) for group in groups.values()]
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """The leading parts that the names share, and how many there are."""
+    if len(names) == 1:
+        return names[0]
+    parts = zip(*(name.split("/") for name in names), strict=False)
+    shared = itertools.takewhile(lambda part: len(set(part)) == 1, parts)
+    return ", ".join(filter(None, ["/".join(part[0] for part in shared), f"{len(names)} seeds"]))
+
+
 def load_run(workdir: str | os.PathLike[str], name: str) -> Run:
     """Reads the config, all evaluations and the metrics of a working directory.
 
@@ -159,7 +201,7 @@ def write_report(runs: Sequence[Run], output: str | os.PathLike[str]) -> list[pa
     folder.mkdir(parents=True, exist_ok=True)
     written, figures = [output], []
     for chart in charts:
-        figure = _draw(chart)
+        figure = draw(chart)
         written.append(folder / f"{chart.name}.png")
         figure.savefig(written[-1], dpi=200, facecolor="white")
         figures.append(_figure_html(chart, figure))
@@ -175,12 +217,14 @@ class Line(NamedTuple):
       x: Ascending.
       y: As many.
       reference: Name of the reference that it shows, which is drawn in grey; None for a run.
+      error: Standard deviation over seeds of each y; None for a single run.
     """
 
     label: str
     x: list[float]
     y: list[float]
     reference: str | None = None
+    error: list[float] | None = None
 
 
 class Chart(NamedTuple):
@@ -298,17 +342,20 @@ def best_selection(
 def lines_by_length(
     runs: Sequence[Run], selection: Selection, task: str | None, metric: str
 ) -> list[Line]:
-    """A metric at each length: of one checkpoint per run, and of the references."""
+    """A metric at each length: of one checkpoint per run, seeds averaged, and of the references."""
     lines = []
-    for run in runs[:_MAX_LINES]:
-        step = shown_step(run, selection, task)
-        rows = [row for row in run.rows_of(selection, task) if row["step"] == step]
-        lines.append(_line(f"{run.name}, step {step}", rows, "length", metric))
+    for group in group_by_seed(runs)[:_MAX_LINES]:
+        tables = []
+        for run in group.runs:
+            step = shown_step(run, selection, task)
+            tables.append([row for row in run.rows_of(selection, task) if row["step"] == step])
+        label = group.name if len(tables) > 1 else f"{group.name}, step {step}"
+        lines.append(mean_line(label, tables, "length", metric))
     for name in _REFERENCE_STYLES:
         found = {
             row["length"]: row for run in runs for row in run.rows_of(selection, task, model=name)
         }
-        lines.append(_line(name, found.values(), "length", metric, reference=name))
+        lines.append(mean_line(name, [list(found.values())], "length", metric, reference=name))
     return [line for line in lines if line.x]
 
 
@@ -320,21 +367,23 @@ def lines_by_step(
     *,
     in_minutes: bool,
 ) -> list[Line]:
-    """A metric after each step: of one run at each length, of several at the longest."""
+    """A metric after each step: of a single line of runs at each length, else at the longest."""
     lengths = sorted(
         {row["length"] for run in runs for row in run.rows_of(selection, task)}, reverse=True
     )
     lines = []
-    for run in runs[:_MAX_LINES]:
-        speed = run.steps_per_second() if in_minutes else 1.0
+    groups = group_by_seed(runs)
+    for group in groups[:_MAX_LINES]:
+        speed = group.steps_per_second() if in_minutes else 1.0
         if not speed:
             continue
-        rows = run.rows_of(selection, task)
-        own = [n for n in lengths if any(row["length"] == n for row in rows)]
-        for length in own[: 1 if len(runs) > 1 else _MAX_LINES]:
+        tables = [run.rows_of(selection, task) for run in group.runs]
+        own = [n for n in lengths if all(any(r["length"] == n for r in rows) for rows in tables)]
+        for length in own[: 1 if len(groups) > 1 else _MAX_LINES]:
             label = f"{length:,} events"
-            label = f"{run.name}, {label}" if len(runs) > 1 else label
-            line = _line(label, [r for r in rows if r["length"] == length], "step", metric)
+            label = f"{group.name}, {label}" if len(groups) > 1 else label
+            at_length = [[r for r in rows if r["length"] == length] for rows in tables]
+            line = mean_line(label, at_length, "step", metric)
             scale = 1 / (speed * 60) if in_minutes else 1
             lines.append(line._replace(x=[x * scale for x in line.x]))
     return [line for line in lines if line.x]
@@ -346,14 +395,35 @@ def shown_step(run: Run, selection: Selection, task: str | None) -> int | None:
     return run.best_step if run.best_step in steps else max(steps, default=None)
 
 
-def _line(
-    label: str, rows: Iterable[Row], x: str, metric: str, reference: str | None = None
+def mean_line(
+    label: str,
+    tables: Sequence[Sequence[Row]],
+    x: str,
+    metric: str,
+    reference: str | None = None,
 ) -> Line:
-    points = sorted((row[x], row[metric]) for row in rows if row.get(metric) is not None)
-    return Line(label, [p[0] for p in points], [p[1] for p in points], reference)
+    """The mean of a metric over tables, wherever all of them have it.
+
+    Args:
+      label: For the legend.
+      tables: Rows of each seed.
+      x: Column of the horizontal axis.
+      metric: Column of the vertical one.
+      reference: See `Line`.
+    """
+    columns = [{r[x]: r[metric] for r in rows if r.get(metric) is not None} for rows in tables]
+    shared = sorted(set.intersection(*map(set, columns)))
+    values = [[column[at] for column in columns] for at in shared]
+    error = [statistics.stdev(v) for v in values] if len(columns) > 1 else None
+    return Line(label, shared, [statistics.fmean(v) for v in values], reference, error)
 
 
-def _draw(chart: Chart) -> Figure:
+def draw(chart: Chart) -> Figure:
+    """A chart on white, as it looks on paper.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -404,7 +474,9 @@ def _draw_lines(axes: Any, lines: Sequence[Line]) -> None:
                 "markersize": 4.5,
             }
             runs += 1
-        axes.plot(line.x, line.y, label=line.label, linewidth=1.7, **style)
+        axes.errorbar(
+            line.x, line.y, line.error, label=line.label, linewidth=1.7, capsize=2, **style
+        )
 
 
 def _spread(lengths: Sequence[float]) -> list[float]:
@@ -471,8 +543,8 @@ def _quality_tables(runs: Sequence[Run], task: str | None) -> list[str]:
         lengths = sorted({length for line in lines for length in line.x})
         cells = []
         for line in lines:
-            at = dict(zip(line.x, line.y, strict=True))
-            cells.append([line.label, *(_number(at.get(length), 4) for length in lengths)])
+            at = dict(zip(line.x, _numbers(line), strict=True))
+            cells.append([line.label, *(at.get(length, "") for length in lengths)])
         of_task = f", {task}" if task else ""
         headings = ["length", *(f"{length:,}" for length in lengths)]
         if cells:
@@ -528,6 +600,13 @@ def _table(
         f"<caption>{html.escape(caption)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _numbers(line: Line) -> list[str]:
+    """Each y, with its standard deviation over seeds if there is one."""
+    if line.error is None:
+        return [_number(y, 4) for y in line.y]
+    return [f"{y:.4f} ± {error:.4f}" for y, error in zip(line.y, line.error, strict=True)]
 
 
 def _number(value: float | None, digits: int) -> str:

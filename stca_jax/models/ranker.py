@@ -75,6 +75,8 @@ def paper_config(sequence: StcaConfig | None = None) -> RankerConfig:
             sequence or StcaConfig(),
             initialization="independent",
             count_channel=False,
+            temperature_length=None,
+            attention_sink=False,
             recency_score=False,
         ),
         embedding=EmbeddingConfig(time_delta=True, recency_index=True),

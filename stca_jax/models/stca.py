@@ -1,4 +1,4 @@
-"""Stacked Target-to-History Cross Attention: E1-E7 of arXiv 2511.06077, and three additions.
+"""Stacked Target-to-History Cross Attention: E1-E7 of arXiv 2511.06077, and additions of ours.
 
 History tokens never interact and targets never interact, so the cost is linear in the history and a
 target's output does not depend on its row-mates.  There is no residual: concatenation is the skip
@@ -8,6 +8,7 @@ path.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from stca_jax.models.layers import LayerNorm, Linear, SwiGLU, parameter, recomputed
+from stca_jax.models.layers import LayerNorm, Linear, SwiGLU, parameter, recomputed, zeros
 from stca_jax.models.sequence import (
     SequenceConfig,
     SequenceCost,
@@ -43,7 +44,11 @@ class StcaConfig(SequenceConfig):
         event's score is the similarity of its item to the target; "independent" draws every weight
         on its own, as the paper presumably does.
       count_channel: Give query fusion (E6) and output (E7) the log-sum-exp of each head's scores
-        and the log of the number of events. Softmax averages; it cannot say how much matched.
+        and the log of the number of events, n. Softmax averages; it cannot say how much matched.
+      temperature_length: Multiply the queries of E3 by log(1 + n) / log(1 + temperature_length),
+        so that softmax over a history much longer than this length does not flatten. None: by 1.
+      attention_sink: Give each head a learned logit that joins the softmax's denominator, so that a
+        head may gather less than a whole average, down to nothing.
       attention_order: Order of the algebra, see `stca_jax.ops.attention`; None takes the
         one with fewer FLOPs if every target reads its whole row.
       recency_score: Add to each head's scores a learned rate times the event's time, exact for
@@ -54,6 +59,8 @@ class StcaConfig(SequenceConfig):
     num_heads: int = 4
     initialization: Literal["matched", "independent"] = "matched"
     count_channel: bool = True
+    temperature_length: int | None = None
+    attention_sink: bool = False
     recency_score: bool = False
     attention_order: Order | None = None
 
@@ -137,6 +144,7 @@ class StcaLayer(nnx.Module):
     def __init__(self, config: StcaConfig, index: int, *, rngs: nnx.Rngs):
         d, H, K = config.width, config.num_heads, config.head_width
         self.order = config.attention_order
+        self.temperature_length = config.temperature_length
         hidden_width = config.ffn_ratio * d
         self.history_ffn = SwiGLU(d, hidden_width, d, rngs=rngs)
         self.history_norm = LayerNorm(d, rngs=rngs)
@@ -151,6 +159,7 @@ class StcaLayer(nnx.Module):
         self.recency_rate = (
             parameter(rngs, (H,), ("head",), _recency_rates) if config.recency_score else None
         )
+        self.sink = parameter(rngs, (H,), ("head",), zeros) if config.attention_sink else None
         if config.initialization == "matched":
             self._match(config, rngs)
 
@@ -171,6 +180,8 @@ class StcaLayer(nnx.Module):
         if self.fusion is not None:
             query = self.fusion(outputs, inputs.targets, counts)
         query = self.query_norm(self.query_ffn(query))
+        if self.temperature_length is not None:
+            query *= _sharpness(inputs, self.temperature_length)[..., None].astype(query.dtype)
         w_query, w_key, w_value = (
             w[...].astype(query.dtype) for w in (self.w_query, self.w_key, self.w_value)
         )
@@ -192,8 +203,12 @@ class StcaLayer(nnx.Module):
             history_score=history_score,
             order=self.order,
         )
-        heads = attended.output.reshape(query.shape)
-        return self.w_output(heads), attended.log_sum_exp - request_score
+        heads, log_sum_exp = attended.output, attended.log_sum_exp - request_score
+        if self.sink is not None:
+            # exp(lse) / (exp(lse) + exp(sink)): what the sink leaves of the sum that is divided by.
+            kept = jax.nn.sigmoid(log_sum_exp - self.sink[...])
+            heads *= kept[..., None].astype(heads.dtype)
+        return self.w_output(heads.reshape(query.shape)), log_sum_exp
 
     def _recency(self, inputs: SequenceInput) -> tuple[Array | None, Array | float]:
         """Scores rate * (event time - t0) of tokens and rate * (request time - t0) of requests.
@@ -210,6 +225,12 @@ class StcaLayer(nnx.Module):
             return days[..., None] * rate
 
         return score(inputs.history_time), score(inputs.request_time)
+
+
+def _sharpness(inputs: SequenceInput, length: int) -> Float[Array, "R M"]:
+    """log(1 + n) relative to that of a length."""
+    num_events = inputs.history_end - inputs.history_start
+    return jnp.log1p(num_events.astype(jnp.float32)) / math.log1p(length)
 
 
 def _recency_rates(key: Array, shape: tuple[int, ...]) -> Array:

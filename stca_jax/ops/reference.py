@@ -36,13 +36,42 @@ def reference_attention(
     Returns:
       float32 weighted sums of the values and log-sum-exps; 0 and -inf for an empty range.
     """
+    weight, log_sum_exp = attention_weights(
+        query, history, w_key, history_start, history_end, history_score, order
+    )
+    return _weighted_values(weight, history, w_value, order), log_sum_exp
+
+
+def attention_weights(
+    query: Float[Array, "R M H K"],
+    history: Float[Array, "R L D"],
+    w_key: Float[Array, "D H K"],
+    history_start: Int[Array, "R M"],
+    history_end: Int[Array, "R M"],
+    history_score: Float[Array, "R L H"] | None = None,
+    order: Order = "absorbed",
+) -> tuple[Float[Array, "R M L H"], Float[Array, "R M H"]]:
+    """E3: how much of its attention each target gives to each token, to be looked at.
+
+    Args:
+      query: As for `reference_attention`, like all others.
+      history: Encoded tokens.
+      w_key: W_K.
+      history_start: First token of each target's range.
+      history_end: One past its last token.
+      history_score: Additive score.
+      order: Which algebra.
+
+    Returns:
+      float32 weights, which sum to 1 over a range that is not empty and are 0 outside, and the
+      log-sum-exps of the scores.
+    """
     position = jnp.arange(history.shape[1])
     in_range = (position >= history_start[..., None]) & (position < history_end[..., None])
     score = _scores(query, history, w_key, order) / jnp.sqrt(jnp.float32(query.shape[-1]))
     if history_score is not None:
         score += history_score.astype(jnp.float32)[:, None]
-    weight, log_sum_exp = _masked_softmax(score, in_range)
-    return _weighted_values(weight, history, w_value, order), log_sum_exp
+    return _masked_softmax(score, in_range)
 
 
 def _scores(query: Array, history: Array, w_key: Array, order: Order) -> Float[Array, "R M L H"]:

@@ -139,6 +139,14 @@ class MetricsWriter:
         """
         return self._progress.update(step, loss, tokens, targets)
 
+    def show_step(self, step: int) -> None:
+        """Between two calls of `progress`: the step, on a terminal, at most once a second.
+
+        Args:
+          step: number of training steps started.
+        """
+        self._progress.show_step(step)
+
     def flush(self) -> None:
         """Makes what was written survive a crash of the machine, not only of the process."""
         for output in self._outputs:
@@ -283,6 +291,8 @@ class _Progress:
         self._step = start_step
         self._time: float | None = None
         self._log_time = -math.inf
+        self._shown_time = -math.inf
+        self._latest: tuple[float | None, dict[str, float]] = (None, {})
 
     def update(
         self, step: int, loss: float | None, tokens: int | None, targets: int | None
@@ -293,11 +303,18 @@ class _Progress:
         if self._time is not None and now > self._time:
             speed = {n: c / (now - self._time) for n, c in counts.items() if c is not None}
         self._step, self._time = step, now
+        self._latest = (loss, speed)
         if self._show:
             self._print(now, _progress_line(step, self._total_steps, loss, speed))
         return {f"speed/{name}_per_second": value for name, value in speed.items()}
 
+    def show_step(self, step: int) -> None:
+        now = time.monotonic()
+        if self._show and self._is_terminal and now - self._shown_time >= 1:
+            self._print(now, _progress_line(step, self._total_steps, *self._latest))
+
     def _print(self, now: float, line: str) -> None:
+        self._shown_time = now
         if self._is_terminal:
             # Clears the rest of the line and goes back to its start, where the next line overwrites
             # it, be it progress or a log message.
@@ -309,7 +326,7 @@ class _Progress:
             _log.info("%s", line)
 
     def close(self) -> None:
-        if self._show and self._is_terminal and self._time is not None:
+        if self._show and self._is_terminal and self._shown_time > -math.inf:
             sys.stderr.write("\n")
         self._show = False
 

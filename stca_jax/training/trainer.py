@@ -82,6 +82,7 @@ def train(
         checkpointer.close()
         return TrainingResult(step, num_steps)
 
+    _log.info("step %d of %d; the first step is compiled before it runs", step, num_steps)
     shared_signal = SharedSignal(mesh)
     recent = _RecentSteps(config, dataset.schema, num_shares)
     clock = recent.clock
@@ -107,6 +108,7 @@ def train(
                 state, metrics = program.train_step(state, batch)
             step += 1
             recent.add(step, metrics, element)
+            writer.show_step(step)
             stopped_by = shared_signal.agree(signals.received)
             if step == num_steps:
                 stopped_by = None

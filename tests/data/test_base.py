@@ -15,6 +15,7 @@ import small_dataset
 from array_record.python import array_record_module
 from small_dataset import USERS, USERS_PER_FILE, Builder
 
+from data.preparation import make_builder
 from stca_jax.schema import Schema
 
 
@@ -22,6 +23,13 @@ def build(data_dir: pathlib.Path) -> pathlib.Path:
     builder = Builder(data_dir=data_dir)
     builder.download_and_prepare()
     return pathlib.Path(builder.data_path)
+
+
+def test_a_folder_called_data_where_one_works_is_not_taken_for_this_package(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    assert make_builder("synthetic_interests/tiny", tmp_path).info.description
 
 
 def files(directory: pathlib.Path) -> dict[str, bytes]:

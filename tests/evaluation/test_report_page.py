@@ -145,6 +145,26 @@ def test_lines_by_step_and_by_cost(tmp_path):
     assert both[1].x == pytest.approx([20 / 4 / 60, 40 / 4 / 60])
 
 
+def test_seeds_are_one_line_with_bars(tmp_path):
+    runs = []
+    for seed, best in ((0, 20), (1, 40), (2, 40)):
+        workdir = write_run(tmp_path / f"long/seed-{seed}", seed=seed, best=best)
+        runs.append(report.load_run(workdir, f"long/seed-{seed}"))
+    runs.append(report.load_run(tmp_path / "long/seed-0", "again"))
+    selection = report.Selection("validation", 0, None)
+    mean, again, _ = report.lines_by_length(runs, selection, None, "auc")
+    values = np.array([[auc(step, n) for n in LENGTHS] for step in (20, 40, 40)])
+    assert (mean.label, again.label) == ("long, 3 seeds", "again, step 20")
+    np.testing.assert_allclose(mean.y, values.mean(0))
+    np.testing.assert_allclose(mean.error, values.std(0, ddof=1))
+    assert again.error is None
+    by_step = report.lines_by_step(runs[:3], selection, None, "auc", in_minutes=False)
+    assert [line.label for line in by_step] == ["256 events", "64 events", "16 events"]
+    report.write_report(runs, tmp_path / "page.html")
+    cells = Page((tmp_path / "page.html").read_text()).tables[0][1]
+    assert cells[:2] == ["long, 3 seeds", "0.5349 ± 0.0115"]
+
+
 def test_test_split_is_shown_by_length_and_what_has_most_steps_by_step(tmp_path):
     workdir = write_run(tmp_path / "run")
     rows = [{**TEST, "step": 40, "length": n, "model": "stca", "auc": 0.6} for n in LENGTHS]

@@ -1,11 +1,15 @@
 """Runs the launchers as a user does: real processes, real signals."""
 
+import multiprocessing
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -30,6 +34,38 @@ def run(module: str, *args: str, timeout: float = 300, **env: str) -> tuple[int,
     finally:
         process.kill()
     return process.returncode, output
+
+
+def start_forked(module: str, *args: str, output: str | None = None) -> BaseProcess:
+    """Like `start`, forked from a server that has imported the library, which takes seconds.
+
+    What it prints goes to the file `output`, or where this process prints.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data.preparation", "stca_jax.training.trainer"])
+    process = context.Process(target=_run_as_main, args=(module, *args), kwargs={"output": output})
+    process.start()
+    return process
+
+
+def run_forked(module: str, *args: str, timeout: float = 60) -> tuple[int | None, str]:
+    """Like `run`, but forked as by `start_forked`."""
+    with tempfile.NamedTemporaryFile() as file:
+        process = start_forked(module, *args, output=file.name)
+        process.join(timeout)
+        process.kill()
+        process.join()
+        return process.exitcode, pathlib.Path(file.name).read_text()
+
+
+def _run_as_main(module: str, *args: str, output: str | None) -> None:
+    if output:
+        file = os.open(output, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+    sys.argv = [module, *args]
+    sys.orig_argv = ["python", "-m", module, *args]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def wait_until(

@@ -44,6 +44,8 @@ def test_table_has_every_model_at_every_length(workdir, data_dir):
     assert status == 0, output
     for name in ("counting", "logistic", "truth", "stca"):
         assert len([line for line in output.splitlines() if line.startswith(f"| {name}")]) == 2
+    where = f"results are in {workdir}/evaluation/test-12.csv and .jsonl"
+    assert output.splitlines()[-1] == where
     with (workdir / "evaluation" / "test-12.csv").open() as file:
         table = list(csv.DictReader(file))
     lines = (workdir / "evaluation" / "test-12.jsonl").read_text().splitlines()
@@ -79,6 +81,7 @@ def test_watching_adds_each_row_once_and_marks_the_best(workdir, data_dir, tmp_p
     path = copy / "evaluation" / "checkpoints.jsonl"
     status, output = evaluate(copy, data_dir, "--watch", "--lengths=16,300")
     assert status == 0, output
+    assert output.splitlines()[-1] == f"rows of all checkpoints are in {path}"
     rows = read_rows(path)
     scored = [row for row in rows if row["model"] == "stca"]
     assert [(r["step"], r["length"]) for r in scored] == [(6, 16), (6, 300), (12, 16), (12, 300)]

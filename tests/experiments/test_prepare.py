@@ -61,6 +61,7 @@ def test_profile_then_dataset_then_training(tmp_path, log):
     assert status == 0, output
     assert "60 users" in output
     assert "--config.dataset=interaction_log/mine" in output
+    assert output.splitlines()[-1] == f"The dataset is in {data_dir}/interaction_log/mine/1.0.0"
 
     status, again = prepare(data_dir, log)
     assert status == 0, again

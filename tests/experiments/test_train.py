@@ -9,7 +9,7 @@ import subprocess
 import jax
 import numpy as np
 import pytest
-from processes import run, start, wait_until
+from processes import run, start, start_forked, wait_until
 
 from experiments.configs import tiny
 from stca_jax.config import apply_overrides
@@ -35,6 +35,7 @@ def uninterrupted(tmp_path_factory, data_dir):
     workdir = tmp_path_factory.mktemp("uninterrupted")
     status, output = run("experiments.train", *arguments(workdir, data_dir))
     assert status == 0, output
+    assert output.splitlines()[-1] == f"checkpoints, metrics and config are in {workdir}"
     return workdir
 
 
@@ -80,19 +81,25 @@ def test_killed_run_goes_on_to_identical_parameters_and_metrics(
 
 
 @pytest.mark.slow
-def test_storm_of_kills(uninterrupted, tmp_path, data_dir, tiny_dataset):
-    """Kills at random times: during start, restore, steps, validation and saving."""
-    workdir = tmp_path / "run"
+def test_storm_of_kills(uninterrupted, tmp_path, tiny_dataset):
+    """30 random kills: while data are prepared, at start, restore, steps, validation and saves."""
     chance = random.Random(0)
-    for _ in range(12):
-        process = start("experiments.train", *arguments(workdir, data_dir))
-        try:
-            process.communicate(timeout=chance.uniform(1, 14))
-        except subprocess.TimeoutExpired:
-            kill(process)
-    status, output = run("experiments.train", *arguments(workdir, data_dir))
+    num_runs = num_kills = 0
+    while num_kills < 30:
+        run_dir = tmp_path / str(num_runs)
+        process = start_forked("experiments.train", *arguments(run_dir / "run", run_dir / "data"))
+        process.join(chance.uniform(0, 6))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            num_kills += 1
+        else:
+            assert process.exitcode == 0
+            assert_same_run(run_dir / "run", uninterrupted, tiny_dataset)
+            num_runs += 1
+    status, output = run("experiments.train", *arguments(run_dir / "run", run_dir / "data"))
     assert status == 0, output
-    assert_same_run(workdir, uninterrupted, tiny_dataset)
+    assert_same_run(run_dir / "run", uninterrupted, tiny_dataset)
 
 
 def test_finished_run_says_so_and_does_nothing(uninterrupted, data_dir):

@@ -217,10 +217,21 @@ def test_every_parameter_is_float32_and_names_its_axes(name):
 
 
 def test_paper_preset_has_none_of_the_additions():
-    sequence = StcaConfig(width=16, count_channel=True, recency_score=True)
+    sequence = StcaConfig(
+        width=16,
+        count_channel=True,
+        temperature_length=64,
+        attention_sink=True,
+        recency_score=True,
+    )
     config = paper_config(sequence)
     assert config.sequence == dataclasses.replace(
-        sequence, initialization="independent", count_channel=False, recency_score=False
+        sequence,
+        initialization="independent",
+        count_channel=False,
+        temperature_length=None,
+        attention_sink=False,
+        recency_score=False,
     )
     assert not config.match_channel
     assert config.embedding.time_delta

@@ -14,9 +14,19 @@ from stca_jax.models.sequence import SequenceInput
 from stca_jax.models.stca import Stca, StcaConfig
 
 DAY = 86_400
-CONFIG = StcaConfig(width=8, num_layers=3, num_heads=2, recency_score=True)
+CONFIG = StcaConfig(
+    width=8,
+    num_layers=3,
+    num_heads=2,
+    recency_score=True,
+    temperature_length=4,
+    attention_sink=True,
+)
 # Two nested ranges, one target twice as candidates of a request, and an empty range.
 START, END = [[0, 0, 4, 4, 7]], [[12, 6, 9, 9, 7]]
+
+
+_gather = functools.partial(oracle.stca, temperature_length=CONFIG.temperature_length)
 
 
 @functools.cache
@@ -62,7 +72,7 @@ def summaries_of_the_model():
 def test_summary_and_counts_match_oracle():
     inputs, params, found = summaries_of_the_model()
     for m, window in enumerate(windows(inputs)):
-        expected = oracle.stca(params, *window)
+        expected = _gather(params, *window)
         np.testing.assert_allclose(found.summary[0, m], expected.summary, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(found.counts[0, m], expected.counts, rtol=1e-5, atol=1e-5)
 
@@ -72,7 +82,7 @@ def test_no_known_mistake(mistake):
     """The oracle with the mistake is far from the model, for every target that has a history."""
     inputs, params, found = summaries_of_the_model()
     for m, window in enumerate(windows(inputs)):
-        wrong = oracle.stca(params, *window, mistake=mistake).summary
+        wrong = _gather(params, *window, mistake=mistake).summary
         if len(window[0]):
             assert np.abs(found.summary[0, m] - wrong).max() > 1e-2
 
@@ -81,7 +91,7 @@ def test_targets_are_not_compared_with_each_other():
     """Mistake 6: a model that appends a request's other targets to its history."""
     inputs, params, found = summaries_of_the_model()
     (x, first, age), (_, second, _) = list(windows(inputs))[2:4]
-    wrong = oracle.stca(params, np.append(x, [second], 0), first, np.append(age, 0)).summary
+    wrong = _gather(params, np.append(x, [second], 0), first, np.append(age, 0)).summary
     assert np.abs(found.summary[0, 2] - wrong).max() > 1e-2
 
 

@@ -212,7 +212,11 @@ def test_progress_on_a_terminal(tmp_path, monkeypatch):
         writer.progress(1)
         clock.now += 2
         writer.progress(2, loss=0.125)
-    assert sys.stderr.getvalue() == "step 1\x1b[K\rstep 2  loss 0.125 \x1b[K\r\n"
+        writer.show_step(3)
+        clock.now += 1
+        writer.show_step(4)
+    shown = ["step 1", "step 2  loss 0.125 ", "step 4  loss 0.125 "]
+    assert sys.stderr.getvalue() == "".join(f"{line}\x1b[K\r" for line in shown) + "\n"
 
 
 def test_wandb(tmp_path, monkeypatch):

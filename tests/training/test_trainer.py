@@ -1,5 +1,6 @@
 """The training loop in one process: resuming, refusing, stopping, and compiling once."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import pytest
 from experiments.configs import tiny
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
-from stca_jax.evaluation.evaluator import evaluate_split
+from stca_jax.evaluation.evaluator import evaluate_split, rows_that_fit
 from stca_jax.training import trainer
 from stca_jax.training.checkpointing import Checkpointer, read_best
 from stca_jax.training.trainer import restore_for_evaluation, train
@@ -69,15 +70,27 @@ def test_train_step_compiles_once_and_predict_once_per_length(finished):
     assert program.predict.__wrapped__._cache_size() == 1  # one validation length
 
 
-def test_evaluation_compiles_once_per_length(finished, tiny_dataset):
+def test_lengths_beyond_a_row_and_beyond_all_histories_score_alike(finished, tiny_dataset):
+    """Histories of up to 512 events, trained in rows of 256."""
     config, workdir, *_ = finished
     program, state = restore_for_evaluation(config, tiny_dataset, workdir, 25)
-    for length in (32, 300, 400, 300, 400):
-        evaluate_split(
+    logits = {}
+    for length in (32, 512, 16_384, 512):
+        found = evaluate_split(
             program, state, tiny_dataset, config, split="test", length=length, max_requests=50
         )
+        logits[length] = found.logit[np.lexsort((found.logit[:, 0], found.request_id))]
+    np.testing.assert_allclose(logits[16_384], logits[512], atol=1e-5)
+    assert np.abs(logits[32] - logits[512]).max() > 1e-3
     # A length that fits the training rows keeps their shape; each longer one has its own.
     assert program.predict.__wrapped__._cache_size() == 3
+
+
+def test_longer_rows_are_fewer(tiny_config):
+    """A batch holds no more tokens than in training, but a row on each device."""
+    packing = dataclasses.replace(tiny_config.input, rows_per_batch=12, row_length=256)
+    rows = {n: rows_that_fit(packing, n, num_shares=2) for n in (16, 256, 257, 600, 10_000)}
+    assert rows == {16: 12, 256: 12, 257: 10, 600: 4, 10_000: 2}
 
 
 def test_loop_fetches_metrics_once_a_window(tiny_config, tiny_dataset, tmp_path, monkeypatch):

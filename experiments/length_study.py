@@ -1,0 +1,152 @@
+"""Trains one model at many training lengths and seeds, and scores each at every length.
+
+python -m experiments.length_study --config=experiments/configs/length_study.py --workdir=DIR
+    [--seeds=3] [--points=length,window] [--config.NAME=VALUE ...] [--data_dir=DIR]
+
+The config is what all points share. Its `input.length` is a `BetaLength`, whose maximum is the full
+length; a point replaces a few values, by the names that --config.NAME takes. --points names points
+(see `study.make_points`) or parts of the study:
+
+    length     fixed at 1/16 of the full length, at 1/5 and at all of it, uniform, and Beta with an
+               average of 1/5 of the full length and alpha 0.02, 0.1, 0.25 and 1
+    window     the most recent, a random and the oldest window, with a row of its own per request
+    capacity   half, once and twice the width, each at the three fixed lengths
+
+Each point is an ordinary run in WORKDIR/POINT/seed-K, made by the ordinary trainer. The trainer
+scores it on the validation split, which settings are chosen on; the ordinary evaluation scores its
+last checkpoint on the test split at every length. Seeds are the outer loop, so that a study that is
+stopped has whole seeds. After each run these files of WORKDIR are written anew:
+
+    results.csv    a row per point, seed, split and length, and the references' rows
+    summary.csv    a row per point: quality over seeds, cost, and the share of the full gain kept
+    capacity.csv   a power law of log loss in width and training length, with standard errors
+    *.png          figures, with bars of one standard deviation over seeds
+
+Kill it at any time: the same command goes on, also with more seeds or points.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from data.preparation import prepare
+from experiments import launch
+from experiments.references import reference_rows
+from experiments.study import (
+    COLUMNS,
+    COSTS,
+    Point,
+    capacity_law,
+    charts,
+    choose_points,
+    is_scored,
+    make_points,
+    result_rows,
+    summary_rows,
+)
+from stca_jax import config as config_lib
+from stca_jax.evaluation.evaluator import Row, evaluate_split, metric_rows
+from stca_jax.evaluation.report import draw
+from stca_jax.evaluation.tables import format_table, read_json_lines, write_table
+from stca_jax.experiment import ExperimentConfig
+from stca_jax.input.dataset import RequestDataset
+from stca_jax.training.trainer import claim_workdir, restore_for_evaluation, train
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each point.", 1)
+_POINTS = flags.DEFINE_list("points", ["length", "window"], "Names of points or of their parts.")
+_log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Runs what is missing."""
+    base = launch.load_config()
+    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    dataset = RequestDataset(prepare(base.dataset, launch.DATA_DIR.value))
+    points = make_points(base)
+    chosen = choose_points(points, _POINTS.value)
+    references = workdir / "references.jsonl"
+    if not references.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        with launch.working("Scoring the references"):
+            write_table(references, reference_rows(base, dataset, "test"))
+    for seed in range(_SEEDS.value):
+        for point in chosen:
+            overrides = {**point.overrides, "seed": seed, "input.seed": seed}
+            config = config_lib.apply_overrides(base, overrides)
+            directory = workdir / point.name / f"seed-{seed}"
+            claim_workdir(directory, config)
+            if is_scored(directory):
+                continue
+            _log.info("point %s, seed %d", point.name, seed)
+            result = train(config, dataset, directory)
+            if result.signal is not None:
+                _log.warning("stopped by %s; the same command goes on", result.signal.name)
+                return 128 + result.signal
+            # Scored in the same rows, whatever rows it was trained in.
+            score(dataclasses.replace(config, input=base.input), dataset, directory, result.step)
+            write_results(points, base, dataset, workdir)
+    print(format_table(write_results(points, base, dataset, workdir)))
+    print(f"results are in {workdir}: results.csv, summary.csv, figures")
+    return 0
+
+
+def score(
+    config: ExperimentConfig, dataset: RequestDataset, directory: pathlib.Path, step: int
+) -> None:
+    """Scores a checkpoint on the test split at every length; the table appears when all are."""
+    program, state = restore_for_evaluation(config, dataset, directory, step)
+    rows: list[Row] = []
+    for length in config.evaluation.lengths:
+        predictions = evaluate_split(
+            program,
+            state,
+            dataset,
+            config,
+            split="test",
+            length=length,
+            max_requests=config.evaluation.max_requests,
+        )
+        columns: Row = {
+            "split": "test",
+            "min_history": config.evaluation.min_history,
+            "max_requests": config.evaluation.max_requests,
+            "step": step,
+            "length": length,
+            "model": "stca",
+        }
+        rows += metric_rows(predictions, dataset.schema.tasks, **columns)
+    (directory / "evaluation").mkdir(exist_ok=True)
+    write_table(directory / "evaluation" / f"test-{step}.jsonl", rows)
+
+
+def write_results(
+    points: Sequence[Point], base: ExperimentConfig, dataset: RequestDataset, workdir: pathlib.Path
+) -> list[Row]:
+    """Writes tables and figures of the runs that are finished, and returns the summary."""
+    rows = result_rows(points, workdir)
+    references = read_json_lines(workdir / "references.jsonl")
+    named = [{"point": row["model"], "split": "test", **row} for row in references]
+    columns = ("point", "seed", *COLUMNS, *COSTS)
+    write_table(
+        workdir / "results.csv", [{n: row.get(n) for n in columns} for row in [*rows, *named]]
+    )
+    summary = summary_rows(points, rows, base, dataset)
+    write_table(workdir / "summary.csv", summary)
+    law = capacity_law(points, rows, base)
+    if law is not None:
+        write_table(workdir / "capacity.csv", [law._asdict()])
+    for chart in charts(points, rows, summary, references):
+        draw(chart).savefig(workdir / f"{chart.name}.png", dpi=160, facecolor="white")
+    return summary
+
+
+if __name__ == "__main__":
+    launch.run(
+        main, takes_config=True, when_interrupted="finished runs are kept; the same command goes on"
+    )

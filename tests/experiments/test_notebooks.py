@@ -1,0 +1,99 @@
+"""The notebooks: both files of a pair agree, and every cell runs in a real kernel."""
+
+import pathlib
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from processes import REPOSITORY
+
+FOLDER = REPOSITORY / "experiments" / "notebooks"
+QUICK = "--xla_backend_optimization_level=0"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pair_agrees_and_holds_no_outputs(name):
+    """After an edit: jupytext --sync experiments/notebooks/*.ipynb."""
+    text = jupytext.read(FOLDER / f"{name}.py")
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    nbformat.validate(notebook)
+
+    def cells(nb):
+        return [(c.cell_type, c.source, c.metadata.get("tags", [])) for c in nb.cells]
+
+    assert cells(notebook) == cells(text)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+    first = notebook.cells[0].source
+    assert "https://colab.research.google.com/github/" in first
+    assert f"/experiments/notebooks/{name}.ipynb)" in first
+
+
+def execute(name: str, folder: pathlib.Path, **parameters) -> str:
+    """Runs a notebook somewhere else than in the checkout; returns what its cells printed."""
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    (position,) = [
+        i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", [])
+    ]
+    known = notebook.cells[position].source
+    assert all(f"{parameter} = " in known for parameter in parameters)
+    values = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
+    notebook.cells.insert(position + 1, nbformat.v4.new_code_cell(values))
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
+    outputs = [output for c in notebook.cells for output in c.get("outputs", [])]
+    return "".join(output.get("text", "") for output in outputs)
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(monkeypatch):
+    """Each program runs for seconds here, and takes longer to compile."""
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
+
+
+@pytest.mark.slow
+def test_ten_minutes_with_stca(tmp_path):
+    output = execute(
+        "ten_minutes_with_stca",
+        tmp_path,
+        DATA_DIR=str(tmp_path / "prepared"),
+        WORKDIR=str(tmp_path / "run"),
+        MAX_STEPS=8,
+        LENGTHS=(1_000,),  # what training validates at: compiled once
+        TEST_REQUESTS=50,
+        ATTENTION_BATCHES=1,
+    )
+    assert "in company" in output
+    assert "trained 8 steps" in output
+    assert "of the earlier purchases of a product" in output
+
+
+@pytest.mark.slow
+def test_your_own_log(tmp_path):
+    output = execute(
+        "your_own_log",
+        tmp_path,
+        LOG=str(tmp_path / "log.parquet"),
+        DATA_DIR=str(tmp_path / "prepared"),
+        WORKDIR=str(tmp_path / "run"),
+        NUM_HOUSEHOLDS=60,
+        MAX_STEPS=6,
+    )
+    assert "| stca     |   1000 |" in output
+    assert "rejected rows" in output
+
+
+@pytest.mark.slow
+def test_pods(tmp_path, data_dir, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"{QUICK} --xla_force_host_platform_device_count=8")
+    output = execute(
+        "pods", tmp_path, DATA_DIR=str(data_dir), WORKDIR=str(tmp_path / "run"), NUM_LAYERS=1
+    )
+    assert "8 devices" in output
+    assert "fits" in output
+    assert "stopped by SIGTERM" in output
+    assert "finished 40 steps" in output
