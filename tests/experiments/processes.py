@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,7 @@ def _run_as_main(module: str, *args: str, output: str | None) -> None:
         file = os.open(output, os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(file, stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below some shells
     sys.argv = [module, *args]
     sys.orig_argv = ["python", "-m", module, *args]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -17,8 +17,8 @@ from stca_jax.training.trainer import experiment_program
 
 FOLDER = pathlib.Path(experiments.configs.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
-# Run by tests of the launchers and of the README; the long one differs in numbers only.
-RUN = {"tiny", "complete_journey", "complete_journey_long"}
+# Run by tests of the launchers and of the README; two differ from complete_journey in numbers only.
+RUN = {"tiny", "complete_journey", "complete_journey_long", "length_study"}
 PLANNED = {"paper_6m": 6e6, "paper_23m": 23e6, "paper_133m": 133e6}
 
 
@@ -33,7 +33,7 @@ def test_every_config_is_run_or_planned():
 @pytest.mark.parametrize("name", NAMES)
 def test_header_says_command_and_outcome(name):
     header = " ".join(config_module(name).__doc__.split())
-    assert re.search(r"Command: python -m experiments\.(train|plan) ", header)
+    assert re.search(r"Command: python -m experiments\.(train|plan|length_study) ", header)
     assert f"experiments/configs/{name}.py" in header
     if name in PLANNED:
         assert "Compiled and planned only" in header
