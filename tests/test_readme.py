@@ -114,17 +114,37 @@ def test_own_log(tmp_path):
         assert re.sub(r" +", " ", line.strip()) in re.sub(r" +", " ", output)
 
 
-@pytest.mark.slow
-def test_main_job_beats_the_logistic_reference_at_every_length(tmp_path):
-    """The README's main command, without its installation: some minutes on real data."""
+def main_job(tmp_path: pathlib.Path, *overrides: str) -> dict[tuple[str, int], float]:
+    """AUC by model and length that the README's main command prints, without its installation."""
     install, _, job = block("main job").partition("&& .venv/bin/python")
     assert "[complete-journey]" in install
+    job = job.replace("complete_journey.py", " ".join(["complete_journey.py", *overrides]))
     output = run_here(".venv/bin/python" + job, tmp_path, tmp_path / "data")
     rows = [line.strip("|").split("|") for line in output.splitlines() if line.startswith("|")]
-    table = {(r[0].strip(), int(r[1])): float(r[2]) for r in rows[2:]}
-    lengths = sorted({length for _, length in table})
-    assert lengths == [50, 100, 200, 500, 1_000, 2_000, 4_000]
-    model = [table["stca", length] for length in lengths]
+    return {(r[0].strip(), int(r[1])): float(r[2]) for r in rows[2:]}
+
+
+LENGTHS = [50, 100, 200, 500, 1_000, 2_000, 4_000]
+
+
+@pytest.mark.slow
+def test_main_job_runs(tmp_path):
+    """But for fewer steps and requests than its readers'."""
+    table = main_job(
+        tmp_path,
+        "--config.training.max_steps=20",
+        "--config.evaluation.validation_requests=100",
+        "--config.evaluation.max_requests=300",
+    )
+    assert {model for model, _ in table} == {"stca", "logistic", "counting"}
+    assert sorted(length for model, length in table if model == "stca") == LENGTHS
+    assert table["logistic", 4_000] > table["counting", 4_000] > 0.6
+
+
+@pytest.mark.exhaustive
+def test_main_job_beats_the_logistic_reference_at_every_length(tmp_path):
+    table = main_job(tmp_path)
+    model = [table["stca", length] for length in LENGTHS]
     assert model == sorted(model), "AUC must rise with the history length"
-    for length in lengths:
+    for length in LENGTHS:
         assert table["stca", length] > table["logistic", length] > table["counting", length]

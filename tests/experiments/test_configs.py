@@ -51,7 +51,7 @@ def test_dense_parameters_are_those_of_the_tier(name):
     assert sum(x.size for x in jax.tree.leaves(dense)) == pytest.approx(PLANNED[name], rel=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["paper_6m", "paper_23m"])
 def test_train_step_compiles(name):
     """For one device and one row, with all the rows of the tables; nothing is allocated."""

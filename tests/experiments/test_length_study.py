@@ -27,7 +27,7 @@ def times(directory):
     return {path: time for path, time in found.items() if path.name != "config.json"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_study_goes_on_and_repeats_no_run(tmp_path, data_dir):
     workdir = tmp_path / "study"
     arguments = (

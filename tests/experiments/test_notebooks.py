@@ -55,7 +55,7 @@ def quick_compilation(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ten_minutes_with_stca(tmp_path):
     output = execute(
         "ten_minutes_with_stca",
@@ -72,7 +72,7 @@ def test_ten_minutes_with_stca(tmp_path):
     assert "of the earlier purchases of a product" in output
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_your_own_log(tmp_path):
     output = execute(
         "your_own_log",
@@ -87,7 +87,7 @@ def test_your_own_log(tmp_path):
     assert "rejected rows" in output
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_pods(tmp_path, data_dir, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", f"{QUICK} --xla_force_host_platform_device_count=8")
     output = execute(

@@ -80,7 +80,7 @@ def test_killed_run_goes_on_to_identical_parameters_and_metrics(
     assert_same_run(workdir, uninterrupted, tiny_dataset)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_storm_of_kills(uninterrupted, tmp_path, tiny_dataset):
     """30 random kills: while data are prepared, at start, restore, steps, validation and saves."""
     chance = random.Random(0)

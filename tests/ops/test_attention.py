@@ -117,7 +117,7 @@ def test_lattice(**point):
     check_lattice_point(**point)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @settings(max_examples=25, deadline=None)
 @given(**LATTICE)
 def test_large_lattice(**point):

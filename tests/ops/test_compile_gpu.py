@@ -101,7 +101,7 @@ def test_too_large_blocks_name_the_limit():
     in_process_of_its_own(MODULE, "check_shared_memory", "H100", "bfloat16", "64", "8")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("gpu", DATA_SHEETS)
 def test_one_gpu(gpu):
     in_process_of_its_own(MODULE, "check_all", gpu)
