@@ -34,9 +34,7 @@ def commands_in(text):
 def runnable_pages():
     for page in PAGES.keys() - NOT_RUN:
         if any(not is_of_readme(code) for _, code in code_blocks(page)):
-            # What the page on logs runs is the README's, in smaller pieces.
-            mark = pytest.mark.exhaustive if page == "own_log" else pytest.mark.slow
-            yield pytest.param(page, marks=mark)
+            yield pytest.param(page, marks=pytest.mark.exhaustive)
 
 
 @pytest.mark.parametrize("page", sorted(runnable_pages(), key=lambda p: p.values[0]))

@@ -93,7 +93,7 @@ def test_ci_runs_the_test_command():
     assert found.stdout == block("tests")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_own_log(tmp_path):
     """The README's log, but only the first steps of training on it."""
     install, _, commands = block("own log").partition("\n")

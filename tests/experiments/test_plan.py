@@ -133,7 +133,7 @@ def test_tiny_on_a_tpu_slice(data_dir, tiny_dataset):
     check_tiny(plan, tiny_dataset)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="pip install jax-cuda13-plugin"
 )

@@ -131,7 +131,7 @@ def test_one_cpu_device():
     in_process_of_its_own("check_one_device()")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_eight_cpu_devices():
     in_process_of_its_own("check_cpu()", XLA_FLAGS="--xla_force_host_platform_device_count=8")
 
