@@ -1,7 +1,7 @@
 """Trains one model at many training lengths and seeds, and scores each at every length.
 
 python -m experiments.length_study --config=experiments/configs/length_study.py --workdir=DIR
-    [--seeds=3] [--points=length,window] [--config.NAME=VALUE ...] [--data_dir=DIR]
+    [--seeds=3] [--points=length] [--config.NAME=VALUE ...] [--data_dir=DIR]
 
 The config is what all points share. Its `input.length` is a `BetaLength`, whose maximum is the full
 length; a point replaces a few values, by the names that --config.NAME takes. --points names points
@@ -9,7 +9,11 @@ length; a point replaces a few values, by the names that --config.NAME takes. --
 
     length     fixed at 1/16 of the full length, at 1/5 and at all of it, uniform, and Beta with an
                average of 1/5 of the full length and alpha 0.02, 0.1, 0.25 and 1
-    window     the most recent, a random and the oldest window, with a row of its own per request
+    robustness fixed at 1/16, with options against losses beyond the trained length, one at a time
+    model      alpha 0.25 with the recency score, and without additions of ours, one at a time
+    window     the most recent, a random and the oldest window, each request with its own tokens
+    request    each request with its own tokens, as in the paper: full and stochastic windows, and
+               time since the event as a token feature against the recency score
     capacity   half, once and twice the width, each at the three fixed lengths
 
 Each point is an ordinary run in WORKDIR/POINT/seed-K, made by the ordinary trainer. The trainer
@@ -59,7 +63,7 @@ from stca_jax.training.trainer import claim_workdir, restore_for_evaluation, tra
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each point.", 1)
-_POINTS = flags.DEFINE_list("points", ["length", "window"], "Names of points or of their parts.")
+_POINTS = flags.DEFINE_list("points", ["length"], "Names of points or of their parts.")
 _log = logging.getLogger(__name__)
 
 

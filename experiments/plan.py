@@ -66,6 +66,7 @@ runtime_version {{ major: 12 minor: 9 }} device_description_str: "{name}" """
 _GPUS: Mapping[str, Mapping[str, Any]] = {
     "a100": dict(major=8, cores=108, clock=1.41, l2=40 * 2**20, block=166912, sm=167936),
     "h100": dict(major=9, cores=132, clock=1.98, l2=50 * 2**20, block=232448, sm=233472),
+    "h200": dict(major=9, cores=132, clock=1.98, l2=50 * 2**20, block=232448, sm=233472),
 }
 
 

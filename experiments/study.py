@@ -75,18 +75,47 @@ def make_points(base: ExperimentConfig) -> list[Point]:
         ),
         Point(f"fixed-{average}", both, fixed(average)),
     ]
-    # Windows other than the most recent cannot share tokens. Rows of a request's own tokens hold
-    # fewer targets: so a quarter of the slots, and twice the steps.
+    # Options for lengths beyond the trained one, where they should show: trained on short windows.
+    options: dict[str, dict[str, Any]] = {
+        "temperature": {"model.sequence.temperature_length": short},
+        "attention-sink": {"model.sequence.attention_sink": True},
+        "recency-score": {"model.sequence.recency_score": True},
+    }
+    for name, change in options.items():
+        points.append(Point(f"{name}-fixed-{short}", ("robustness",), fixed(short) | change))
+    additions: dict[str, dict[str, Any]] = {
+        "recency-score": options["recency-score"],
+        "independent": {"model.sequence.initialization": "independent"},
+        "no-count-channel": {"model.sequence.count_channel": False},
+        "no-match-channel": {"model.match_channel": False},
+    }
+    for name, change in additions.items():
+        points.append(Point(name, ("model",), beta(0.25) | change))
+    # Rows of a request's own tokens hold fewer targets.
     per_request: dict[str, Any] = {
         "input.rows": "request",
-        "input.targets_per_row": max(1, base.input.targets_per_row // 4),
+        "input.targets_per_row": max(1, base.input.targets_per_row // 3),
         "input.targets_per_chunk": None,
     }
+    # Windows other than the most recent, and times relative to the request, cannot share tokens.
     if base.training.max_steps is not None:
         per_request["training.max_steps"] = 2 * base.training.max_steps
-    for window in ("suffix", "random", "prefix"):
-        windowed = beta(0.25) | per_request | {"input.window": window}
-        points.append(Point(f"window-{window}", ("window",), windowed))
+    unshared: dict[str, dict[str, Any]] = {
+        "window-suffix": {},
+        "window-random": {"input.window": "random"},
+        "window-prefix": {"input.window": "prefix"},
+        "request-time-delta": {"model.embedding.time_delta": True},
+        "request-recency-score": options["recency-score"],
+    }
+    for name, change in unshared.items():
+        parts = ("window", "request") if name == "window-suffix" else (name.split("-")[0],)
+        points.append(Point(name, parts, beta(0.25) | per_request | change))
+    # Four rows of full windows have about as many targets as one of stochastic ones.
+    four_rows = {"input.rows_per_batch": 4 * base.input.rows_per_batch}
+    points.append(
+        Point(f"request-fixed-{full}", ("request",), fixed(full) | per_request | four_rows)
+    )
+    points.append(Point("request-beta-0.02", ("request",), beta(0.02) | per_request))
     width = base.model.sequence.width
     for other in (width // 2, 2 * width):
         for n in (short, average, full):

@@ -16,10 +16,20 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
+import jax
+
 from data.preparation import prepare
 from experiments.configs import tiny
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.dataset import RequestDataset
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs another platform than this one."""
+    for name in {"gpu", "tpu"} - {jax.default_backend()}:
+        for item in items:
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(f"needs a {name.upper()}"))
 
 
 @pytest.fixture(scope="session")

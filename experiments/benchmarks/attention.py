@@ -36,13 +36,16 @@ _CLOCK = flags.DEFINE_enum("clock", "wall", ["wall", "cpu"], "See train_step.")
 _AUTOTUNE = flags.DEFINE_bool("autotune", False, "Search block sizes.")
 _JSON = flags.DEFINE_string("json", None, "File for JSON lines.")
 
-_CANDIDATES = [
-    BlockSizes(tokens, history, targets)
-    for tokens, history, targets in itertools.product(
-        (512, 1024, 2048), (128, 256, 512, 1024, 2048), (8, 16, 32, 64)
-    )
-    if history <= tokens
-]
+
+def _candidates(implementation: str) -> list[BlockSizes]:
+    """Kernels encode all tokens at once; "xla" needs large blocks on an accelerator."""
+    if implementation != "xla":
+        sizes = itertools.product((512,), (16, 32, 64, 128, 256, 512), (4, 8, 16, 32))
+    elif jax.default_backend() == "cpu":
+        sizes = itertools.product((512, 1024, 2048), (128, 256, 512, 1024, 2048), (8, 16, 32, 64))
+    else:
+        sizes = itertools.product((4096, 16_384, 65_536), (1024, 4096, 16_384), (16, 64))
+    return [BlockSizes(*s) for s in sizes if implementation != "xla" or s[1] <= s[0]]
 
 
 def _step(num_targets: int, implementation: Any, order: Any, sizes: BlockSizes | None) -> Any:
@@ -83,7 +86,7 @@ def _compare() -> list[dict[str, Any]]:
             records.append({"step": key, "L": _LENGTH.value, "m": num_targets,
                             "ms_per_request": ms, "temp_mb": memory[key] / 1e6,
                             "chosen_order": chosen})  # fmt: skip
-            print(f"m={num_targets:<5d} {key:22s} {ms:9.3f} ms/request  "
+            print(f"m={num_targets:<5d} {key:22s} {ms:9.4g} ms/request  "
                   f"{memory[key] / 1e6:8.1f} MB   cost model: {chosen}", flush=True)  # fmt: skip
     return records
 
@@ -95,7 +98,7 @@ def _autotune() -> list[dict[str, Any]]:
         _IMPLEMENTATIONS.value, map(int, _TARGETS.value)
     ):
         calls: dict[str, Any] = {}
-        for sizes in _CANDIDATES:
+        for sizes in _candidates(implementation):
             try:
                 calls[repr(sizes)], _ = _step(num_targets, implementation, None, sizes)
             except (ValueError, jax.errors.JaxRuntimeError) as error:

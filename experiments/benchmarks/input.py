@@ -25,7 +25,7 @@ import itertools
 import json
 import multiprocessing
 import pathlib
-import resource
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -122,8 +122,16 @@ def measure(
     while time.perf_counter() < stop:
         targets += next(batches)[1].targets
     busy = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"targets_per_s": targets / busy, "rss_mib": peak}
+    return {"targets_per_s": targets / busy, "rss_mib": peak_memory()}
+
+
+def peak_memory() -> float:
+    """MiB of resident memory that this process had at most.
+
+    `getrusage` would count what its parent had when it started this process.
+    """
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
 
 
 def measure_reading(folder: pathlib.Path, seconds: float) -> dict[str, float]:

@@ -81,19 +81,27 @@ def model_flops(length: int, num_targets: int, num_layers: int, width: int, num_
 
 
 def torch_steps(
-    length: int, num_targets: int, num_layers: int, width: int, num_heads: int, ratio: int,
-    num_threads: int,
+    requests: int, length: int, num_targets: int, num_layers: int, width: int, num_heads: int,
+    ratio: int, *, dtype: str, num_threads: int,
 ) -> dict[str, Callable[[], None]]:  # fmt: skip
-    """Forward and backward of one request in PyTorch, by name; empty if it is not installed."""
+    """Forward and backward of requests in PyTorch, by name; empty if it is not installed.
+
+    They run on the same kind of device as JAX; empty if PyTorch cannot.
+    """
     try:
         import torch
     except ImportError:
         return {}
+    on_gpu = jax.default_backend() == "gpu"
+    if not on_gpu and jax.default_backend() != "cpu":
+        return {}
     functional = torch.nn.functional
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
-    history = torch.randn(1, length, width, requires_grad=True)
-    targets = torch.randn(1, num_targets, width, requires_grad=True)
+    torch.set_default_device("cuda" if on_gpu else "cpu")
+    torch.set_default_dtype(getattr(torch, dtype))
+    history = torch.randn(requests, length, width, requires_grad=True)
+    targets = torch.randn(requests, num_targets, width, requires_grad=True)
     transformer = torch.nn.TransformerEncoder(
         torch.nn.TransformerEncoderLayer(
             width, num_heads, ratio * width, dropout=0.0, batch_first=True
@@ -137,16 +145,27 @@ def torch_steps(
 
     stca_layers = torch.nn.ModuleList(StcaLayer(i) for i in range(num_layers))
 
-    def stca() -> None:
+    def stca() -> Any:
         gathered = targets
         for layer in stca_layers:
             gathered = torch.cat([layer(gathered), gathered], -1)
-        gathered.square().sum().backward()
+        return gathered
 
-    def appended() -> None:
-        transformer(torch.cat([history, targets], 1))[:, length:].square().sum().backward()
+    def appended() -> Any:
+        return transformer(torch.cat([history, targets], 1))[:, length:]
 
-    return {"PyTorch STCA, SDPA": stca, "PyTorch TransformerEncoder, targets appended": appended}
+    def step(module: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            module().square().sum().backward()
+            if on_gpu:
+                torch.cuda.synchronize()
+
+        return run
+
+    steps = {"PyTorch STCA, SDPA": stca, "PyTorch TransformerEncoder, targets appended": appended}
+    if on_gpu:
+        steps["PyTorch STCA, SDPA, torch.compile"] = torch.compile(stca)
+    return {name: step(module) for name, module in steps.items()}
 
 
 def request_step(

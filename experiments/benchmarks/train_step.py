@@ -3,8 +3,9 @@
     taskset -c 0 python -m experiments.benchmarks.train_step --json=train_step.jsonl
 
 Steps: one history per impression · one per request, einsum · order by the cost model · tiled ·
-fused · ragged lengths packed into rows; with PyTorch installed (`pip install -e .[bench]`), its
-TransformerEncoder with the targets appended and STCA with SDPA beside it.  GFLOP/s count the
+fused · the device's kernels · ragged lengths packed into rows; with PyTorch installed
+(`pip install -e .[bench]`), its TransformerEncoder with the targets appended and STCA with SDPA
+beside it.  GFLOP/s count the
 model's FLOPs, never recomputation; the peak is the best matrix product of the same run.
 Runs unchanged on GPU and TPU; `--dtype=bfloat16` there.
 """
@@ -44,6 +45,9 @@ _JSON = flags.DEFINE_string("json", None, "File for JSON lines.")
 _PLOT = flags.DEFINE_string("plot", None, "File for a plot of ms/request over length.")
 
 
+_KERNELS = {"gpu": "triton", "tpu": "mosaic_tpu"}
+
+
 def _clock() -> Callable[[], float]:
     return time.process_time if _CLOCK.value == "cpu" else time.perf_counter
 
@@ -62,8 +66,11 @@ def _attention_path(order: Order, implementation: Any) -> sequence_modules.Histo
     return path
 
 
-def _fused_path(order: Order) -> sequence_modules.HistoryPath:
-    return lambda *arguments: history_layer(*arguments, order=order).output
+def _fused_path(order: Order, implementation: Any = None) -> sequence_modules.HistoryPath:
+    def path(*arguments):
+        return history_layer(*arguments, order=order, implementation=implementation).output
+
+    return path
 
 
 def _random(*shape: int) -> Array:
@@ -84,7 +91,11 @@ def _steps(length: int, num_targets: int, requests: int, only_fused: bool) -> di
     start = jnp.zeros((requests, num_targets), jnp.int32)
     end = start + length
     order = cheaper_order(num_targets, _HEADS.value, _WIDTH.value)
-    fused = {"fused": ((tokens, targets, start, end, _fused_path(order)), requests)}
+    shared = (tokens, targets, start, end)
+    fused = {"fused": ((*shared, _fused_path(order, "xla")), requests)}
+    if jax.default_backend() in _KERNELS:
+        name = _KERNELS[jax.default_backend()]
+        fused[f"kernels, {name}"] = ((*shared, _fused_path(order, name)), requests)
     if only_fused:
         return fused
     impressions = (
@@ -99,7 +110,6 @@ def _steps(length: int, num_targets: int, requests: int, only_fused: bool) -> di
         "order by cost model": _attention_path(order, "reference"),
         "tiled": _attention_path(order, "xla"),
     }
-    shared = (tokens, targets, start, end)
     middle = {name: ((*shared, path), requests) for name, path in steps.items()}
     return {"per impression": (impressions, 1)} | middle | fused
 
@@ -116,12 +126,13 @@ def _measure(length: int, num_targets: int, only_fused: bool) -> list[dict[str, 
         function, inputs = sequence_modules.request_step(layers, *arguments)
         calls[name], memory[name] = timing.compiled_step(function, *inputs)
         per_step[name] = count
-    if _TORCH.value and not only_fused and _DTYPE.value == "float32" and num_targets == 16:
-        cores = timing.environment()["cores"]
+    if _TORCH.value and not only_fused and num_targets == 16:
+        count = 1 if jax.default_backend() == "cpu" else requests  # a CPU needs no batch
         for name, call in sequence_modules.torch_steps(
-            length, num_targets, _LAYERS.value, _WIDTH.value, _HEADS.value, _RATIO.value, cores
-        ).items():
-            calls[name], per_step[name] = call, 1
+            count, length, num_targets, _LAYERS.value, _WIDTH.value, _HEADS.value, _RATIO.value,
+            dtype=_DTYPE.value, num_threads=timing.environment()["cores"],
+        ).items():  # fmt: skip
+            calls[name], per_step[name] = call, count
     before = timing.peak_flops(_DTYPE.value, _WIDTH.value, clock=_clock())
     timings = timing.time_interleaved(calls, seconds=_SECONDS.value, clock=_clock())
     peak = max(before, timing.peak_flops(_DTYPE.value, _WIDTH.value, clock=_clock()))
@@ -204,7 +215,7 @@ def _measure_packed() -> list[dict[str, Any]]:
 
 def _show(record: dict[str, Any]) -> None:
     fields = [f"{record['step']:46s} L={record['L']:<7d} m={record['m']:<5d}"]
-    fields.append(f"{record['ms_per_request']:9.2f} ms/request")
+    fields.append(f"{record['ms_per_request']:9.4g} ms/request")
     for name, text in (("gflops", "{:6.1f} GFLOP/s"), ("fraction_of_peak", "{:5.1%} of peak"),
                        ("temp_mb", "{:7.1f} MB"), ("speed_up", "{:6.1f}x"),
                        ("cost_over_padded", "{:6.3f} of the padded cost"),
@@ -221,7 +232,7 @@ def _plot(records: list[dict[str, Any]], path: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 5))
-    chosen = [r for r in records if r["m"] == 16 and "fraction_of_peak" in r]
+    chosen = [r for r in records if r.get("m") == 16 and "fraction_of_peak" in r]
     for name in dict.fromkeys(r["step"] for r in chosen):
         points = [(r["L"], r["ms_per_request"]) for r in chosen if r["step"] == name]
         axes.loglog(*zip(*points, strict=True), marker="o", label=name)

@@ -6,7 +6,7 @@ Reaches: AUC .827 at 4,000 events with windows of 816 on average, .832 with full
 rest is in docs/length.md. One core of an AMD EPYC server (AVX2), 2026-11-25.
 
 A point is a quarter of an epoch over the requests after at least 500 events, about the same number
-of targets for all: small enough for two dozen of them. For a whole epoch add
+of targets for all: small enough for dozens of them. For a whole epoch add
 --config.training.max_steps=none.
 """
 

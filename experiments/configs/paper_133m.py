@@ -12,6 +12,8 @@ h = 16, d = 1024, r = 2.  One row a device of v5e:16x16; elsewhere change input.
 training.accumulate_steps.
 """
 
+import dataclasses
+
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import BetaLength
 from stca_jax.input.pipeline import InputConfig
@@ -66,5 +68,21 @@ def get_config() -> ExperimentConfig:
             ),
             match_channel=False,
             dtype="bfloat16",
+        ),
+    )
+
+
+def two_layers(width: int) -> ExperimentConfig:
+    """A smaller tier: 2 layers and 8 heads of that width, and fewer rows a batch."""
+    large = get_config()
+    assert isinstance(large.model.sequence, StcaConfig)
+    sequence = dataclasses.replace(large.model.sequence, width=width, num_layers=2, num_heads=8)
+    return dataclasses.replace(
+        large,
+        input=dataclasses.replace(large.input, rows_per_batch=32),
+        model=dataclasses.replace(
+            large.model,
+            sequence=sequence,
+            embedding=dataclasses.replace(large.model.embedding, feature_width=32),
         ),
     )

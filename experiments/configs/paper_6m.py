@@ -9,29 +9,11 @@ The paper gives the size alone; N = 2, h = 8, d = 256 is our reading of its abla
 from 2 layers and 8 heads.
 """
 
-import dataclasses
-
-from experiments.configs import paper_133m
 from experiments.configs.paper_133m import get_schema as get_schema
+from experiments.configs.paper_133m import two_layers
 from stca_jax.experiment import ExperimentConfig
-from stca_jax.models.stca import StcaConfig
 
 
 def get_config() -> ExperimentConfig:
     """Returns the experiment."""
-    large = paper_133m.get_config()
-    return dataclasses.replace(
-        large,
-        input=dataclasses.replace(large.input, rows_per_batch=32),
-        model=dataclasses.replace(
-            large.model,
-            sequence=StcaConfig(
-                width=256,
-                num_layers=2,
-                num_heads=8,
-                initialization="independent",
-                count_channel=False,
-            ),
-            embedding=dataclasses.replace(large.model.embedding, feature_width=32),
-        ),
-    )
+    return two_layers(width=256)

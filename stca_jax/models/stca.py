@@ -24,7 +24,7 @@ from stca_jax.models.sequence import (
     SequenceOutput,
     head_width,
 )
-from stca_jax.ops.attention import cheaper_order, history_layer
+from stca_jax.ops.attention import Implementation, cheaper_order, history_layer
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.reference import Order
 
@@ -51,6 +51,8 @@ class StcaConfig(SequenceConfig):
         head may gather less than a whole average, down to nothing.
       attention_order: Order of the algebra, see `stca_jax.ops.attention`; None takes the
         one with fewer FLOPs if every target reads its whole row.
+      attention_implementation: Of the attention, see `stca_jax.ops.attention`; None takes the best
+        one that always works on the devices at hand.
       recency_score: Add to each head's scores a learned rate times the event's time, exact for
         ranges that requests of different times share.
     """
@@ -63,6 +65,7 @@ class StcaConfig(SequenceConfig):
     attention_sink: bool = False
     recency_score: bool = False
     attention_order: Order | None = None
+    attention_implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for impossible shapes."""
@@ -144,6 +147,7 @@ class StcaLayer(nnx.Module):
     def __init__(self, config: StcaConfig, index: int, *, rngs: nnx.Rngs):
         d, H, K = config.width, config.num_heads, config.head_width
         self.order = config.attention_order
+        self.implementation = config.attention_implementation
         self.temperature_length = config.temperature_length
         hidden_width = config.ffn_ratio * d
         self.history_ffn = SwiGLU(d, hidden_width, d, rngs=rngs)
@@ -202,6 +206,7 @@ class StcaLayer(nnx.Module):
             inputs.history_end,
             history_score=history_score,
             order=self.order,
+            implementation=self.implementation,
         )
         heads, log_sum_exp = attended.output, attended.log_sum_exp - request_score
         if self.sink is not None:

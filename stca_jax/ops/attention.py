@@ -18,6 +18,7 @@ import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -81,8 +82,7 @@ def target_to_history_attention(
         the whole row. Where rows pack many requests, pass `cheaper_order` of one request's targets.
       implementation: "reference" (einsums), "xla" (tiles that follow the ranges; anywhere),
         "mosaic_tpu" or "triton" (Pallas kernels of TPUs and of NVIDIA GPUs; lowering them for
-        another platform raises ValueError). None is "xla": the kernels are checked by interpreter
-        and compiler, but have not been seen running on a device. Or kernels of your own.
+        another platform raises ValueError), or kernels of your own. None: `best_implementation`.
       block_sizes: Tile sizes, where the defaults do not suit.
 
     Returns:
@@ -142,6 +142,20 @@ def history_layer(
     )  # fmt: skip
 
 
+def best_implementation() -> Implementation:
+    """What `implementation=None` takes on the devices of the mesh, or else of this process.
+
+    "triton" on NVIDIA GPUs that have it; "xla" elsewhere, on TPUs as well: its kernels are checked
+    by interpreter and compiler, but have not been seen running on a device.
+    """
+    return "triton" if _platform() == "gpu" and pallas_triton.gpu_is_supported() else "xla"
+
+
+def _platform() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def cheaper_order(num_targets: int, num_heads: int, width: int) -> Order:
     """The order with fewer FLOPs: projecting L tokens pays when m > d / (h - 1)."""
     return "projected" if num_targets * (num_heads - 1) > width else "absorbed"
@@ -164,6 +178,7 @@ def _attention(
     _check(query, tokens, w_key, w_value, history_start, history_end, history_score,
            order, implementation)  # fmt: skip
     order = order or cheaper_order(query.shape[1], query.shape[2], tokens.shape[-1])
+    implementation = implementation or best_implementation()
     weights = (encoder, w_key.astype(query.dtype), w_value.astype(query.dtype))
     if implementation == "reference":
         single_device = functools.partial(_reference, order=order)
@@ -197,13 +212,11 @@ def _reference(
 
 
 def _grouped_attention(
-    implementation: Implementation | Kernels | None,
-    num_targets: int,
-    block_sizes: BlockSizes | None,
+    implementation: Implementation | Kernels, num_targets: int, block_sizes: BlockSizes | None
 ) -> Callable[..., tuple[Array, Array]]:
     """`tiled_attention` or its equivalent by kernels, with block sizes."""
-    if implementation is None or implementation == "xla":
-        sizes = block_sizes or default_block_sizes(num_targets)
+    if implementation == "xla":
+        sizes = block_sizes or default_block_sizes(num_targets, _platform())
         return functools.partial(tiled_attention, sizes=sizes)
     kernels = _KERNELS[implementation]() if isinstance(implementation, str) else implementation
     return functools.partial(kernel_attention, kernels, sizes=block_sizes)

@@ -176,14 +176,25 @@ def kernels_of_this_gpu() -> TritonKernels:
     """
     if jax.default_backend() != "gpu":
         return TritonKernels()
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-    major = capability.split(".")[0]
-    if major.isdigit() and int(major) < 8:  # other makers' are no numbers, and refused later
+    capability = _compute_capability()
+    if not gpu_is_supported():
         raise ValueError(
             'implementation="triton" needs an NVIDIA GPU of compute capability 8.0 or more; this '
             f'one has {capability}. Use implementation="xla"'
         )
     return TritonKernels(GPUS.get(capability, _OTHER_GPU))
+
+
+def gpu_is_supported() -> bool:
+    """Whether the kernels run on this process's GPU; without one, whether they can be compiled."""
+    if jax.default_backend() != "gpu":
+        return True
+    major = _compute_capability().split(".")[0]  # other makers' are no numbers
+    return major.isdigit() and int(major) >= 8
+
+
+def _compute_capability() -> str:
+    return str(getattr(jax.local_devices()[0], "compute_capability", "unknown"))
 
 
 @dataclasses.dataclass(frozen=True)

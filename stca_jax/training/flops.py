@@ -45,6 +45,7 @@ CHIPS: Mapping[str, Chip] = {
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1.64e12, 400e9),
     "a100": Chip(("NVIDIA A100-SXM4-80GB",), 312e12, 80 * 2**30, 2.039e12, 300e9),
     "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80 * 2**30, 3.352e12, 450e9),
+    "h200": Chip(("NVIDIA H200",), 989e12, 141 * 10**9, 4.8e12, 450e9),
 }
 
 

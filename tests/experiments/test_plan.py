@@ -94,8 +94,10 @@ def test_advice_is_the_least_that_fits():
     assert "mesh.model=N" in advice(100, dense=101)
 
 
-def planned(*arguments: str) -> tuple[int, dict]:
-    status, output = run("experiments.plan", *arguments, "--json", TPU_STDERR_LOG_LEVEL="3")
+def planned(*arguments: str, timeout: float = 300) -> tuple[int, dict]:
+    status, output = run(
+        "experiments.plan", *arguments, "--json", timeout=timeout, TPU_STDERR_LOG_LEVEL="3"
+    )
     start = output.find("\n{\n") + 1 if not output.startswith("{") else 0
     try:
         return status, json.JSONDecoder().raw_decode(output[start:])[0]
@@ -157,6 +159,36 @@ def test_says_what_does_not_fit(data_dir):
     assert plan["total"] > plan["capacity"] > 15 * 2**30
     # 2.1e9 rows of 128 lanes and their sums of squares are 1,009 GiB, of which 15.7 fit a device.
     assert "at least 65 devices" in plan["advice"][0]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("topology", "change"),
+    [
+        ("v5e:2x4", "input.rows_per_batch=8"),
+        ("v5e:16x16", "input.rows_per_batch=256"),
+        ("v6e:2x4", "input.rows_per_batch=8"),
+        ("v5p:4x4x4", "training.accumulate_steps=4"),
+        ("h100:8", "input.rows_per_batch=8"),
+    ],
+)
+def test_paper_133m(topology, change):
+    """A table of 100 M rows and histories of 10,000 events; neither moves between devices."""
+    status, plan = planned(
+        f"--config={PAPER}", f"--topology={topology}", f"--config.{change}", timeout=1_500
+    )
+    print(json.dumps(plan))  # shown by pytest -rP, for the headers of the configs
+    assert status == 0
+    assert plan["fits"]
+    config = paper_133m.get_config()
+    dense_bytes = 4 * plan["parameters"]["dense"]
+    tokens = 2 * config.input.row_length * config.model.sequence.width  # of a row, in bfloat16
+    by_kind: dict[str, int] = {}
+    for c in plan["collectives"]:
+        by_kind[c["kind"]] = by_kind.get(c["kind"], 0) + c["bytes"]
+    assert by_kind.get("all-gather", 0) < tokens / 2
+    assert dense_bytes <= by_kind["all-reduce"] < 1.1 * dense_bytes
+    assert 0 < by_kind.get("all-to-all", 0) + by_kind.get("ragged-all-to-all", 0) < dense_bytes
 
 
 def test_unknown_topology_is_one_clear_error(data_dir):

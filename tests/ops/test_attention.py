@@ -165,8 +165,9 @@ def test_scores_and_encoded_tokens_are_never_stored():
         from stca_jax.ops.attention import history_layer
 
         return history_layer(
-            p.query, p.tokens, p.encoder, p.w_key, p.w_value, start, end
-        ).output.sum()
+            p.query, p.tokens, p.encoder, p.w_key, p.w_value, start, end,
+            implementation="xla", block_sizes=BlockSizes(),
+        ).output.sum()  # fmt: skip
 
     step = jax.jit(jax.grad(loss)).lower(problem, case.start, case.end).compile()
     stored = step.memory_analysis().temp_size_in_bytes

@@ -1,4 +1,7 @@
-"""The Pallas kernels in interpret mode against the oracle; what they do not write is NaN."""
+"""The Pallas kernels against the oracle: in interpret mode, and on a device where there is one.
+
+What interpreted kernels do not write is NaN.
+"""
 
 import dataclasses
 
@@ -20,7 +23,20 @@ from stca_jax.ops.tiles import BlockSizes
 # The smallest tiles of both: 23 tokens are two of them, and no multiple.
 SMALL = BlockSizes(history=16, targets=4)
 KERNELS = {"mosaic_tpu": MosaicKernels(interpret=True), "triton": TritonKernels(interpret=True)}
-ANY_KERNELS = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+ON_DEVICE = [
+    pytest.param("mosaic_tpu", marks=pytest.mark.tpu, id="mosaic_tpu_device"),
+    pytest.param("triton", marks=pytest.mark.gpu, id="triton_device"),
+]
+ANY_KERNELS = pytest.mark.parametrize(
+    "kernels", [pytest.param(value, id=name) for name, value in KERNELS.items()] + ON_DEVICE
+)
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """On a GPU, XLA rounds factors of float32 products to 10 bits unless told otherwise."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -77,6 +93,21 @@ def test_all_ranges_empty(kernels):
     assert np.all(out.output == 0)
     assert np.all(out.log_sum_exp == -np.inf)
     assert all(np.all(g == 0) for g in jax.tree.leaves(gradients))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 0.03)], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize("order", ORDERS)
+def test_default_blocks_at_size_on_a_gpu(order, dtype, tolerance):
+    start, end = random_ranges(np.random.default_rng(0), 2, 20, 20_000)
+    case = make_case(start[:, :8], end[:, :8], 20_000, H=4, K=16, D=64, score=True)
+    options = {"implementation": "triton", "order": order}
+    assert_matches_oracle(case, dtype=dtype, tolerance=tolerance, **options)
+    jax.tree.map(  # no atomics: the same bits again
+        np.testing.assert_array_equal, run(case, dtype, **options), run(case, dtype, **options)
+    )
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 3])

@@ -7,6 +7,7 @@ import pytest
 from attention_oracle import make_case, run
 from test_attention import ragged_case
 
+from stca_jax.ops.attention import best_implementation
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels, kernels_of_this_gpu
 from stca_jax.ops.tiles import BlockSizes
 
@@ -34,6 +35,15 @@ def test_older_gpus_are_refused(gpu):
     gpu("7.5")
     with pytest.raises(ValueError, match=r"8\.0 or more; this one has 7\.5\. Use implementation"):
         run(ragged_case(), implementation="triton")
+
+
+def test_best_implementation_follows_the_device(gpu):
+    assert best_implementation() == "xla"
+    for capability, expected in {"9.0": "triton", "12.0": "triton", "7.5": "xla"}.items():
+        gpu(capability)
+        assert best_implementation() == expected
+    gpu("gfx90a")  # another maker's
+    assert best_implementation() == "xla"
 
 
 def test_too_large_blocks_name_the_limit():

@@ -12,13 +12,13 @@ from strategies import SCHEMA
 from tiny_ranker import CONFIGS
 
 from stca_jax.batch import empty_batch
-from stca_jax.models import stca, transformer
+from stca_jax.models import transformer
 from stca_jax.models.din import DinConfig
 from stca_jax.models.ranker import Ranker, RankerConfig, paper_config
 from stca_jax.models.sequence import SequenceInput
 from stca_jax.models.stca import StcaConfig
 from stca_jax.models.transformer import TransformerConfig
-from stca_jax.ops.attention import history_layer, target_to_history_attention
+from stca_jax.ops.attention import target_to_history_attention
 from stca_jax.schema import Schema
 from stca_jax.training.flops import CHIPS, chip_of, model_flops, step_traffic
 
@@ -43,14 +43,13 @@ def count_dots(jaxpr) -> int:
 
 @pytest.mark.parametrize("order", ["absorbed", "projected"])
 @pytest.mark.parametrize("name", ["paper", "shared", "exclusive"])
-def test_counts_every_matrix_product(name, order, monkeypatch):
+def test_counts_every_matrix_product(name, order):
     """The reference attention multiplies every target with every token of its row."""
-    reference = functools.partial(history_layer, implementation="reference")
-    monkeypatch.setattr(stca, "history_layer", reference)
     config = CONFIGS[name]
-    config = dataclasses.replace(
-        config, sequence=dataclasses.replace(config.sequence, attention_order=order)
+    sequence = dataclasses.replace(
+        config.sequence, attention_order=order, attention_implementation="reference"
     )
+    config = dataclasses.replace(config, sequence=sequence)
     batch = empty_batch(SCHEMA, R, L, M, shared_history=name == "shared")
     ranker = nnx.eval_shape(lambda: Ranker(config, SCHEMA, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(ranker)
