@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import tensorflow_datasets as tfds
 
-from data.base import UserDatasetBuilder
+from data.base import STAGING, UserDatasetBuilder
 from stca_jax.errors import UserError
 
 OWN_LOGS = "interaction_log"  # the dataset whose configs are its users' own
@@ -72,6 +72,7 @@ def prepare_builder(
     """Likewise, for a builder that was made by hand."""
     folder = pathlib.Path(builder.data_path)
     if folder.exists():
+        _remove_staging(folder.parent)
         return folder
     with exclusive(folder.parent):
         if not folder.exists():
@@ -113,9 +114,16 @@ def import_builder(dataset: str) -> types.ModuleType:
     try:
         return importlib.import_module(f"data.{dataset}.{dataset}_dataset_builder")
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{dataset} needs the package {error.name}: pip install 'stca-jax[logs]'"
-        ) from error
+        if error.name != "duckdb":  # all that a builder needs beyond the package's requirements
+            raise
+        raise UserError(f"{dataset} needs duckdb: pip install 'stca-jax[logs]'") from error
+
+
+def _remove_staging(folder: pathlib.Path) -> None:
+    """Removes what a kill has left between the dataset's last step and the end of tidying up."""
+    if (folder / STAGING).exists():
+        with contextlib.suppress(OSError), exclusive(folder):  # OSError: not ours to write
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
 def _check_name(name: str, known: Sequence[str], what: str) -> None:

@@ -30,6 +30,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from absl import flags
 
 from data.preparation import prepare
@@ -37,7 +38,13 @@ from experiments import launch
 from experiments.references import reference_rows
 from stca_jax.errors import UserError
 from stca_jax.evaluation.checkpoint_watcher import CheckpointWatcher, RowLog, mark_best_checkpoint
-from stca_jax.evaluation.evaluator import Row, evaluate_split, metric_rows
+from stca_jax.evaluation.evaluator import (
+    Row,
+    evaluate_split,
+    metric_rows,
+    score_lengths,
+    selection_columns,
+)
 from stca_jax.evaluation.tables import format_table, write_table
 from stca_jax.experiment import EvaluationConfig, ExperimentConfig
 from stca_jax.input.dataset import RequestDataset
@@ -70,6 +77,8 @@ _log = logging.getLogger(__name__)
 def main() -> int:
     """Evaluates one checkpoint, or each as it comes."""
     workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    if _WATCH.value and jax.process_count() > 1:
+        raise UserError("--watch is one process: leave out --coordinator and --distributed")
     return watch(workdir) if _WATCH.value else evaluate_once(workdir)
 
 
@@ -80,25 +89,12 @@ def evaluate_once(workdir: pathlib.Path) -> int:
     split = _SPLIT.value or "test"
     dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
     program, state = restore_for_evaluation(config, dataset, workdir, step)
-    selection = _selection(config, split)
+    selection = selection_columns(config, split)
     rows: list[Row] = []
     if _REFERENCES.value:
         with launch.working("Scoring the references"):
             rows += [{**selection, **row} for row in reference_rows(config, dataset, split)]
-    for length in config.evaluation.lengths:
-        started = time.perf_counter()
-        predictions = evaluate_split(
-            program,
-            state,
-            dataset,
-            config,
-            split=split,
-            length=length,
-            max_requests=config.evaluation.max_requests,
-        )
-        columns = {**selection, "step": step, "length": length, "model": "stca"}
-        rows += metric_rows(predictions, dataset.schema.tasks, **columns)
-        _log.info("length %d: %.1f s", length, time.perf_counter() - started)
+    rows += score_lengths(program, state, dataset, config, split=split, step=step)
     if not is_main_process():
         return 0
     directory = workdir / "evaluation"
@@ -119,7 +115,7 @@ def watch(workdir: pathlib.Path) -> int:
     settings = config.evaluation
     split = _SPLIT.value or "validation"
     dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
-    selection = _selection(config, split)
+    selection = selection_columns(config, split)
     log = RowLog(workdir / "evaluation" / "checkpoints.jsonl")
     program: Program | None = None  # one for all checkpoints, so that each length compiles once
     failures: list[str] = []
@@ -195,7 +191,7 @@ def _add_references(
     log: RowLog, config: ExperimentConfig, dataset: RequestDataset, split: str
 ) -> None:
     """Adds the references' rows that the log lacks, unless another job is at it."""
-    selection = _selection(config, split)
+    selection = selection_columns(config, split)
     with log.claim("-".join(map(str, [*selection.values(), "references"]))) as is_mine:
         done = {
             row["length"]
@@ -227,16 +223,6 @@ def _config(workdir: pathlib.Path) -> ExperimentConfig:
     return dataclasses.replace(config, evaluation=settings)
 
 
-def _selection(config: ExperimentConfig, split: str) -> dict[str, Any]:
-    """The columns that say which requests a row is of."""
-    settings = config.evaluation
-    return {
-        "split": split,
-        "min_history": settings.min_history,
-        "max_requests": settings.max_requests,
-    }
-
-
 def _wait_for(path: pathlib.Path) -> None:
     """Waits for a file of a training that may start later than this job."""
     started = time.monotonic()
@@ -261,7 +247,10 @@ def _checkpoint_step(workdir: pathlib.Path) -> int:
         return steps[-1]
     if _STEP.value == "best":
         best = read_best(workdir)
-        return best["step"] if best and best["step"] in steps else steps[-1]
+        if best and best["step"] in steps:
+            return best["step"]
+        _log.warning("no checkpoint of %s is marked as the best: taking the last", workdir)
+        return steps[-1]
     if not _STEP.value.isdigit() or int(_STEP.value) not in steps:
         raise UserError(f"--step={_STEP.value}: give best, last or one of {steps}")
     return int(_STEP.value)

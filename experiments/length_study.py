@@ -32,6 +32,7 @@ Kill it at any time: the same command goes on, also with more seeds or points.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ from experiments.references import reference_rows
 from experiments.study import (
     COLUMNS,
     COSTS,
+    SCORES,
     Point,
     capacity_law,
     charts,
@@ -54,12 +56,14 @@ from experiments.study import (
     summary_rows,
 )
 from stca_jax import config as config_lib
-from stca_jax.evaluation.evaluator import Row, evaluate_split, metric_rows
+from stca_jax.errors import UserError
+from stca_jax.evaluation.evaluator import Row, score_lengths
 from stca_jax.evaluation.report import draw
 from stca_jax.evaluation.tables import format_table, read_json_lines, write_table
 from stca_jax.experiment import ExperimentConfig
+from stca_jax.files import write_json
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.training.trainer import claim_workdir, restore_for_evaluation, train
+from stca_jax.training.trainer import check_workdir, restore_for_evaluation, train
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each point.", 1)
@@ -72,11 +76,16 @@ def main() -> int:
     base = launch.load_config()
     workdir = pathlib.Path(_WORKDIR.value).expanduser()
     dataset = RequestDataset(prepare(base.dataset, launch.DATA_DIR.value))
+    if len(dataset.schema.tasks) > 1:
+        raise UserError(
+            f"the study compares one task, and {base.dataset} has "
+            f"{', '.join(dataset.schema.tasks)}: prepare it with one label"
+        )
     points = make_points(base)
     chosen = choose_points(points, _POINTS.value)
+    check_evaluation(workdir, base)
     references = workdir / "references.jsonl"
     if not references.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
         with launch.working("Scoring the references"):
             write_table(references, reference_rows(base, dataset, "test"))
     for seed in range(_SEEDS.value):
@@ -84,7 +93,7 @@ def main() -> int:
             overrides = {**point.overrides, "seed": seed, "input.seed": seed}
             config = config_lib.apply_overrides(base, overrides)
             directory = workdir / point.name / f"seed-{seed}"
-            claim_workdir(directory, config)
+            check_workdir(directory, config)
             if is_scored(directory):
                 continue
             _log.info("point %s, seed %d", point.name, seed)
@@ -105,28 +114,29 @@ def score(
 ) -> None:
     """Scores a checkpoint on the test split at every length; the table appears when all are."""
     program, state = restore_for_evaluation(config, dataset, directory, step)
-    rows: list[Row] = []
-    for length in config.evaluation.lengths:
-        predictions = evaluate_split(
-            program,
-            state,
-            dataset,
-            config,
-            split="test",
-            length=length,
-            max_requests=config.evaluation.max_requests,
+    rows = score_lengths(program, state, dataset, config, split="test", step=step)
+    (directory / SCORES).parent.mkdir(exist_ok=True)
+    write_table(directory / SCORES, rows)
+
+
+def check_evaluation(workdir: pathlib.Path, base: ExperimentConfig) -> None:
+    """Writes what all points are scored on, or checks that it is the same.
+
+    Raises:
+      UserError: it differs, so that rows would not compare.
+    """
+    path = workdir / "evaluation.json"
+    settings = json.loads(json.dumps(dataclasses.asdict(base.evaluation)))
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+    stored = json.loads(path.read_text())
+    changed = [f"{n}: {stored.get(n)} -> {v}" for n, v in settings.items() if stored.get(n) != v]
+    if changed:
+        raise UserError(
+            f"points in {workdir} were scored otherwise ({'; '.join(changed)}), and would not "
+            "compare: use the same evaluation, or another --workdir"
         )
-        columns: Row = {
-            "split": "test",
-            "min_history": config.evaluation.min_history,
-            "max_requests": config.evaluation.max_requests,
-            "step": step,
-            "length": length,
-            "model": "stca",
-        }
-        rows += metric_rows(predictions, dataset.schema.tasks, **columns)
-    (directory / "evaluation").mkdir(exist_ok=True)
-    write_table(directory / "evaluation" / f"test-{step}.jsonl", rows)
 
 
 def write_results(

@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 
 from data import preparation
+from data.base import STAGING
 from data.interaction_log.log_config import LogConfig, split_list
 from data.running import beam_runner
 from experiments import launch
@@ -49,7 +50,7 @@ def main() -> None:
     if hasattr(builder, "stage"):
         print(_profile(builder), flush=True)
         if _DRY_RUN.value:
-            print("\nNothing was built: --dry_run. The same command without it goes on from here.")
+            print(f"\nNothing was built: --dry_run. {_what_is_left(builder)}")
             return
     elif _DRY_RUN.value:
         raise UserError(f"--dry_run is for logs; {_DATASET.value} is not one")
@@ -90,6 +91,17 @@ def _profile(builder: preparation.UserDatasetBuilder) -> str:
     with preparation.exclusive(folder.parent):
         manual_dir = _MANUAL_DIR.value
         return builder.stage(manual_dir and pathlib.Path(manual_dir).expanduser()).profile()
+
+
+def _what_is_left(builder: preparation.UserDatasetBuilder) -> str:
+    """Where the sorted log lies, which may be as large as the log."""
+    folder = pathlib.Path(builder.data_path)
+    if folder.exists():
+        return f"It was before: the dataset is in {folder}"
+    return (
+        "The same command without it goes on from the sorted copy of the log in "
+        f"{folder.parent / STAGING}; delete that folder if you want no more of it."
+    )
 
 
 def _value(name: str) -> Any:

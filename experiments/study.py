@@ -15,6 +15,7 @@ from stca_jax import config as config_lib
 from stca_jax.errors import UserError
 from stca_jax.evaluation.evaluator import Row
 from stca_jax.evaluation.report import Chart, Line, load_run, mean_line
+from stca_jax.evaluation.tables import read_json_lines
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.length import BetaLength
@@ -22,6 +23,7 @@ from stca_jax.input.pipeline import epoch_fill
 
 COLUMNS = ("split", "length", "auc", "gauc_user", "log_loss", "calibration")
 COSTS = ("steps", "train_tokens", "train_seconds")
+SCORES = "evaluation/study.jsonl"  # in the directory of a run
 
 
 class Point(NamedTuple):
@@ -139,7 +141,7 @@ def choose_points(points: Sequence[Point], names: Sequence[str]) -> list[Point]:
 
 def is_scored(directory: pathlib.Path) -> bool:
     """Whether a run of the study is finished: its test scores are written last."""
-    return any((directory / "evaluation").glob("test-*.jsonl"))
+    return (directory / SCORES).exists()
 
 
 def result_rows(points: Sequence[Point], workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -151,8 +153,9 @@ def result_rows(points: Sequence[Point], workdir: pathlib.Path) -> list[dict[str
                 continue
             run = load_run(directory, point.name)
             speed, tokens = run.steps_per_second(), run.tokens_per_step()
-            for row in run.rows:
-                steps = row["step"]
+            (steps,) = {row["step"] for row in read_json_lines(directory / SCORES)}
+            of_study = (r for r in run.rows if r["model"] == "stca" and r["step"] == steps)
+            for row in of_study:
                 rows.append(
                     {
                         "point": point.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from stca_jax.evaluation.metrics import COUNTS, METRICS, SMALLER_IS_BETTER
 from stca_jax.input.pipeline import InputConfig
 from stca_jax.models.ranker import RankerConfig
 from stca_jax.training.checkpointing import CheckpointConfig
@@ -26,8 +27,8 @@ class TrainingConfig:
       accumulate_steps: Micro-batches that a batch is cut into, one after the other in the memory of
         one; the update is that of the whole batch.
       on_divergence: What to do about a step that is not finite, or exceeds `max_gradient_norm`:
-        "stop" the run, or "skip" the update and count it. A line of steps without a single usable
-        one stops the run in any case.
+        "stop" the run, or "skip" the update and count it. Fifty such steps in a row stop the run in
+        any case.
       max_gradient_norm: Largest norm of the dense gradient that is not taken for a spike.
       ema_decay: Evaluate an exponential moving average of the dense parameters; 0 keeps none.
       log_every_steps: Steps whose mean is one line of the metrics file.
@@ -77,9 +78,22 @@ class EvaluationConfig:
     larger_is_better: bool = True
 
     def __post_init__(self) -> None:
-        """Raises ValueError for lengths below 1."""
-        if not self.lengths or min(*self.lengths, self.validation_length) < 1:
+        """Raises ValueError for lengths or numbers of requests below 1, or an unknown metric."""
+        if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
+        for name, least in {
+            "min_history": 0, "max_requests": 1, "validation_length": 1, "validation_requests": 1,
+        }.items():  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        known = (*METRICS, *COUNTS)
+        if self.metric not in known:
+            raise ValueError(f"metric is {self.metric!r}; it must be one of {', '.join(known)}")
+        if self.larger_is_better and self.metric in SMALLER_IS_BETTER:
+            raise ValueError(
+                f"a smaller {self.metric} is better: set larger_is_better=false beside it"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +131,8 @@ class ExperimentConfig:
 FREE_TO_CHANGE = (
     "checkpoint.",
     "evaluation.",
+    "input.num_threads",
+    "input.prefetch",
     "mesh.",
     "model.remat",
     "profile.",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,9 @@ from data.interaction_log.source import ROW, BadRow, Part, Table, fingerprint, o
 from stca_jax.errors import UserError
 from stca_jax.input import request_building as rb
 
-LEFT_OUT = "left out by history_filter"  # counted with the rejected rows, though none is wrong
+# Counted with the rejected rows, though none of either is wrong.
+LEFT_OUT = "left out by history_filter"
+DUPLICATE = "equal to another row"
 _END_OF_TIME = 2**32  # in 2106; records count seconds in 31 bits from the log's first day
 _SHARD = 5  # a stream of hashes of its own
 
@@ -89,9 +92,9 @@ class LogSource:
         source.check_expressions()
         return source
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Identifies the config and the state of the files."""
+        """Identifies the config and the state of the files, as they were when first asked for."""
         return fingerprint(self.config, [t for t in (self.log, self.items, self.users) if t])
 
     def check_expressions(self) -> None:
@@ -184,6 +187,9 @@ def read_side_table(source: LogSource, what: str) -> pa.Table:
     Args:
       source: The log.
       what: "items" or "users".
+
+    Raises:
+      UserError: a file is damaged, or a row cannot be read.
     """
     table: Table = getattr(source, what)
     config, level = source.config, what[:-1]
@@ -199,8 +205,7 @@ def read_side_table(source: LogSource, what: str) -> pa.Table:
         WHERE id IS NOT NULL QUALIFY row_number() OVER (PARTITION BY id ORDER BY {ROW}) = 1
         ORDER BY id"""
     with connect() as connection:
-        rows = [b.rows for part in table.parts for b in table.blocks(part)]
-        connection.register("side", pa.concat_tables(rows))
+        connection.register("side", _side_rows(table, what))
         with _explain_sql(what, table.files[0]):
             return connection.sql(query).to_arrow_table().combine_chunks()
 
@@ -210,6 +215,32 @@ def id_keys(ids: pa.Array) -> np.ndarray:
     if pa.types.is_integer(ids.type):
         return ids.to_numpy(zero_copy_only=False).astype(np.int64)
     return rb.text_hash(ids.to_pylist())
+
+
+def _side_rows(table: Table, what: str) -> pa.Table:
+    """All rows of the item or user table, numbered over all of its files.
+
+    Raises:
+      UserError: a file is damaged, a row cannot be read, or there is none.
+    """
+    blocks = []
+    for part in table.parts:
+        for block in table.blocks(part):
+            if block.bad:
+                raise UserError(_bad_side_row(what, part.file, block.bad[0]))
+            blocks.append(block.rows)
+    if not blocks:
+        raise UserError(f"{what}: no rows in {', '.join(table.files)}; leave them out")
+    rows = pa.concat_tables(blocks)
+    number = pa.array(np.arange(rows.num_rows))  # until here each file has a row 0
+    return rows.set_column(rows.schema.get_field_index(ROW), ROW, number)
+
+
+def _bad_side_row(what: str, file: str, bad: BadRow) -> str:
+    return (
+        f"{what}: {file}: row {bad.row} (the first is 0): {bad.reason}: "
+        f"{' '.join(bad.text.split())}; mend or remove it"
+    )
 
 
 def _plain_names(columns: Sequence[Column]) -> list[str]:

@@ -73,8 +73,10 @@ class LogDatasetBuilder(UserDatasetBuilder, skip_registration=True):  # type: ig
           UserError: the log, or what was said of it, is wrong.
         """
         if manual_dir is None and self.MANUAL_DOWNLOAD_INSTRUCTIONS:
+            config = f"/{self.builder_config.name}" if self.builder_config else ""
             raise FileNotFoundError(
-                f"give --manual_dir, a folder of the files. {self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+                f"run python -m experiments.prepare --dataset={self.name}{config} "
+                f"--manual_dir=FOLDER, a folder of the files. {self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
             )
         source = LogSource.open(self.log_config(manual_dir))
         return Staging(source, pathlib.Path(self.data_path).parent / STAGING, self.run)

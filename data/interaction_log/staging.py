@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.interaction_log.events import LogSource, group_events, read_events
+from data.interaction_log.events import DUPLICATE, LogSource, group_events, read_events
 from data.interaction_log.records import Plan, make_plan
 from data.interaction_log.requests import Shard
 from data.interaction_log.statistics import (
@@ -40,8 +40,6 @@ from data.interaction_log.statistics import (
 )
 from data.running import Runner
 from stca_jax.files import write_json
-
-DUPLICATE = "equal to another row"
 
 
 class Staging:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.interaction_log.events import LEFT_OUT, LogSource
+from data.interaction_log.events import DUPLICATE, LEFT_OUT, LogSource
 from data.interaction_log.requests import Shard
 from stca_jax.errors import UserError
 from stca_jax.input.records import SPLITS
@@ -240,10 +240,8 @@ def format_profile(
 ) -> str:
     """A page of text for people: what the log holds and what will be built from it."""
     config = source.config
-    left_out = dict(reasons)
-    filtered = left_out.pop(LEFT_OUT, 0)
-    rejected = sum(left_out.values())
-    rows = total.num_events + filtered + rejected
+    rejected = {r: n for r, n in sorted(reasons.items()) if r not in (DUPLICATE, LEFT_OUT)}
+    num_rejected, rows = sum(rejected.values()), total.num_events + sum(reasons.values())
     names = config.feature_names
     unused = sorted(set(source.log.all_columns) - set(source.log.columns))
     lines = [
@@ -255,9 +253,9 @@ def format_profile(
                    "same second as another of the user"),
         ("users with one event", f"{total.log_length[1]:,}"),
         ("events per user", _percentiles(total.log_length)),
-        ("rejected rows", f"{rejected:,}"),
-        *((f"  {reason}", f"{count:,}") for reason, count in sorted(left_out.items())),
-        *([(LEFT_OUT, f"{filtered:,}")] if filtered else []),
+        ("rejected rows", f"{num_rejected:,}"),
+        *((f"  {reason}", f"{count:,}") for reason, count in rejected.items()),
+        *((r, f"{reasons[r]:,}") for r in (DUPLICATE, LEFT_OUT) if reasons.get(r)),
         ("requests", f"{total.num_requests:,}"),
         ("history of a request", _percentiles(total.history_length)),
         *_target_lines(source, total),

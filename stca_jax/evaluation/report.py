@@ -191,7 +191,8 @@ def write_report(runs: Sequence[Run], output: str | os.PathLike[str]) -> list[pa
     output = pathlib.Path(output)
     if output.suffix != ".html":
         raise UserError(f"{output} ends in {output.suffix!r}, expected .html: rename it")
-    tasks = sorted({row.get("task") for run in runs for row in run.rows}, key=str)
+    scored = (row for run in runs for row in run.rows if row["model"] == "stca")
+    tasks = sorted({row.get("task") for row in scored}, key=str)
     if not tasks:
         names = ", ".join(run.name for run in runs)
         raise UserError(f"no evaluation of {names} yet: run python -m experiments.evaluate first")
@@ -623,7 +624,10 @@ def _selection_of(row: Row) -> Selection:
 
 
 def _validation_rows(lines: Sequence[Row], config: Mapping[str, Any]) -> list[Row]:
-    """The training's own validation, as rows of an evaluation."""
+    """The training's own validation, as rows of an evaluation.
+
+    Its length is that of the line: a resumed run may have changed the config's.
+    """
     rows: dict[tuple[int, str | None], dict[str, Any]] = {}
     for line in lines:
         for name, value in line.items():
@@ -639,7 +643,10 @@ def _validation_rows(lines: Sequence[Row], config: Mapping[str, Any]) -> list[Ro
                     "min_history": config["evaluation.min_history"],
                     "max_requests": config["evaluation.validation_requests"],
                     "step": line["step"],
-                    "length": config["evaluation.validation_length"],
+                    "length": int(
+                        line.get("/".join([prefix, *task, "length"]))
+                        or config["evaluation.validation_length"]
+                    ),
                     **({"task": task[0]} if task else {}),
                 },
             )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stca_jax.errors import UserError
+from stca_jax.files import replacing
 
 Row = Mapping[str, Any]
 
@@ -63,7 +64,8 @@ def write_table(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
             f"{path.name} ends in {path.suffix!r}, expected one of {', '.join(_FORMATS)}: rename "
             "it to choose the format."
         )
-    _replace(path, _FORMATS[path.suffix](rows))
+    with replacing(path) as file:
+        file.write(_FORMATS[path.suffix](rows).encode())
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -138,20 +140,6 @@ def _json_lines(rows: Sequence[Row]) -> str:
         json.dumps({column: finite(value) for column, value in row.items()}, allow_nan=False) + "\n"
         for row in rows
     )
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file beside `path`, then renames it over `path`."""
-    # Renaming is atomic only within one file system. The process id keeps two writers apart.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 _FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from stca_jax.errors import UserError
+from stca_jax.files import replacing
 from stca_jax.input.example import read_example
 from stca_jax.input.records import REQUEST_COLUMNS, SPLITS, UserRecord, decode_record
 from stca_jax.schema import Schema
@@ -160,8 +161,8 @@ class RequestDataset:
             file.check_digest()
         index = self._build_index()
         # A folder that cannot be written is read anew each time.
-        with contextlib.suppress(OSError):
-            _write_atomically(path, stamp=np.array(stamp), **vars(index))
+        with contextlib.suppress(OSError), replacing(path) as output:
+            np.savez(output, stamp=np.array(stamp), **vars(index))
         return index
 
     def _build_index(self) -> RequestIndex:
@@ -261,14 +262,3 @@ def _matrices(example: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
         n: np.frombuffer(example[n], np.int32).reshape(size, -1) for n, size in rows.items()
     }
     return {"user_id": example["user_id"], **matrices}
-
-
-def _write_atomically(path: pathlib.Path, **arrays: np.ndarray) -> None:
-    """Writes an .npz file that is either whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

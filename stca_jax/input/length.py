@@ -18,8 +18,6 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import betainc
 
-from stca_jax.input.request_building import counter_hash
-
 Window: TypeAlias = Literal["suffix", "random", "prefix"]
 Epoch: TypeAlias = Float[np.ndarray, " n"] | float
 
@@ -152,16 +150,6 @@ class BetaLength:
 
 
 LengthConfig: TypeAlias = FixedLength | UniformLength | BetaLength
-
-
-def uniform(seed: int, *keys: Int[np.ndarray, " n"] | int) -> Float[np.ndarray, " n"]:
-    """Uniform numbers in [0, 1): a pure function of the seed and the integer keys.
-
-    Args:
-      seed: Any integer.
-      *keys: Integers or integer arrays, such as a stream, an epoch and request ids.
-    """
-    return (counter_hash(seed, *keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def window_start(

@@ -220,7 +220,7 @@ def balanced_order(tokens: Sequence[int]) -> list[int]:
 
     Rows sorted by tokens are dealt in pairs into two halves, the larger of a pair to the half that
     has fewer tokens so far, and each half again: halves, quarters, eighths … are balanced, so the
-    order serves any number of processes and devices.
+    order serves any number of processes and devices that is a power of two.
     """
 
     def deal(rows: list[int]) -> list[int]:

@@ -22,9 +22,10 @@ from jaxtyping import Int
 
 from stca_jax.errors import UserError
 from stca_jax.input.dataset import RequestIndex
-from stca_jax.input.length import FixedLength, LengthConfig, Window, uniform, window_start
+from stca_jax.input.length import FixedLength, LengthConfig, Window, window_start
 from stca_jax.input.packing import chunk_starts, pack_rows, split_requests
 from stca_jax.input.records import SPLITS
+from stca_jax.input.request_building import uniform
 
 _SAMPLE, _LENGTH, _PLACE, _SHUFFLE, _ROWS = range(5)  # separate streams of one seed
 

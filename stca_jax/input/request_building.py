@@ -53,7 +53,12 @@ def text_hash(values: Sequence[str]) -> Int[np.ndarray, " n"]:
 
 
 def uniform(seed: int, *keys: np.ndarray | int) -> Float[np.ndarray, " n"]:
-    """Numbers in [0, 1), one for each combination of a seed and integer keys."""
+    """Uniform numbers in [0, 1): a pure function of the seed and the integer keys.
+
+    Args:
+      seed: Any integer.
+      *keys: Integers or integer arrays, such as a stream, an epoch and request ids.
+    """
     return (counter_hash(seed, *keys) >> np.uint64(11)) * 2.0**-53
 
 

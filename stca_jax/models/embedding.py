@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from stca_jax.batch import RequestBatch
+from stca_jax.errors import UserError
 from stca_jax.models.layers import Linear, SwiGLU, parameter
 from stca_jax.schema import Schema
 
@@ -160,14 +161,15 @@ class TimeFeatures(nnx.Module):
         """Embeds the features that are configured.
 
         Raises:
-          ValueError: the batch shares tokens between requests of different times.
+          UserError: the batch shares tokens between requests of different times.
         """
         if not self.width:
             return []
         if batch.shared_history:
-            raise ValueError(
+            raise UserError(
                 "time_delta and recency_index depend on the request, but this batch shares history "
-                "tokens between requests: use input.rows='request', or the model's recency_score"
+                "tokens between requests: set input.rows=request, or both of them false and "
+                "model.sequence.recency_score=true"
             )
         request_time, history_end = _owner_values(batch)
         position = jnp.arange(batch.row_length)

@@ -24,12 +24,9 @@ from jax.interpreters import mlir
 from jaxtyping import Array, Bool, Float, Int
 
 from stca_jax.ops.encoder import encode_history
-from stca_jax.ops.tiled import Weights
+from stca_jax.ops.tiled import NO_SCORE, Weights
 from stca_jax.ops.tiles import BlockSizes, Tiling, make_tiling, tile_targets, untile_targets
 
-# Finite, so that an empty range never computes inf - inf; exp(NO_SCORE - LOWEST_PEAK) is zero.
-NO_SCORE = -1e30
-LOWEST_PEAK = -1e20
 _SCORE_COLUMNS = 3
 
 

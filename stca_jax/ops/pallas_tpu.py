@@ -14,13 +14,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from stca_jax.ops.kernels import (
-    LOWEST_PEAK,
     Inputs,
     dot,
     mask_scores,
     score_gradients,
     softmax_step,
 )
+from stca_jax.ops.tiled import LOWEST_PEAK
 from stca_jax.ops.tiles import BlockSizes, Tiling
 
 # Mosaic gives a kernel 16 MiB of VMEM by default on every generation since v4; the compiler needs

@@ -21,14 +21,13 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
 from stca_jax.ops.kernels import (
-    LOWEST_PEAK,
-    NO_SCORE,
     Inputs,
     dot,
     mask_scores,
     score_gradients,
     softmax_step,
 )
+from stca_jax.ops.tiled import LOWEST_PEAK, NO_SCORE
 from stca_jax.ops.tiles import BlockSizes, Tiling
 
 # Sides of the smallest matrix product of the tensor cores that Triton offers.

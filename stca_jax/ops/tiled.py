@@ -34,9 +34,9 @@ from stca_jax.ops.tiles import (
 )
 
 # Finite, so that an empty range never computes inf - inf; the lowest peak is far above it, so that
-# exp(_NO_SCORE - peak) is zero without another mask.
-_NO_SCORE = -1e30
-_LOWEST_PEAK = -1e20
+# exp(NO_SCORE - peak) is zero without another mask.
+NO_SCORE = -1e30
+LOWEST_PEAK = -1e20
 
 
 class Weights(NamedTuple):
@@ -165,7 +165,7 @@ def _forward(tiling: Tiling, query: Array, weights: Weights, blocks: _Blocks, ra
 
     shape = query.shape[:3]
     state = _Softmax(
-        jnp.full(shape, _LOWEST_PEAK, jnp.float32),
+        jnp.full(shape, LOWEST_PEAK, jnp.float32),
         jnp.zeros(shape, jnp.float32),
         jnp.zeros(query.shape, jnp.float32),
     )
@@ -284,7 +284,7 @@ def _pair(tiling: Tiling, ranges: _Ranges, block: Array, p: Array) -> _Pair:
 def _scores(
     tiling: Tiling, query: Array, keys: Array, blocks: _Blocks, ranges: _Ranges, pair: _Pair
 ) -> Float[Array, "G t C"]:
-    """float32 scores of a pair; `_NO_SCORE`, whose exp is zero, outside a target's range."""
+    """float32 scores of a pair; `NO_SCORE`, whose exp is zero, outside a target's range."""
     G, C = query.shape[1:3]
     heads_per_group = C // tiling.targets
     score = _dot(_tile_of(keys, tiling, pair.history), query[pair.target], 2, 2)
@@ -298,7 +298,7 @@ def _scores(
     tile = (pair.block * tiling.tiles_per_block + pair.history) % tiling.tiles_per_row
     position = (tile * tiling.history + jnp.arange(tiling.history))[:, None]
     start, end = _stored(ranges.start[pair.target], ranges.end[pair.target])
-    return jnp.where((position >= start) & (position < end), score, _NO_SCORE)
+    return jnp.where((position >= start) & (position < end), score, NO_SCORE)
 
 
 def _stored(*values: Array) -> Sequence[Array]:

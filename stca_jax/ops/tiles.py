@@ -119,13 +119,6 @@ def tile_tokens(x: Array, tiling: Tiling) -> Array:
     return _pad(x, 0, total).reshape(tiling.num_blocks, tiling.tokens, *x.shape[1:])
 
 
-def untile_tokens(x: Array, tiling: Tiling, length: int) -> Array:
-    """The inverse of `tile_tokens`."""
-    padded = tiling.tiles_per_row * tiling.history
-    x = x.reshape(-1, *x.shape[2:])[: tiling.rows * padded]
-    return x.reshape(tiling.rows, padded, *x.shape[1:])[:, :length]
-
-
 def tile_targets(x: Array, tiling: Tiling) -> Array:
     """[R, M, ...] to [target tiles, targets of a tile, ...], zero-padded."""
     x = _pad(x, 1, tiling.target_tiles_per_row * tiling.targets)

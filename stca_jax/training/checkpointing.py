@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -147,12 +149,13 @@ class Checkpointer:
     ) -> tuple[int, TrainState, dict[str, Any]] | None:
         """Reads the latest checkpoint that can be read, or None if there is none.
 
-        A checkpoint that cannot be read is renamed and the one before it is taken.
+        A checkpoint that cannot be read is passed over for the one before it, and renamed once that
+        was read: if none can be read, the cause may be elsewhere, and all stay.
 
         Raises:
           UserError: a checkpoint belongs to another model, or none of several can be read.
         """
-        unreadable = []
+        unreadable: dict[int, str] = {}
         for step in reversed(self.steps()):
             restored = None
             try:
@@ -160,16 +163,18 @@ class Checkpointer:
             except UserError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds
-                unreadable.append(f"checkpoint {step}: {_first_line(error)}")
-                _log.error("%s; falling back to the one before it", unreadable[-1])
+                unreadable[step] = f"checkpoint {step}: {first_line(error)}"
+                _log.error("%s; falling back to the one before it", unreadable[step])
             # Another process may have read its part all the same.
             if on_all_processes(restored is not None) and restored is not None:
+                for failed in unreadable:
+                    self._set_aside(failed)
                 return step, *restored
-            self._set_aside(step)
+            unreadable.setdefault(step, f"checkpoint {step}: another process cannot read it")
         if unreadable:
             raise UserError(
-                f"no checkpoint in {self.workdir} can be read: {'; '.join(unreadable)}. They were "
-                "renamed to unreadable-STEP; start again to train from the beginning"
+                f"no checkpoint in {self.workdir} can be read: {'; '.join(unreadable.values())}. "
+                "If they are damaged, remove its folder checkpoints to train from the beginning"
             )
         return None
 
@@ -194,16 +199,24 @@ class Checkpointer:
             )
 
     def _set_aside(self, step: int) -> None:
-        directory = self.workdir / "checkpoints"
         if is_main_process():
-            os.rename(directory / str(step), self.workdir / f"unreadable-{step}")
+            free = (
+                path
+                for k in itertools.count(1)
+                if not (
+                    path := self.workdir / f"unreadable-{step}{f'-{k}' if k > 1 else ''}"
+                ).exists()
+            )
+            os.rename(self.workdir / "checkpoints" / str(step), next(free))
         on_all_processes(True)  # waits for the main process
         self._manager.reload()
 
     def _check_tree(self, step: int, abstract_state: TrainState) -> None:
+        metadata = self._manager.item_metadata(step)["state"]
+        if metadata is None:
+            raise FileNotFoundError(f"checkpoint {step} lacks its metadata")
         stored = {
-            _name(path): (tuple(leaf.shape), str(leaf.dtype))
-            for path, leaf in _leaves(self._manager.item_metadata(step)["state"])
+            _name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in _leaves(metadata)
         }
         expected = {
             _name(path): (tuple(leaf.shape), str(leaf.dtype))
@@ -252,10 +265,17 @@ def read_best(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
 def mark_best(
     workdir: str | os.PathLike[str], step: int, metric: str, value: float, *, larger_is_better: bool
 ) -> bool:
-    """Marks a checkpoint as the best if it beats the one marked before; says whether it did."""
+    """Marks a checkpoint as the best if it beats the one marked before; says whether it did.
+
+    A value that is not finite beats none, and a checkpoint that is gone is beaten by any.
+    """
     best = read_best(workdir)
+    if not math.isfinite(value):
+        _log.warning("%s of checkpoint %d is %s: it is not marked as the best", metric, step, value)
+        return False
     sign = 1 if larger_is_better else -1
-    if best and best["metric"] == metric and sign * best["value"] >= sign * value:
+    is_there = best and (pathlib.Path(workdir) / "checkpoints" / str(best["step"])).exists()
+    if best and is_there and best["metric"] == metric and sign * best["value"] >= sign * value:
         return False
     write_json(
         pathlib.Path(workdir) / _BEST, {"step": step, "metric": metric, "value": float(value)}
@@ -304,6 +324,7 @@ def _shown(found: tuple[tuple[int, ...], str] | None) -> str:
     return "nothing" if found is None else f"{found[1]}{list(found[0])}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error, for one line of a log."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

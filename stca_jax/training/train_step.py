@@ -71,7 +71,8 @@ class StepMetrics(NamedTuple):
       parameter_norm: Global norm of the dense parameters, after the update.
       learning_rate: Of the dense parameters.
       diverged: The loss, a norm or an updated parameter is not finite, or the dense gradient is too
-        large. If the step was skipped, the other metrics are of the update that was not made.
+        large. If the step was skipped, the other metrics are of the update that was not made, but
+        for the tables' gradient, which is zero then.
     """
 
     loss: Float[Array, ""]
@@ -286,7 +287,10 @@ def make_program(
             diverged=diverged,
         )
         new_state = TrainState(
-            step=state.step + 1,
+            # The learning rates follow it; a skipped step has not happened to either.
+            step=state.step + jnp.where(diverged, 0, 1)
+            if on_divergence == "skip"
+            else state.step + 1,
             dense=dense,
             tables=tables,
             optimizer=optimizer_state,

@@ -18,6 +18,7 @@ from stca_jax import config as config_lib
 from stca_jax.batch import empty_batch
 from stca_jax.errors import UserError
 from stca_jax.evaluation.evaluator import evaluate_split, metric_rows
+from stca_jax.evaluation.tables import read_json_lines
 from stca_jax.experiment import FREE_TO_CHANGE, ExperimentConfig, TrainingConfig
 from stca_jax.files import write_json
 from stca_jax.input.dataset import RequestDataset
@@ -28,9 +29,10 @@ from stca_jax.training.distributed import SharedSignal, is_main_process
 from stca_jax.training.flops import chip_of, model_flops
 from stca_jax.training.metrics_writer import MetricsWriter
 from stca_jax.training.monitoring import PhaseClock, Profiler, device_memory
-from stca_jax.training.sharding import device_batch, input_share, make_mesh
+from stca_jax.training.sharding import MeshConfig, device_batch, input_share, make_mesh
 from stca_jax.training.train_step import Program, StepMetrics, TrainState, make_program
 
+_MOST_SKIPPED = 50  # steps in a row; a run that skips more learns nothing
 _log = logging.getLogger(__name__)
 
 
@@ -61,14 +63,16 @@ def train(
 
     Raises:
       UserError: the workdir belongs to another config, a record file is damaged, the disk is full,
-        or a step diverged and `training.on_divergence` is "stop" (or all steps of a line did).
+        or a step diverged and `training.on_divergence` is "stop" (or fifty in a row did).
     """
-    claim_workdir(workdir, config)
+    check_workdir(workdir, config)
     num_steps = count_steps(config, dataset)
     program = experiment_program(config, dataset.schema, num_steps)
     mesh = program.batch_shardings.history_time.mesh
     share, num_shares = input_share(mesh)
-    batches = make_input(dataset, config.input, process_index=share, process_count=num_shares)
+    endless = dataclasses.replace(config.input, epochs=None)  # training.num_epochs ends the run
+    batches = make_input(dataset, endless, process_index=share, process_count=num_shares)
+    save_config(workdir, config)  # only now: what cannot run leaves no trace
     checkpointer = Checkpointer(workdir, config.checkpoint)
     restored = checkpointer.restore_latest(program.abstract_state)
     if restored is None:
@@ -77,7 +81,10 @@ def train(
         step, state, position = restored
         batches.set_state(position)
         _log.info("restored step %d of %s", step, workdir)
-    if step >= num_steps:
+    lacks_validation = (
+        step > 0 and _is_due(config, step, num_steps) and not _validated(workdir, step)
+    )
+    if step >= num_steps and not lacks_validation:
         _log.info("the run in %s is finished: %d of %d steps", workdir, step, num_steps)
         checkpointer.close()
         return TrainingResult(step, num_steps)
@@ -100,6 +107,9 @@ def train(
         jax.transfer_guard("disallow"),
     ):
         stopped_by = None
+        if lacks_validation:  # the run ended between saving this checkpoint and scoring it
+            validate(config, dataset, program, state, step, workdir, writer)
+            clock.lap("validation")
         while step < num_steps and stopped_by is None:
             element = next(batches)
             clock.lap("input")
@@ -112,7 +122,7 @@ def train(
             stopped_by = shared_signal.agree(signals.received)
             if step == num_steps:
                 stopped_by = None
-            due = step % config.checkpoint.every_steps == 0 or step == num_steps
+            due = _is_due(config, step, num_steps)
             is_saving = due or stopped_by is not None
             recent.report(writer, everything=is_saving)
             clock.lap("step")
@@ -127,27 +137,44 @@ def train(
     return TrainingResult(step, num_steps, stopped_by)
 
 
-def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
-    """Saves the config into a new workdir, or checks that the workdir is of the same experiment.
+def check_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
+    """Checks that checkpoints in a workdir are of the same experiment.
 
     Raises:
       UserError: listing the fields that differ, other than those in `FREE_TO_CHANGE`.
     """
-    path = workdir / "config.json"
-    if path.exists():
-        stored = load_workdir_config(workdir)
-        differences = [
-            line for line in config_lib.diff(stored, config) if not line.startswith(FREE_TO_CHANGE)
-        ]
-        if differences:
-            listed = "\n  ".join(differences)
-            raise UserError(
-                f"{workdir} holds a run of another config (there -> now):\n  {listed}\n"
-                "Use the same values to go on with it, or another --workdir"
-            )
+    if not (workdir / "config.json").exists() or not any((workdir / "checkpoints").glob("*")):
+        return
+    stored = load_workdir_config(workdir)
+    differences = [
+        line for line in config_lib.diff(stored, config) if not line.startswith(FREE_TO_CHANGE)
+    ]
+    if differences:
+        listed = "\n  ".join(differences)
+        raise UserError(
+            f"{workdir} holds a run of another config (there -> now):\n  {listed}\n"
+            "Use the same values to go on with it, or another --workdir"
+        )
+
+
+def save_config(workdir: pathlib.Path, config: ExperimentConfig) -> None:
+    """Writes WORKDIR/config.json."""
     if is_main_process():
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, config_lib.to_dict(config))
+        write_json(workdir / "config.json", config_lib.to_dict(config))
+
+
+def _is_due(config: ExperimentConfig, step: int, num_steps: int) -> bool:
+    """Whether a checkpoint is saved and scored after that step."""
+    return step % config.checkpoint.every_steps == 0 or step == num_steps
+
+
+def _validated(workdir: pathlib.Path, step: int) -> bool:
+    """Whether the metrics have the validation of that step."""
+    return any(
+        line["step"] == step and any(name.startswith("validation/") for name in line)
+        for line in read_json_lines(workdir / "metrics.jsonl")
+    )
 
 
 def load_workdir_config(workdir: pathlib.Path) -> ExperimentConfig:
@@ -215,15 +242,29 @@ def experiment_program(
 def restore_for_evaluation(
     config: ExperimentConfig, dataset: RequestDataset, workdir: pathlib.Path, step: int
 ) -> tuple[Program, TrainState]:
-    """The program of a run and the state of one of its checkpoints, on this process's devices."""
-    # A state fits any number of micro-batches, but their number constrains the mesh.
+    """The program of a run and the state of one of its checkpoints, on this process's devices.
+
+    These may be other devices than the training's: where its mesh does not fit them, rows are
+    divided over all of them.
+
+    Raises:
+      UserError: the checkpoint is of another model, or of other data than the dataset.
+    """
+    try:
+        mesh = make_mesh(config.mesh)
+    except UserError:
+        mesh = make_mesh(MeshConfig())
+    # What a training batch is cut into says nothing of evaluation, which makes batches of its own.
     config = dataclasses.replace(
-        config, training=dataclasses.replace(config.training, accumulate_steps=1)
+        config,
+        training=dataclasses.replace(config.training, accumulate_steps=1),
+        input=dataclasses.replace(config.input, rows_per_batch=mesh.shape["data"]),
     )
-    program = experiment_program(config, dataset.schema, num_steps=1)
+    program = experiment_program(config, dataset.schema, num_steps=1, mesh=mesh)
     checkpointer = Checkpointer(workdir)
-    state, _ = checkpointer.restore(step, program.abstract_state)
+    state, position = checkpointer.restore(step, program.abstract_state)
     checkpointer.close()
+    dataset.check_fingerprint(position["fingerprint"])
     return program, state
 
 
@@ -251,6 +292,7 @@ def validate(
     for row in rows:
         prefix = "/".join(["validation", *([row["task"]] if "task" in row else [])])
         numbers = {f"{prefix}/{n}": v for n, v in row.items() if n != "task"}
+        numbers[f"{prefix}/length"] = settings.validation_length
         writer.write(step, numbers)
     value = float(np.mean([row[settings.metric] for row in rows]))
     _log.info("step %d: validation %s %.4f", step, settings.metric, value)
@@ -283,17 +325,21 @@ class _RecentSteps:
         self._training = config.training
         self._flops = model_flops(config.model, schema, config.input.targets_per_row)
         self._steps: collections.deque[_Step] = collections.deque()
+        self._num_skipped = 0  # in a row
 
     def add(self, step: int, metrics: StepMetrics, element: InputElement) -> None:
-        """Remembers a step that was started."""
-        self._steps.append(_Step(step, metrics, element))
+        """Remembers a step that was started, and of its batch what is reported."""
+        batch = element.batch.replace(
+            history={}, target={}, request={}, history_time=element.batch.history_time[:, :0]
+        )
+        self._steps.append(_Step(step, metrics, element._replace(batch=batch)))
 
     def report(self, writer: MetricsWriter, *, everything: bool) -> None:
         """Writes the mean of each full window, once it is one window old, or of all that is left.
 
         Raises:
-          UserError: a step diverged, or a window of them where they are skipped; names the step and
-            its requests.
+          UserError: a step diverged, or where they are skipped `_MOST_SKIPPED` in a row; names the
+            step and its requests.
         """
         size = self._training.log_every_steps
         windows: list[list[_Step]] = []
@@ -308,7 +354,7 @@ class _RecentSteps:
         fills = [s.element.fill for s in reported]
         speed = writer.progress(
             reported[-1].step,
-            loss=summaries[-1]["train/loss"],
+            loss=summaries[-1].get("train/loss"),
             tokens=sum(fill.tokens for fill in fills),
             targets=sum(fill.targets for fill in fills),
         )
@@ -321,11 +367,15 @@ class _RecentSteps:
         fetched = jax.device_get([s.metrics for s in window])
         diverged = [bool(m.diverged) for m in fetched]
         is_skipping = self._training.on_divergence == "skip"
-        if all(diverged) if is_skipping else any(diverged):
-            first = diverged.index(True)
-            raise UserError(_describe_divergence(window[first], fetched[first], self._training))
+        for step, metrics in zip(window, fetched, strict=True):
+            self._num_skipped = self._num_skipped + 1 if metrics.diverged else 0
+            if metrics.diverged and (not is_skipping or self._num_skipped == _MOST_SKIPPED):
+                raise UserError(
+                    _describe_divergence(step, metrics, self._training, self._num_skipped)
+                )
         kept = [m for m in fetched if not m.diverged]
-        columns = {n: [getattr(m, n) for m in kept] for n in StepMetrics._fields if n != "diverged"}
+        names = [n for n in StepMetrics._fields if n != "diverged"] if kept else []
+        columns = {n: [getattr(m, n) for m in kept] for n in names}
         fills = [s.element.fill.metrics() for s in window]
         columns |= {n: [f[n] for f in fills] for n in fills[0]}
         summary = {f"train/{name}": float(np.mean(values)) for name, values in columns.items()}
@@ -359,19 +409,22 @@ class _RecentSteps:
         return self._flops.train_step(fill.tokens, fill.targets, pairs, token_pairs)
 
 
-def _describe_divergence(step: _Step, metrics: StepMetrics, training: TrainingConfig) -> str:
+def _describe_divergence(
+    step: _Step, metrics: StepMetrics, training: TrainingConfig, num_skipped: int
+) -> str:
     batch = step.element.batch
     ids = np.unique(batch.request_id[batch.target_mask]).tolist()
     shown = ", ".join(map(str, ids[:20])) + (", …" if len(ids) > 20 else "")
-    numbers = (metrics.loss, metrics.gradient_norm, metrics.parameter_norm)
-    what = "is not finite"
-    if np.isfinite(numbers).all() and training.max_gradient_norm is not None:
-        what = f"exceeds max_gradient_norm {training.max_gradient_norm:g}"
-    if training.on_divergence == "skip":
-        what += f", nor was any of the next {training.log_every_steps - 1} steps usable"
+    exceeds = training.max_gradient_norm and training.max_gradient_norm < metrics.gradient_norm
+    what = (
+        f"exceeds max_gradient_norm {training.max_gradient_norm:g}" if exceeds else "is not finite"
+    )
+    if num_skipped > 1:
+        what += f", nor was any of the {num_skipped - 1} steps before it usable"
     return (
         f"step {step.step} {what} (loss {metrics.loss:.4g}, gradient norm "
-        f"{metrics.gradient_norm:.4g}, parameter norm {metrics.parameter_norm:.4g}); training "
+        f"{metrics.gradient_norm:.4g}, of tables {metrics.table_gradient_norm:.4g}, parameter norm "
+        f"{metrics.parameter_norm:.4g}); training "
         f"stopped, and the last checkpoint is from before it. The batch held {len(ids)} requests "
         f"with ids {shown}. Look for odd feature "
         "values there, lower optimizer.learning_rate, or lower optimizer.clip_norm"

@@ -20,6 +20,7 @@ import pytest
 
 from data import preparation
 from data.interaction_log import source
+from data.interaction_log.events import LogSource, read_side_table
 from data.interaction_log.interaction_log_dataset_builder import make_builder
 from data.interaction_log.log_config import Column, LogConfig, split_list
 from stca_jax.errors import UserError
@@ -216,6 +217,42 @@ def test_features_are_fitted_on_training_events(tmp_path):
             assert value == pytest.approx(popularity[item], abs=1e-6)
 
 
+def with_items(tmp_path, *files):
+    """A log whose item table has these files."""
+    for k, content in enumerate(files):
+        (tmp_path / f"items-{k}.csv").write_bytes(b"item,colour\n" + content)
+    items = tuple(str(tmp_path / f"items-{k}.csv") for k in range(len(files)))
+    log = write(tmp_path / "log.csv", random_rows(20))
+    return LogSource.open(config(log, items=items, item_features=("colour",)))
+
+
+def test_of_rows_with_one_id_in_several_files_the_first_is_kept(tmp_path):
+    opened = with_items(tmp_path, b"1,red\n2,green\n", b"2,late\n3,blue\n")
+    colours = read_side_table(opened, "items")["feature_colour"].to_pylist()
+    assert colours == ["red", "green", "blue"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"3,blue\n4,a,b\n", r"row 1 \(.*row has 3 columns, not 2: 4,a,b; mend or remove it"),
+        (b"\xff,blue\n", r"row 0 \(.*text is not UTF-8: item: .xff; mend or remove it"),
+    ],
+)
+def test_a_wrong_row_of_the_item_table_is_an_error(tmp_path, content, message):
+    opened = with_items(tmp_path, b"1,red\n", content)
+    with pytest.raises(UserError, match=rf"^items: .*items-1\.csv: {message}$"):
+        read_side_table(opened, "items")
+
+
+def test_the_fingerprint_is_of_the_files_as_they_were_at_first(tmp_path):
+    opened = with_items(tmp_path, b"1,red\n")
+    before = opened.fingerprint
+    (tmp_path / "items-0.csv").write_bytes(b"item,colour\n1,another red\n")
+    assert opened.fingerprint == before
+    assert LogSource.open(opened.config).fingerprint != before
+
+
 def test_files_and_order_of_rows_do_not_matter(tmp_path, small_shards):
     rows = random_rows()
     one = write(tmp_path / "one.parquet", rows)
@@ -232,7 +269,8 @@ def test_files_and_order_of_rows_do_not_matter(tmp_path, small_shards):
     # Of the same number of shards, files are equal to the byte.
     if len(log_oracle.digests(first)) == len(log_oracle.digests(second)):
         assert [*log_oracle.digests(first).values()] == [*log_oracle.digests(second).values()]
-    assert "equal to another row" in (second / "profile.txt").read_text()
+    profile = (second / "profile.txt").read_text()
+    assert re.search(r"^rejected rows +0\nequal to another row +\d+$", profile, re.MULTILINE)
 
 
 def test_csv_gives_what_parquet_gives(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import pathlib
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 import small_dataset
 
 from data import preparation
+from data.base import STAGING
+from stca_jax.errors import UserError
 from stca_jax.input.dataset import RequestDataset
 
 TESTS = pathlib.Path(small_dataset.__file__).parent
@@ -75,6 +78,30 @@ def test_a_prepared_dataset_is_returned_as_it_is(tmp_path, monkeypatch):
     folder = preparation.prepare("small", tmp_path)
     monkeypatch.delattr(small_dataset.Builder, "user_data")
     assert preparation.prepare("small", tmp_path) == folder
+
+
+def test_what_a_kill_left_beside_a_whole_dataset_is_removed(tmp_path):
+    builder = small_dataset.Builder(data_dir=tmp_path)
+    folder = preparation.prepare_builder(builder, tmp_path)
+    staging = folder.parent / STAGING
+    (staging / "records").mkdir(parents=True)
+    assert preparation.prepare_builder(builder, tmp_path) == folder
+    assert not staging.exists()
+
+
+def test_only_a_package_of_the_extra_is_said_to_be_in_it(monkeypatch):
+    def import_without(name):
+        monkeypatch.setattr(
+            importlib,
+            "import_module",
+            lambda _: (_ for _ in ()).throw(ModuleNotFoundError("not found", name=name)),
+        )
+        preparation.import_builder("movielens")
+
+    with pytest.raises(UserError, match=r"movielens needs duckdb: pip install 'stca-jax\[logs\]'"):
+        import_without("duckdb")
+    with pytest.raises(ModuleNotFoundError):
+        import_without("data.mistyped")
 
 
 def test_known_names():

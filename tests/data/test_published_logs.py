@@ -211,5 +211,6 @@ def test_missing_files_are_named(tmp_path, name, message):
     (tmp_path / "other" / "archive.zip").touch()
     with pytest.raises(FileNotFoundError, match=message):
         prepare(name, tmp_path / "data", manual_dir=tmp_path / "other")
-    with pytest.raises(FileNotFoundError, match="give --manual_dir"):
+    command = f"python -m experiments.prepare --dataset={name} --manual_dir=FOLDER"
+    with pytest.raises(FileNotFoundError, match=command):
         prepare(name, tmp_path / "data")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from processes import run_forked, start_forked
 
-from experiments import study
+from experiments import length_study, study
 from experiments.configs import tiny
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
@@ -90,6 +90,14 @@ def test_points_are_configs(base):
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"no point 'fixed-17'; --points takes length"):
         study.choose_points(points, ["fixed-17"])
+
+
+def test_points_scored_otherwise_do_not_mix(base, tmp_path):
+    length_study.check_evaluation(tmp_path, base)
+    length_study.check_evaluation(tmp_path, base)
+    other = apply_overrides(base, {"evaluation.min_history": 7})
+    with pytest.raises(UserError, match=r"scored otherwise \(min_history: 0 -> 7\)"):
+        length_study.check_evaluation(tmp_path, other)
 
 
 def rows_of(point, seed, validation, auc_by_length):

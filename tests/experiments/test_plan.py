@@ -181,14 +181,15 @@ def test_paper_133m(topology, change):
     assert status == 0
     assert plan["fits"]
     config = paper_133m.get_config()
-    dense_bytes = 4 * plan["parameters"]["dense"]
+    dense = plan["parameters"]["dense"]
     tokens = 2 * config.input.row_length * config.model.sequence.width  # of a row, in bfloat16
     by_kind: dict[str, int] = {}
     for c in plan["collectives"]:
         by_kind[c["kind"]] = by_kind.get(c["kind"], 0) + c["bytes"]
     assert by_kind.get("all-gather", 0) < tokens / 2
-    assert dense_bytes <= by_kind["all-reduce"] < 1.1 * dense_bytes
-    assert 0 < by_kind.get("all-to-all", 0) + by_kind.get("ragged-all-to-all", 0) < dense_bytes
+    # Every dense gradient once, in bfloat16 or float32; rows of tables.
+    assert 2 * dense <= by_kind["all-reduce"] < 4.4 * dense
+    assert 0 < by_kind.get("all-to-all", 0) + by_kind.get("ragged-all-to-all", 0) < 4 * dense
 
 
 def test_unknown_topology_is_one_clear_error(data_dir):

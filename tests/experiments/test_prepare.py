@@ -56,6 +56,9 @@ def test_profile_then_dataset_then_training(tmp_path, log):
     assert profile["history features"] == "item, watched, click, long"
     assert "click 0.3" in profile["label rates"]
     assert not (data_dir / "interaction_log" / "mine" / "1.0.0").exists()
+    staging = data_dir / "interaction_log" / "mine" / "staging"
+    assert f"the sorted copy of the log in {staging}; delete" in output
+    assert staging.exists()
 
     status, output = prepare(data_dir, log)
     assert status == 0, output

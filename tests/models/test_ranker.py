@@ -21,6 +21,7 @@ from strategies import (
 from tiny_ranker import CONFIGS, tiny_ranker
 
 from stca_jax.batch import RequestBatch, empty_batch, validate_batch
+from stca_jax.errors import UserError
 from stca_jax.models.ranker import RankerConfig, paper_config
 from stca_jax.models.stca import StcaConfig
 from stca_jax.ops.attention import cheaper_order
@@ -198,7 +199,7 @@ def test_bfloat16_is_close_and_returns_float32():
 
 def test_time_tokens_refuse_shared_history():
     batch = make_batch(SHARED_LAYOUT, shared=True)
-    with pytest.raises(ValueError, match=r"depend on the request.*use input\.rows='request'"):
+    with pytest.raises(UserError, match=r"depend on the request.*set input\.rows=request"):
         tiny_ranker("paper").forward(batch)
 
 

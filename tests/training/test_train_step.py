@@ -146,11 +146,11 @@ def with_unanimous_labels(batch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spoil", [with_nan_label, with_unanimous_labels])
-def test_skipped_step_changes_nothing_but_the_step(guarded, batches, spoil):
+def test_skipped_step_changes_nothing(guarded, batches, spoil):
     states, metrics = run(guarded, [batches[0], spoil(batches[1]), batches[1]])
     assert [bool(m.diverged) for m in metrics] == [False, True, False]
     before, after = states[1:3]
-    assert after.step == before.step + 1
+    assert after.step == before.step  # nor the learning rates, which follow it
     for name in ("dense", "tables", "optimizer", "table_optimizer"):
         for a, b in zip(
             jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(before, name)),

@@ -15,8 +15,9 @@ from experiments.configs import tiny
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
 from stca_jax.evaluation.evaluator import evaluate_split, rows_that_fit
+from stca_jax.evaluation.tables import read_json_lines
 from stca_jax.training import trainer
-from stca_jax.training.checkpointing import Checkpointer, read_best
+from stca_jax.training.checkpointing import Checkpointer, mark_best, read_best
 from stca_jax.training.trainer import restore_for_evaluation, train
 
 
@@ -143,6 +144,75 @@ def test_unreadable_latest_checkpoint_falls_back_and_says_so(
     expected, found = (state_at(config, tiny_dataset, w, 25) for w in (workdir, damaged))
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_checkpoints_that_all_fail_are_left_alone(finished, tiny_dataset, tmp_path):
+    """The cause may be the file system's."""
+    config, workdir, _, _ = finished
+    damaged = copy_without(workdir, tmp_path / "run", ())
+    for file in (damaged / "checkpoints").rglob("_METADATA"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"can be read: checkpoint 25: .*checkpoint 10: "):
+        train(config, tiny_dataset, damaged)
+    assert Checkpointer(damaged).steps() == [10, 20, 25]
+
+
+def test_a_second_unreadable_checkpoint_of_a_step_is_kept_too(finished, tiny_dataset, tmp_path):
+    config, workdir, _, _ = finished
+    damaged = copy_without(workdir, tmp_path / "run", ())
+    (damaged / "unreadable-25" / "state").mkdir(parents=True)
+    (damaged / "checkpoints" / "25" / "state" / "_METADATA").unlink()
+    train(config, tiny_dataset, damaged)
+    assert (damaged / "unreadable-25-2" / "input").exists()
+
+
+def test_checkpoint_is_scored_though_the_run_ended_before_it_was(finished, tiny_dataset, tmp_path):
+    config, workdir, _, _ = finished
+    unscored = copy_without(workdir, tmp_path / "run", ())
+    metrics = unscored / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(x for x in lines if not ('"step": 25' in x and "validation/" in x)))
+    (unscored / "best.json").unlink()
+    train(config, tiny_dataset, unscored)
+    scores = [
+        [{n: v for n, v in line.items() if n != "time"} for line in read_json_lines(w)
+         if line["step"] == 25 and "validation/auc" in line]
+        for w in (workdir / "metrics.jsonl", metrics)
+    ]  # fmt: skip
+    assert scores[0] == scores[1] != []
+    assert read_best(unscored)["step"] == 25
+
+
+def test_what_cannot_run_leaves_the_workdir_free(tiny_config, tiny_dataset, tmp_path):
+    with pytest.raises(UserError, match="mesh"):
+        train(short(tiny_config, **{"mesh.model": 64}), tiny_dataset, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_run_is_scored_on_other_devices_than_it_was_trained_on(finished, tiny_dataset):
+    config, workdir, _, _ = finished
+    expected = state_at(config, tiny_dataset, workdir, 25)
+    elsewhere = apply_overrides(config, {"mesh.model": 64})  # devices that are not here
+    found = state_at(elsewhere, tiny_dataset, workdir, 25)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_other_data_than_the_run_was_trained_on_are_not_scored(finished, tiny_dataset, monkeypatch):
+    config, workdir, _, _ = finished
+    changed = dict.fromkeys(tiny_dataset.fingerprint, "another digest")
+    monkeypatch.setattr(type(tiny_dataset), "fingerprint", changed)
+    with pytest.raises(UserError, match="is not the one this run began with"):
+        restore_for_evaluation(config, tiny_dataset, workdir, 25)
+
+
+def test_best_is_neither_nan_nor_gone(tmp_path):
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    assert mark_best(tmp_path, 10, "auc", 0.8, larger_is_better=True)
+    assert not mark_best(tmp_path, 20, "auc", float("nan"), larger_is_better=True)
+    assert not mark_best(tmp_path, 20, "auc", 0.7, larger_is_better=True)
+    (tmp_path / "checkpoints" / "10").rmdir()
+    assert mark_best(tmp_path, 20, "auc", 0.7, larger_is_better=True)
 
 
 def test_half_written_checkpoint_is_never_taken_for_whole(finished, tiny_dataset, tmp_path):

@@ -60,11 +60,14 @@ def test_skipped_steps_are_counted_and_left_out_of_the_means(
 
 
 @pytest.mark.slow
-def test_a_window_of_skipped_steps_stops_the_run(config, tiny_dataset, tmp_path, monkeypatch):
-    spoil_steps(monkeypatch, set(range(6, 11)))
-    config = apply_overrides(config, {"training.on_divergence": "skip"})
-    with pytest.raises(UserError, match="step 6 is not finite, nor was any of the next 4 steps"):
-        train(config, tiny_dataset, tmp_path)
+def test_skipped_steps_in_a_row_stop_the_run(config, tiny_dataset, tmp_path, monkeypatch):
+    """However many steps a line of the metrics has: here one, and every step of some lines."""
+    monkeypatch.setattr(trainer, "_MOST_SKIPPED", 5)
+    spoil_steps(monkeypatch, {*range(3, 7), *range(9, 14)})
+    values = {"training.on_divergence": "skip", "training.log_every_steps": 1}
+    message = "step 13 is not finite, nor was any of the 4 steps before it"
+    with pytest.raises(UserError, match=message):
+        train(apply_overrides(config, values), tiny_dataset, tmp_path)
 
 
 @pytest.mark.slow
@@ -90,22 +93,26 @@ def test_options_reach_the_train_step(config, tiny_dataset, monkeypatch):
         ("training.accumulate_steps", 4, True),
         ("model.remat", "all", True),
         ("profile.steps", "3:5", True),
+        ("input.num_threads", 3, True),
+        ("input.prefetch", 5, True),
         ("training.ema_decay", 0.9, False),
         ("training.on_divergence", "skip", False),
     ],
 )
 def test_what_does_not_change_the_learning_may_change(config, tmp_path, name, value, is_free):
-    trainer.claim_workdir(tmp_path, config)
+    trainer.save_config(tmp_path, config)
     changed = apply_overrides(config, {name: value})
+    trainer.check_workdir(tmp_path, changed)  # there is no checkpoint yet, and nothing to spoil
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
     if is_free:
-        trainer.claim_workdir(tmp_path, changed)
+        trainer.check_workdir(tmp_path, changed)
     else:
         with pytest.raises(UserError, match=name):
-            trainer.claim_workdir(tmp_path, changed)
+            trainer.check_workdir(tmp_path, changed)
 
 
 def test_config_of_an_older_version_is_read_and_said_so(config, tmp_path, caplog):
-    trainer.claim_workdir(tmp_path, config)
+    trainer.save_config(tmp_path, config)
     path = tmp_path / "config.json"
     data = json.loads(path.read_text())
     del data["mesh"]["dcn_data"]
@@ -115,7 +122,7 @@ def test_config_of_an_older_version_is_read_and_said_so(config, tmp_path, caplog
     assert [r.message for r in caplog.records] == [
         f"{path} is of an older version; taken as before: mesh.dcn_data=-1"
     ]
-    trainer.claim_workdir(tmp_path, config)
+    trainer.save_config(tmp_path, config)
     assert json.loads(path.read_text())["mesh"]["dcn_data"] == -1
     path.write_text(json.dumps(data | {"gone": 1}))
     with pytest.raises(UserError, match="has no field 'gone'"):
