@@ -3,9 +3,10 @@
 Compiled and planned only: no data set of this size is public.
 Command: python -m experiments.plan --config=experiments/configs/paper_133m.py --topology=v5e:2x4
     --config.input.rows_per_batch=8
-Planned: 9.0 of 16 GiB on v5e:2x4 and 8.4 of 80 GiB on h100:8 with 8 rows, 3.8 of 95 GiB on
-v5p:4x4x4 with training.accumulate_steps=4. Compiling took 1 to 4.5 minutes on 2 cores of an AMD
-EPYC server (AVX2), 2026-11-25; v5e:16x16 takes longer than 5.
+Planned: 8.7 of 16 GiB on v5e:2x4, 8.6 of 32 GiB on v6e:2x4 and 9.5 of 80 GiB on h100:8 with 8
+rows; 3.7 of 95 GiB on v5p:4x4x4 with training.accumulate_steps=4; 2.3 of 16 GiB on v5e:16x16.
+Compiling took 5 to 15 minutes each on one core of an Intel Xeon server (AVX-512), 2026-11-27,
+beside other jobs.
 
 Width, layers and heads are those of SequenceO1's production model (arXiv 2609.08443): N = 4,
 h = 16, d = 1024, r = 2.  One row a device of v5e:16x16; elsewhere change input.rows_per_batch or

@@ -127,6 +127,7 @@ def train(
             recent.report(writer, everything=is_saving)
             clock.lap("step")
             if is_saving:
+                writer.flush()  # a power loss leaves no checkpoint without the metrics before it
                 checkpointer.save(state, step, element.state)
                 clock.lap("checkpoint")
             if due and stopped_by is None:
