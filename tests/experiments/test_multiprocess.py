@@ -84,13 +84,18 @@ def xla_flags(devices: int) -> str:
     return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
 
 
-@pytest.mark.slow
-def test_run_survives_a_signal_a_kill_and_other_numbers_of_processes(alone, tmp_path, data_dir):
-    job = start_job(4, tmp_path, data_dir)
+@pytest.mark.parametrize(
+    "num_processes",
+    [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.exhaustive)],
+)
+def test_run_survives_a_signal_a_kill_and_other_numbers_of_processes(
+    alone, tmp_path, data_dir, num_processes
+):
+    job = start_job(num_processes, tmp_path, data_dir)
     wait_until(lambda: (tmp_path / "checkpoints" / "20").exists(), job[0], timeout=400)
-    job[2].send_signal(signal.SIGTERM)
+    job[-1].send_signal(signal.SIGTERM)
     said = outputs(job, 60)
-    assert [p.returncode for p in job] == [143] * 4, said
+    assert [p.returncode for p in job] == [143] * num_processes, said
     stopped_at = Checkpointer(tmp_path).steps()[-1]
     assert 20 < stopped_at < STEPS
     assert all(f"stopped by SIGTERM at step {stopped_at}" in s for s in said)

@@ -147,7 +147,7 @@ def test_tiny_on_gpus(data_dir, tiny_dataset):
     check_tiny(plan, tiny_dataset)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu")
 def test_says_what_does_not_fit(data_dir):
     status, plan = planned(

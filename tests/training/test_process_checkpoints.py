@@ -39,6 +39,14 @@ def job(action: str, num_processes: int, workdir, dataset) -> dict:
 
 
 @pytest.mark.slow
+def test_state_and_following_batches_are_the_same_on_one_process_and_two(tmp_path, tiny_dataset):
+    saved = job("save", 2, tmp_path / "two", tiny_dataset)
+    assert job("restore", 1, tmp_path / "two", tiny_dataset) == saved
+    assert job("save", 1, tmp_path / "one", tiny_dataset) == saved
+    assert job("restore", 2, tmp_path / "one", tiny_dataset) == saved
+
+
+@pytest.mark.exhaustive
 def test_state_and_following_batches_are_the_same_on_any_number_of_processes(
     tmp_path, tiny_dataset
 ):

@@ -260,7 +260,9 @@ def test_divergence_names_step_and_requests_and_keeps_the_last_checkpoint(
     assert Checkpointer(tmp_path).steps() == []  # step 1 was not worth keeping
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)]
+)
 def test_signal_saves_a_checkpoint_and_the_run_goes_on(
     finished, tiny_dataset, tmp_path, monkeypatch, number
 ):
