@@ -68,7 +68,7 @@ def test_padding_reaches_no_value_and_no_gradient(batch, seed):
 
 @pytest.mark.parametrize(
     "name",
-    ["shared", *(pytest.param(n, marks=pytest.mark.slow) for n in ("paper", "exclusive"))],
+    ["shared", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("paper", "exclusive"))],
 )
 def test_gradients_match_finite_differences_of_the_oracle(name):
     """Every parameter array on its own, along a random direction."""

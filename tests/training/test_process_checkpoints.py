@@ -38,7 +38,7 @@ def job(action: str, num_processes: int, workdir, dataset) -> dict:
     return json.loads(said[0][0].splitlines()[-1])  # Gloo also prints
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_state_and_following_batches_are_the_same_on_one_process_and_two(tmp_path, tiny_dataset):
     saved = job("save", 2, tmp_path / "two", tiny_dataset)
     assert job("restore", 1, tmp_path / "two", tiny_dataset) == saved

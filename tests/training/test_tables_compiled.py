@@ -136,13 +136,13 @@ def test_eight_cpu_devices():
     in_process_of_its_own("check_cpu()", XLA_FLAGS="--xla_force_host_platform_device_count=8")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_initialization_on_eight_devices():
     in_process_of_its_own(
         "check_initialization()", XLA_FLAGS="--xla_force_host_platform_device_count=8"
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_eight_tpu_devices():
     in_process_of_its_own("check_tpu()", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")

@@ -243,7 +243,7 @@ def test_recomputing_keeps_less_for_the_backward_pass():
     assert least < history
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_recomputing_does_not_change_gradients():
     batch = small_batch()
     found = TinyRanker(dataclasses.replace(CONFIGS["shared"], remat="all")).backward(batch)

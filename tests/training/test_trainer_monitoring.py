@@ -70,7 +70,7 @@ def test_skipped_steps_in_a_row_stop_the_run(config, tiny_dataset, tmp_path, mon
         train(apply_overrides(config, values), tiny_dataset, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_stop_names_the_spike(config, tiny_dataset, tmp_path):
     config = apply_overrides(config, {"training.max_gradient_norm": 1e-6})
     with pytest.raises(UserError, match=r"step 1 exceeds max_gradient_norm 1e-06 \(loss"):
