@@ -93,15 +93,15 @@ def make_points(base: ExperimentConfig) -> list[Point]:
     }
     for name, change in additions.items():
         points.append(Point(name, ("model",), beta(0.25) | change))
-    # Rows of a request's own tokens hold fewer targets.
+    # Rows of a request's own tokens hold fewer targets: so fewer slots, and twice the steps.
     per_request: dict[str, Any] = {
         "input.rows": "request",
         "input.targets_per_row": max(1, base.input.targets_per_row // 3),
         "input.targets_per_chunk": None,
     }
-    # Windows other than the most recent, and times relative to the request, cannot share tokens.
     if base.training.max_steps is not None:
         per_request["training.max_steps"] = 2 * base.training.max_steps
+    # Windows other than the most recent, and times relative to the request, cannot share tokens.
     unshared: dict[str, dict[str, Any]] = {
         "window-suffix": {},
         "window-random": {"input.window": "random"},

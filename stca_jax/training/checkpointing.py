@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import itertools
 import json
 import logging
 import math
@@ -200,14 +199,11 @@ class Checkpointer:
 
     def _set_aside(self, step: int) -> None:
         if is_main_process():
-            free = (
-                path
-                for k in itertools.count(1)
-                if not (
-                    path := self.workdir / f"unreadable-{step}{f'-{k}' if k > 1 else ''}"
-                ).exists()
-            )
-            os.rename(self.workdir / "checkpoints" / str(step), next(free))
+            aside, number = self.workdir / f"unreadable-{step}", 1
+            while aside.exists():
+                number += 1
+                aside = self.workdir / f"unreadable-{step}-{number}"
+            os.rename(self.workdir / "checkpoints" / str(step), aside)
         on_all_processes(True)  # waits for the main process
         self._manager.reload()
 

@@ -25,6 +25,8 @@ import numpy as np
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from stca_jax.files import replacing
+
 _log = logging.getLogger(__name__)
 _RESERVED = ("step", "time")
 
@@ -195,9 +197,8 @@ class _JsonLines:
 
 def _drop_lines(path: Path, first_step: int) -> None:
     """Removes the lines from `first_step` on, and a line that a killed writer left unfinished."""
-    temporary = path.with_name(path.name + ".tmp")
     unreadable = 0
-    with path.open("rb") as old, temporary.open("wb") as new:
+    with path.open("rb") as old, replacing(path) as new:
         for line in old:
             try:
                 keep = json.loads(line)["step"] < first_step and line.endswith(b"\n")
@@ -205,9 +206,6 @@ def _drop_lines(path: Path, first_step: int) -> None:
                 keep, unreadable = False, unreadable + 1
             if keep:
                 new.write(line)
-        new.flush()
-        os.fsync(new.fileno())
-    os.replace(temporary, path)
     if unreadable:
         _log.warning("%s: dropped %d unfinished or damaged line(s)", path, unreadable)
 

@@ -288,9 +288,7 @@ def make_program(
         )
         new_state = TrainState(
             # The learning rates follow it; a skipped step has not happened to either.
-            step=state.step + jnp.where(diverged, 0, 1)
-            if on_divergence == "skip"
-            else state.step + 1,
+            step=state.step + (jnp.where(diverged, 0, 1) if on_divergence == "skip" else 1),
             dense=dense,
             tables=tables,
             optimizer=optimizer_state,
