@@ -9,8 +9,10 @@ length; a point replaces a few values, by the names that --config.NAME takes. --
 
     length     fixed at 1/16 of the full length, at 1/5 and at all of it, uniform, and Beta with an
                average of 1/5 of the full length and alpha 0.02, 0.1, 0.25 and 1
-    robustness fixed at 1/16, with options against losses beyond the trained length, one at a time
-    model      alpha 0.25 with the recency score, and without additions of ours, one at a time
+    robustness fixed at 1/2, and at 1/16 with options against losses beyond the trained length, one
+               at a time
+    model      alpha 0.25 with the recency score, without additions of ours, without features but
+               the item, and with Adam for the tables, one at a time
     window     the most recent, a random and the oldest window, each request with its own tokens
     request    each request with its own tokens, as in the paper: full and stochastic windows, and
                time since the event as a token feature against the recency score
@@ -101,12 +103,18 @@ def main() -> int:
             if result.signal is not None:
                 _log.warning("stopped by %s; the same command goes on", result.signal.name)
                 return 128 + result.signal
-            # Scored in the same rows, whatever rows it was trained in.
-            score(dataclasses.replace(config, input=base.input), dataset, directory, result.step)
+            score(scored_config(config, base), dataset, directory, result.step)
             write_results(points, base, dataset, workdir)
     print(format_table(write_results(points, base, dataset, workdir)))
     print(f"results are in {workdir}: results.csv, summary.csv, figures")
     return 0
+
+
+def scored_config(config: ExperimentConfig, base: ExperimentConfig) -> ExperimentConfig:
+    """The config of a point as it is scored: in the rows that all share, if its model can."""
+    embedding = config.model.embedding
+    of_the_request = embedding.time_delta or embedding.recency_index
+    return config if of_the_request else dataclasses.replace(config, input=base.input)
 
 
 def score(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 import statistics
@@ -19,7 +20,7 @@ from stca_jax.evaluation.tables import read_json_lines
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.length import BetaLength
-from stca_jax.input.pipeline import epoch_fill
+from stca_jax.input.pipeline import InputConfig, epoch_fill
 
 COLUMNS = ("split", "length", "auc", "gauc_user", "log_loss", "calibration")
 COSTS = ("steps", "train_tokens", "train_seconds")
@@ -77,6 +78,7 @@ def make_points(base: ExperimentConfig) -> list[Point]:
         ),
         Point(f"fixed-{average}", both, fixed(average)),
     ]
+    points.append(Point(f"fixed-{full // 2}", ("robustness",), fixed(full // 2)))
     # Options for lengths beyond the trained one, where they should show: trained on short windows.
     options: dict[str, dict[str, Any]] = {
         "temperature": {"model.sequence.temperature_length": short},
@@ -90,6 +92,8 @@ def make_points(base: ExperimentConfig) -> list[Point]:
         "independent": {"model.sequence.initialization": "independent"},
         "no-count-channel": {"model.sequence.count_channel": False},
         "no-match-channel": {"model.match_channel": False},
+        "item-only": {"model.features": ()},
+        "adam-tables": {"optimizer.tables": "adam", "optimizer.table_learning_rate": 0.003},
     }
     for name, change in additions.items():
         points.append(Point(name, ("model",), beta(0.25) | change))
@@ -220,10 +224,15 @@ def summary_rows(
                 **_spread("gain_kept", kept),
                 **_spread("train_tokens", [run["train_tokens"] for run in runs]),
                 **_spread("train_seconds", [run["train_seconds"] for run in runs]),
-                "unshared_tokens": epoch_fill(dataset, unshared).tokens,
+                "unshared_tokens": _epoch_tokens(dataset, unshared),
             }
         )
     return summary
+
+
+@functools.cache  # asked again after every run of a study
+def _epoch_tokens(dataset: RequestDataset, config: InputConfig) -> int:
+    return epoch_fill(dataset, config).tokens
 
 
 def _spread(name: str, values: Sequence[float | None]) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ and the model sizes its embedding tables by it.  It is the only thing the two ha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -67,6 +67,29 @@ class Schema:
         """Categorical features of both history and target: what can match, the item first."""
         shared = [n for n in self.target if n in self.history and self.is_categorical(n)]
         return (self.item, *(n for n in shared if n != self.item))
+
+    def select(self, features: Collection[str]) -> Schema:
+        """The schema of the item and those features, at every level that has them.
+
+        Raises:
+          ValueError: there is no feature of that name.
+        """
+        known = dict.fromkeys((*self.history, *self.target, *self.request))
+        unknown = [name for name in features if name not in known]
+        if unknown:
+            raise ValueError(f"there is no feature {unknown[0]!r}, but {', '.join(known)}")
+        kept = {self.item, *features}
+
+        def those_of(level: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name for name in level if name in kept)
+
+        return dataclasses.replace(
+            self,
+            history=those_of(self.history),
+            target=those_of(self.target),
+            request=those_of(self.request),
+            vocabularies={name: n for name, n in self.vocabularies.items() if name in kept},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable form, the inverse of `from_dict`."""

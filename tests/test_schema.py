@@ -46,5 +46,18 @@ def test_match_fields_are_shared_ids_with_the_item_first():
     assert schema.match_fields == ("item", "colour", "brand")
 
 
+def test_select_keeps_the_item_and_the_order():
+    assert SCHEMA.select(["segment", "price"]) == dataclasses.replace(
+        SCHEMA,
+        history=tuple(n for n in SCHEMA.history if n != "category"),
+        target=tuple(n for n in SCHEMA.target if n not in ("category", "position")),
+        request=("segment",),
+        vocabularies={n: SCHEMA.vocabularies[n] for n in ("item", "segment")},
+    )
+    assert SCHEMA.select(()).match_fields == ("item",)
+    with pytest.raises(ValueError, match="there is no feature 'colour', but "):
+        SCHEMA.select(["colour"])
+
+
 def test_survives_json():
     assert Schema.from_dict(json.loads(json.dumps(SCHEMA.to_dict()))) == SCHEMA

@@ -41,6 +41,9 @@ CONFIGS = {
         embedding=dataclasses.replace(_EMBEDDING, time_delta=True, recency_index=True),
     ),
 }
+CONFIGS["few_features"] = dataclasses.replace(
+    CONFIGS["shared"], features=("price", "segment"), sequence=_SEQUENCE
+)
 CONFIGS["bfloat16"] = dataclasses.replace(CONFIGS["shared"], dtype="bfloat16")
 
 

@@ -43,6 +43,7 @@ class RankerConfig:
       match_channel: Give the target and the backbone exact-match statistics of the target's ids
         over its own range: what feature stores call user-item cross counts.
       match_decay_days: Time constant of the decayed match count.
+      features: Features of the dataset that the model reads besides the item; None is all of them.
       dtype: Compute dtype. Parameters, softmax, statistics and losses are float32 in any case.
       remat: What the backward pass computes again instead of keeping it: "none", the fusion of
         "history" tokens (the widest activations, for 1/N of the forward pass), or "all": that,
@@ -55,6 +56,7 @@ class RankerConfig:
     backbone: RankMixerConfig = RankMixerConfig()
     match_channel: bool = True
     match_decay_days: float = 28.0
+    features: tuple[str, ...] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "history", "all"] = "none"
 
@@ -62,6 +64,19 @@ class RankerConfig:
         """Raises ValueError for a decay that is not positive."""
         if self.match_decay_days <= 0:
             raise ValueError(f"match_decay_days is {self.match_decay_days}; it must be positive")
+
+    def read_schema(self, schema: Schema) -> Schema:
+        """What the model reads of a dataset.
+
+        Raises:
+          UserError: `features` has a name that the dataset lacks.
+        """
+        if self.features is None:
+            return schema
+        try:
+            return schema.select(self.features)
+        except ValueError as error:
+            raise UserError(f"model.features is {', '.join(self.features)}: {error}") from error
 
 
 def paper_config(sequence: StcaConfig | None = None) -> RankerConfig:
@@ -88,7 +103,8 @@ class Ranker(nnx.Module):
     """Scores every target of a batch; one logit per task."""
 
     def __init__(self, config: RankerConfig, schema: Schema, *, rngs: nnx.Rngs):
-        self.config, self.schema = config, schema
+        self.config = config
+        self.schema = schema = config.read_schema(schema)
         d, ratio = config.sequence.width, config.sequence.ffn_ratio
         self.embedding = FeatureEmbedding(config.embedding, schema, d, rngs=rngs)
         self.time_features = TimeFeatures(config.embedding, rngs=rngs)

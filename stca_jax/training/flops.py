@@ -132,6 +132,7 @@ def step_traffic(
       optimizer_bytes: Of the optimizer's slots.
     """
     embedding, sequence = config.embedding, config.sequence
+    schema = config.read_schema(schema)
     widths = {
         name: (embedding.item_width or sequence.width)
         if name == schema.item

@@ -174,7 +174,8 @@ def make_program(
       rules: Which mesh axis each parameter axis lies along.
 
     Raises:
-      UserError: a parameter or the batch cannot be divided by the mesh.
+      UserError: a parameter or the batch cannot be divided by the mesh, or the dataset lacks a
+        feature that the model is to read.
     """
     rows_per_unit = mesh.shape["data"] * accumulate_steps
     if batch.num_rows % rows_per_unit:
@@ -190,7 +191,7 @@ def make_program(
         transform = with_average(transform, ema_decay)
     table_transform = row_optimizer(optimizer)
     fraction = schedule(optimizer, num_steps)
-    stored = table_rows.stored_schema(schema, model.embedding.replicated_rows)
+    stored = table_rows.stored_schema(model.read_schema(schema), model.embedding.replicated_rows)
     divided = {
         name: size
         for name, size in stored.vocabularies.items()

@@ -57,6 +57,21 @@ def test_matches_oracle_on_shared_rows(batch, seed):
     assert_matches_oracle("shared", batch, tiny_ranker("shared").backward(batch))
 
 
+def test_features_that_are_not_read_may_hold_anything():
+    ranker = tiny_ranker("few_features")
+    batch = make_batch(SHARED_LAYOUT, shared=True)
+    read = ranker.config.read_schema(SCHEMA)
+    expected = oracle.logits(ranker.params64, ranker.config, read, batch)
+    for level in ("history", "target", "request"):
+        for name in set(getattr(SCHEMA, level)) - set(getattr(read, level)):
+            getattr(batch, level)[name][:] = -1
+    logits, used = np.asarray(ranker.forward(batch).logits), batch.target_mask
+    np.testing.assert_allclose(logits[used], expected[used], rtol=1e-5, atol=1e-5)
+    unknown = dataclasses.replace(ranker.config, features=("colour",))
+    with pytest.raises(UserError, match=r"model\.features is colour: there is no feature 'colour'"):
+        unknown.read_schema(SCHEMA)
+
+
 @few_examples
 @given(batch=request_batches(shared=True), seed=seeds)
 def test_padding_reaches_no_value_and_no_gradient(batch, seed):

@@ -38,6 +38,7 @@ CONFIG = apply_overrides(
     },
 )
 DECAY = 0.5
+MESH = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,14 +49,13 @@ def _compile_fast():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def build_program(schema, **options):
+def build_program(schema, model=CONFIG.model, **options):
     shapes = empty_batch(
         schema, CONFIG.input.rows_per_batch, CONFIG.input.row_length, CONFIG.input.targets_per_row,
         shared_history=True,
     )  # fmt: skip
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES)
     return make_program(
-        CONFIG.model, schema, OptimizerConfig(warmup_steps=0), mesh, shapes,
+        model, schema, OptimizerConfig(warmup_steps=0), MESH, shapes,
         num_steps=20, seed=0, **options,
     )  # fmt: skip
 
@@ -130,6 +130,17 @@ def test_rows_that_cannot_be_cut_are_refused(tiny_dataset):
         UserError, match=r"8 rows cannot be divided .*rows_per_batch=9 .* multiple of 3"
     ):
         build_program(tiny_dataset.schema, accumulate_steps=3)
+
+
+def test_tables_that_are_not_read_are_neither_stored_nor_touched(tiny_dataset, batches):
+    embedding = dataclasses.replace(CONFIG.model.embedding, replicated_rows=1)  # divides all
+    model = dataclasses.replace(CONFIG.model, embedding=embedding, features=())
+    program = build_program(tiny_dataset.schema, model)
+    assert set(program.abstract_state.tables) == {"item"} < set(tiny_dataset.schema.vocabularies)
+    with jax.set_mesh(MESH):
+        step = program.train_step.__wrapped__
+        state, _ = jax.eval_shape(step, program.abstract_state, batches[0])
+    assert set(state.tables) == {"item"}
 
 
 def with_nan_label(batch):
