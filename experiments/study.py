@@ -116,12 +116,13 @@ def make_points(base: ExperimentConfig) -> list[Point]:
     for name, change in unshared.items():
         parts = ("window", "request") if name == "window-suffix" else (name.split("-")[0],)
         points.append(Point(name, parts, beta(0.25) | per_request | change))
-    # Four rows of full windows have about as many targets as one of stochastic ones.
+    # A row of short windows has about as many targets as four of full ones.
     four_rows = {"input.rows_per_batch": 4 * base.input.rows_per_batch}
     points.append(
         Point(f"request-fixed-{full}", ("request",), fixed(full) | per_request | four_rows)
     )
     points.append(Point("request-beta-0.02", ("request",), beta(0.02) | per_request))
+    points.append(Point(f"request-fixed-{short}", ("request",), fixed(short) | per_request))
     width = base.model.sequence.width
     for other in (width // 2, 2 * width):
         for n in (short, average, full):
@@ -182,7 +183,8 @@ def summary_rows(
     """A row for each point: means and standard deviations over seeds, on the test split.
 
     `gain_kept` is the share of the gain from training and serving short to training and serving
-    in full that the point keeps, served in full; seed by seed. `unshared_tokens` are those of an
+    in full that the point keeps, served in full; seed by seed, and relative to runs of which each
+    request brings its own tokens if it is one of them. `unshared_tokens` are those of an
     epoch in which each request brings its own tokens.
     """
     short, full = points[0], points[1]
@@ -195,20 +197,24 @@ def summary_rows(
 
     at_full, at_short = at(max(base.evaluation.lengths)), at(nearest)
     validation = {(r["point"], r["seed"]): r["auc"] for r in rows if r["split"] == "validation"}
-    gains = {
-        seed: (at_short[name, seed]["auc"], at_full[full.name, seed]["auc"])
-        for name, seed in at_short
-        if name == short.name and (full.name, seed) in at_full
-    }
+
+    def gains(prefix: str) -> dict[int, tuple[float, float]]:
+        return {
+            seed: (low["auc"], at_full[prefix + full.name, seed]["auc"])
+            for (name, seed), low in at_short.items()
+            if name == prefix + short.name and (prefix + full.name, seed) in at_full
+        }
+
     summary = []
     for point in points:
         seeds = [seed for name, seed in at_full if name == point.name]
         if not seeds:
             continue
         runs = [at_full[point.name, seed] for seed in seeds]
+        own_tokens = "input.rows" in point.overrides
         kept = [
             (at_full[point.name, seed]["auc"] - low) / (high - low)
-            for seed, (low, high) in gains.items()
+            for seed, (low, high) in gains("request-" if own_tokens else "").items()
             if seed in seeds
         ]
         config = config_lib.apply_overrides(base, point.overrides).input

@@ -17,12 +17,13 @@ from stca_jax.training.trainer import experiment_program
 
 FOLDER = pathlib.Path(experiments.configs.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
-# Run by tests of the launchers and of the README; two differ from complete_journey in numbers only.
+# Run by tests of the launchers and of the README; three differ from those in numbers only.
 RUN = {
     "tiny",
     "complete_journey",
     "complete_journey_long",
     "length_study",
+    "length_study_synthetic",
 }
 PLANNED = {"paper_6m": 6e6, "paper_23m": 23e6, "paper_133m": 133e6}
 

@@ -115,8 +115,12 @@ def test_gain_is_relative_to_training_and_serving_short(base, tiny_dataset):
         rows += rows_of("fixed-256", seed, 0.7, {16: 0.55, 64: 0.65, 256: 0.70 + noise})
         rows += rows_of("beta-0.25", seed, 0.8, {16: 0.60, 64: 0.65, 256: 0.69})
         rows += rows_of("beta-1", seed, 0.7, {16: 0.60, 64: 0.65, 256: 0.75})
+    rows += rows_of("request-fixed-16", 0, 0.6, {16: 0.50, 64: 0.65, 256: 0.66})
+    rows += rows_of("request-fixed-256", 0, 0.7, {16: 0.55, 64: 0.65, 256: 0.90})
+    rows += rows_of("request-beta-0.02", 0, 0.7, {16: 0.55, 64: 0.65, 256: 0.80})
     points = study.make_points(base)
     summary = {r["point"]: r for r in study.summary_rows(points, rows, base, tiny_dataset)}
+    assert summary["request-beta-0.02"]["gain_kept"] == pytest.approx(0.3 / 0.4)
     kept = np.array([(0.69 - 0.60) / (0.70 - 0.60), (0.69 - 0.62) / (0.72 - 0.62)])
     assert summary["beta-0.25"]["gain_kept"] == pytest.approx(kept.mean())
     assert summary["beta-0.25"]["gain_kept_sd"] == pytest.approx(kept.std(ddof=1))
