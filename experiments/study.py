@@ -292,6 +292,9 @@ def charts(
             drawn.append(mean_line(model, [of_model], "length", metric, reference=model))
         drawn = [line for line in drawn if line.x]
         made.append(chart(f"length_{metric}", f"{label} by training length", label, drawn))
+        if above := _above_logistic(drawn):
+            title = f"{label} less that of logistic regression"
+            made.append(chart(f"length_{metric}_difference", title, f"{label} difference", above))
     if finished["window"]:
         drawn = lines(finished["window"], "auc")
         made.append(chart("window_auc", "AUC by training window", "AUC", drawn))
@@ -307,6 +310,18 @@ def charts(
             )
         )
     return made
+
+
+def _above_logistic(lines: Sequence[Line]) -> list[Line]:
+    """Differences from the logistic reference, of all but counting; nothing without it."""
+    base = {line.label: dict(zip(line.x, line.y, strict=True)) for line in lines}.get("logistic")
+    if base is None:
+        return []
+    return [
+        line._replace(y=[y - base[x] for x, y in zip(line.x, line.y, strict=True)])
+        for line in lines
+        if line.label != "counting"
+    ]
 
 
 def _cost_lines(names: Sequence[str], summary: Sequence[Row]) -> list[Line]:

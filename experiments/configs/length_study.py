@@ -14,6 +14,7 @@ import dataclasses
 
 from experiments.configs import complete_journey
 from stca_jax.experiment import ExperimentConfig, TrainingConfig
+from stca_jax.models.ranker import RankerConfig
 from stca_jax.training.checkpointing import CheckpointConfig
 
 
@@ -22,6 +23,7 @@ def get_config() -> ExperimentConfig:
     main_job = complete_journey.get_config()
     return dataclasses.replace(
         main_job,
+        model=RankerConfig(),  # without the recency score, which the part `model` adds
         input=dataclasses.replace(main_job.input, targets_per_row=768, min_history=500),
         optimizer=dataclasses.replace(main_job.optimizer, warmup_steps=30),
         training=TrainingConfig(max_steps=150, log_every_steps=10),

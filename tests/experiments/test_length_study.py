@@ -126,13 +126,20 @@ def test_gain_is_relative_to_training_and_serving_short(base, tiny_dataset):
     assert summary["beta-0.25"]["gain_kept_sd"] == pytest.approx(kept.std(ddof=1))
     assert summary["fixed-16"]["auc"] == pytest.approx(0.66)
 
-    references = [{"model": "counting", "length": n, "auc": 0.5} for n in (16, 64, 256)]
+    references = [
+        {"model": model, "length": n, "auc": auc}
+        for model, auc in (("counting", 0.5), ("logistic", 0.64))
+        for n in (16, 64, 256)
+    ]
     charts = study.charts(points, rows, list(summary.values()), references)
     quality = next(chart for chart in charts if chart.name == "length_auc")
     # Of the stochastic ones, what is best on validation, not on test.
     labels = [line.label for line in quality.lines]
-    assert labels == ["fixed-16", "fixed-256", "beta-0.25", "counting"]
+    assert labels == ["fixed-16", "fixed-256", "beta-0.25", "counting", "logistic"]
     np.testing.assert_allclose(quality.lines[0].error, [0.02 / 2**0.5, 0, 0], atol=1e-12)
+    above = next(chart for chart in charts if chart.name == "length_auc_difference")
+    assert [line.label for line in above.lines] == [n for n in labels if n != "counting"]
+    np.testing.assert_allclose(above.lines[0].y, [-0.03, 0.01, 0.02], atol=1e-12)
 
 
 def test_power_law_is_found_with_its_error():
