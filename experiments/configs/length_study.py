@@ -3,7 +3,7 @@
 Command: python -m experiments.length_study --config=experiments/configs/length_study.py
     --workdir=DIR
 Reaches: AUC .827 at 4,000 events with windows of 816 on average, .832 with full ones; the
-rest is in docs/length.md. One core of an AMD EPYC server (AVX2), 2026-11-25.
+rest is in docs/length.md. One core of an Intel Xeon 2.5 GHz server (AVX-512), 2026-11-27.
 
 A point is a quarter of an epoch over the requests after at least 500 events, about the same number
 of targets for all: small enough for dozens of them. For a whole epoch add
@@ -14,7 +14,6 @@ import dataclasses
 
 from experiments.configs import complete_journey
 from stca_jax.experiment import ExperimentConfig, TrainingConfig
-from stca_jax.models.ranker import RankerConfig
 from stca_jax.training.checkpointing import CheckpointConfig
 
 
@@ -23,7 +22,6 @@ def get_config() -> ExperimentConfig:
     main_job = complete_journey.get_config()
     return dataclasses.replace(
         main_job,
-        model=RankerConfig(),  # without the recency score, which the part `model` adds
         input=dataclasses.replace(main_job.input, targets_per_row=768, min_history=500),
         optimizer=dataclasses.replace(main_job.optimizer, warmup_steps=30),
         training=TrainingConfig(max_steps=150, log_every_steps=10),
