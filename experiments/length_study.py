@@ -112,9 +112,9 @@ def main() -> int:
 
 def scored_config(config: ExperimentConfig, base: ExperimentConfig) -> ExperimentConfig:
     """The config of a point as it is scored: in the rows that all share, if its model can."""
-    embedding = config.model.embedding
-    of_the_request = embedding.time_delta or embedding.recency_index
-    return config if of_the_request else dataclasses.replace(config, input=base.input)
+    if config.model.needs_exclusive_history:
+        return config
+    return dataclasses.replace(config, input=base.input)
 
 
 def score(

@@ -65,6 +65,12 @@ class RankerConfig:
         if self.match_decay_days <= 0:
             raise ValueError(f"match_decay_days is {self.match_decay_days}; it must be positive")
 
+    @property
+    def needs_exclusive_history(self) -> bool:
+        """Whether history tokens depend on the request, so that requests cannot share them."""
+        of_time = self.embedding.time_delta or self.embedding.recency_index
+        return of_time or self.sequence.needs_exclusive_history
+
     def read_schema(self, schema: Schema) -> Schema:
         """What the model reads of a dataset.
 

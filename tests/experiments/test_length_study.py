@@ -100,6 +100,19 @@ def test_points_scored_otherwise_do_not_mix(base, tmp_path):
         length_study.check_evaluation(tmp_path, other)
 
 
+def test_points_are_scored_in_shared_rows_if_their_tokens_can_be_shared(base):
+    points = {p.name: p.overrides for p in study.make_points(base)}
+    rows = {
+        name: length_study.scored_config(apply_overrides(base, points[name]), base).input.rows
+        for name in ("window-suffix", "request-recency-score", "request-time-delta")
+    }
+    assert base.input.rows == "user"
+    assert list(rows.values()) == ["user", "user", "request"]
+    transformer = {"model.sequence": "TransformerConfig", "input.rows": "request"}
+    scored = length_study.scored_config(apply_overrides(base, transformer), base)
+    assert scored.input.rows == "request"
+
+
 def rows_of(point, seed, validation, auc_by_length):
     shared = {"point": point, "seed": seed, "gauc_user": 0.6, "log_loss": 0.5, "calibration": 1.0,
               "steps": 10, "train_tokens": 1000, "train_seconds": 2.0}  # fmt: skip
