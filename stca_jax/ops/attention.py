@@ -18,7 +18,6 @@ import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -27,7 +26,7 @@ from stca_jax.ops import pallas_tpu, pallas_triton
 from stca_jax.ops.encoder import HistoryEncoder, encode_history
 from stca_jax.ops.kernels import Kernels, kernel_attention
 from stca_jax.ops.reference import Order, reference_attention
-from stca_jax.ops.sharded import merge_softmax, on_mesh
+from stca_jax.ops.sharded import merge_softmax, on_mesh, platform
 from stca_jax.ops.tiled import Weights, tiled_attention
 from stca_jax.ops.tiles import BlockSizes, default_block_sizes
 
@@ -148,12 +147,7 @@ def best_implementation() -> Implementation:
     "triton" on NVIDIA GPUs that have it; "xla" elsewhere, on TPUs as well: its kernels are checked
     by interpreter and compiler, but have not been seen running on a device.
     """
-    return "triton" if _platform() == "gpu" and pallas_triton.gpu_is_supported() else "xla"
-
-
-def _platform() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
+    return "triton" if platform() == "gpu" and pallas_triton.gpu_is_supported() else "xla"
 
 
 def cheaper_order(num_targets: int, num_heads: int, width: int) -> Order:
@@ -216,7 +210,7 @@ def _grouped_attention(
 ) -> Callable[..., tuple[Array, Array]]:
     """`tiled_attention` or its equivalent by kernels, with block sizes."""
     if implementation == "xla":
-        sizes = block_sizes or default_block_sizes(num_targets, _platform())
+        sizes = block_sizes or default_block_sizes(num_targets, platform())
         return functools.partial(tiled_attention, sizes=sizes)
     kernels = _KERNELS[implementation]() if isinstance(implementation, str) else implementation
     return functools.partial(kernel_attention, kernels, sizes=block_sizes)

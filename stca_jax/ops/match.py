@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from stca_jax.ops.sharded import on_mesh
+from stca_jax.ops.sharded import on_mesh, platform
 from stca_jax.ops.tiles import (
     BlockSizes,
     make_tiling,
@@ -27,6 +27,8 @@ from stca_jax.ops.tiles import (
 
 # Nothing is encoded here, so a block is one tile; comparisons are cheap, so tiles are large.
 _BLOCK_SIZES = BlockSizes(tokens=1, history=512, targets=64)
+
+Implementation = Literal["dense", "tiled"]
 
 
 class MatchStatistics(NamedTuple):
@@ -52,11 +54,11 @@ def match_statistics(
     history_end: Int[Array, "R M"],
     *,
     decay_seconds: float,
+    implementation: Implementation | None = None,
 ) -> MatchStatistics:
     """Counts exact matches of each target's ids within its range.
 
-    Integer comparisons over the tiles that ranges touch: the cost follows the ranges.  Not
-    differentiable, and it needs no gradient: nothing in it is learned.
+    Not differentiable, and it needs no gradient: nothing in it is learned.
 
     Args:
       target_ids: Id fields of the targets; the first one also gets decayed count and age.
@@ -66,10 +68,16 @@ def match_statistics(
       history_start: First token of each target's range.
       history_end: One past its last token.
       decay_seconds: Time constant of the decayed count.
+      implementation: "tiled" compares within the tiles that ranges touch, so the cost follows the
+        ranges; "dense" compares every target with every token of its row.  None takes "dense" on
+        GPUs, where a loop whose length depends on data waits for the host at every step, and
+        comparisons are nearly free.
     """
     fields = list(target_ids)
+    implementation = implementation or ("dense" if platform() == "gpu" else "tiled")
+    single_device = _dense_statistics if implementation == "dense" else _tiled_statistics
     found = on_mesh(
-        functools.partial(_tiled_statistics, decay_seconds=decay_seconds),
+        functools.partial(single_device, decay_seconds=decay_seconds),
         _merge,
         (),
         (jnp.stack([target_ids[f] for f in fields], -1), request_time),
@@ -83,6 +91,32 @@ def match_statistics(
 def _merge(parts: MatchStatistics, axis: str) -> MatchStatistics:
     matches, decayed_matches = lax.psum(parts[:2], axis)
     return MatchStatistics(matches, decayed_matches, lax.pmin(parts.last_age, axis))
+
+
+def _dense_statistics(
+    weights: tuple[()],
+    per_target: tuple[Int[Array, "R M fields"], Int[Array, "R M"]],
+    per_token: tuple[Int[Array, "R L fields"], Int[Array, "R L"]],
+    history_start: Int[Array, "R M"],
+    history_end: Int[Array, "R M"],
+    *,
+    decay_seconds: float,
+) -> MatchStatistics:
+    """In one pass over M x L on a GPU; XLA stores only `in_range` of it, a byte each."""
+    del weights  # nothing is learned
+    (target_ids, now), (token_ids, time) = per_target, per_token
+    position = jnp.arange(time.shape[1])
+    in_range = (position >= history_start[..., None]) & (position < history_end[..., None])
+    hits = [
+        in_range & (token_ids[:, None, :, field] == target_ids[:, :, None, field])
+        for field in range(target_ids.shape[-1])
+    ]
+    age = (now[..., None] - time[:, None]).astype(jnp.float32)
+    return MatchStatistics(
+        jnp.stack([hit.sum(-1, dtype=jnp.float32) for hit in hits], -1),
+        jnp.where(hits[0], jnp.exp(-age / decay_seconds), 0).sum(-1),
+        jnp.where(hits[0], age, jnp.inf).min(-1),
+    )
 
 
 def _tiled_statistics(

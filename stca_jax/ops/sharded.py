@@ -21,6 +21,12 @@ DATA = "data"
 SEQUENCE = "sequence"
 
 
+def platform() -> str:
+    """Platform of the mesh's devices, or else of this process's, as JAX names it."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def on_mesh(
     local: Callable[..., Any],
     merge: Callable[[Any, str], Any],

@@ -123,6 +123,7 @@ class MetricsWriter:
         step: int,
         *,
         loss: float | None = None,
+        steps: int | None = None,
         tokens: int | None = None,
         targets: int | None = None,
     ) -> dict[str, float]:
@@ -131,6 +132,7 @@ class MetricsWriter:
         Args:
           step: number of training steps done.
           loss: the latest loss.
+          steps: training steps done since the last call, if `step` is an earlier one.
           tokens: history tokens processed since the last call.
           targets: targets processed since the last call.
 
@@ -139,7 +141,7 @@ class MetricsWriter:
           given, "speed/tokens_per_second" and "speed/targets_per_second". Empty on the first call,
           which starts the clock: what comes before is compilation.
         """
-        return self._progress.update(step, loss, tokens, targets)
+        return self._progress.update(step, loss, steps, tokens, targets)
 
     def show_step(self, step: int) -> None:
         """Between two calls of `progress`: the step, on a terminal, at most once a second.
@@ -293,10 +295,16 @@ class _Progress:
         self._latest: tuple[float | None, dict[str, float]] = (None, {})
 
     def update(
-        self, step: int, loss: float | None, tokens: int | None, targets: int | None
+        self,
+        step: int,
+        loss: float | None,
+        steps: int | None,
+        tokens: int | None,
+        targets: int | None,
     ) -> dict[str, float]:
         now = time.monotonic()
-        counts = {"steps": step - self._step, "tokens": tokens, "targets": targets}
+        steps = step - self._step if steps is None else steps
+        counts = {"steps": steps, "tokens": tokens, "targets": targets}
         speed: dict[str, float] = {}
         if self._time is not None and now > self._time:
             speed = {n: c / (now - self._time) for n, c in counts.items() if c is not None}

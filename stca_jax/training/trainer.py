@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import logging
 import pathlib
@@ -311,6 +312,10 @@ class _Step(NamedTuple):
     element: InputElement
 
 
+def _has_ended(step: _Step) -> bool:
+    return step.metrics.loss.is_ready()  # type: ignore[attr-defined]  # in C++, unknown to mypy
+
+
 class _RecentSteps:
     """Steps whose metrics are still on the device.
 
@@ -326,6 +331,7 @@ class _RecentSteps:
         self._training = config.training
         self._flops = model_flops(config.model, schema, config.input.targets_per_row)
         self._steps: collections.deque[_Step] = collections.deque()
+        self._timed_step = 0  # the last one whose time has been reported
         self._num_skipped = 0  # in a row
 
     def add(self, step: int, metrics: StepMetrics, element: InputElement) -> None:
@@ -351,17 +357,29 @@ class _RecentSteps:
             return
         # Windows reported together are timed together: the first of them ended unseen.
         self.clock.lap("step")
-        reported = [step for window in windows for step in window]
-        fills = [s.element.fill for s in reported]
+        timed = self._ended_since(windows)
+        fills = [s.element.fill for s in timed]
         speed = writer.progress(
-            reported[-1].step,
+            windows[-1][-1].step,
             loss=summaries[-1].get("train/loss"),
+            steps=len(timed),
             tokens=sum(fill.tokens for fill in fills),
             targets=sum(fill.targets for fill in fills),
         )
-        timing = self._timing(reported, is_compiled=bool(speed))
+        timing = self._timing(timed, is_compiled=bool(speed))
         for window, summary in zip(windows, summaries, strict=True):
             writer.write(window[-1].step, summary | speed | timing)
+
+    def _ended_since(self, windows: list[list[_Step]]) -> list[_Step]:
+        """Steps that ended since the last report: not those of its windows, if the device is quick.
+
+        Else the last windows of a run would seem faster, and the first after a checkpoint slower.
+        """
+        reported = [step for window in windows for step in window]
+        others = itertools.takewhile(_has_ended, self._steps)
+        timed = [s for s in (*reported, *others) if s.step > self._timed_step]
+        self._timed_step = max([self._timed_step, *(s.step for s in timed)])
+        return timed
 
     def _summarise(self, window: list[_Step]) -> dict[str, float]:
         """Means over the steps of a window that were not skipped."""
@@ -384,15 +402,15 @@ class _RecentSteps:
             summary["train/skipped_steps"] = sum(diverged)
         return summary
 
-    def _timing(self, reported: list[_Step], *, is_compiled: bool) -> dict[str, float]:
+    def _timing(self, timed: list[_Step], *, is_compiled: bool) -> dict[str, float]:
         """Where the time since the last report went, per step, and what the devices made of it."""
         laps = self.clock.take()
         timing = {
-            f"train/{phase}_seconds": laps.get(phase, 0.0) / len(reported)
+            f"train/{phase}_seconds": laps.get(phase, 0.0) / max(1, len(timed))
             for phase in ("input", "step", "checkpoint", "validation")
         }
         if is_compiled:
-            flops = sum(self._flops_of(step) for step in reported)
+            flops = sum(self._flops_of(step) for step in timed)
             rate = flops / (laps["input"] + laps["step"])
             timing["speed/model_flops_per_second"] = rate
             devices = jax.devices()

@@ -1,11 +1,15 @@
 """Compiles the Triton kernels for GPUs on a machine without one: they fit, and store no scores."""
 
+import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from compiled_step import D, L, R, compiled_step, in_process_of_its_own, stores_scores
 
+from stca_jax.ops.match import match_statistics
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 from stca_jax.ops.tiles import BlockSizes
 
@@ -94,6 +98,26 @@ def check_sharded(gpu: str) -> None:
     assert "all-to-all" not in text
 
 
+def check_match() -> None:
+    """No loop: each of its steps would wait for the host.  A byte per target and token at most."""
+    targets = 1024
+    mesh = jax.sharding.Mesh(np.array(devices_of("H100")), ("data",))
+
+    def ids(*shape):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+    per_target = {name: ids(R, targets) for name in ("item", "category")}
+    per_token = {name: ids(R, L) for name in per_target}
+    with jax.set_mesh(mesh):
+        step = jax.jit(functools.partial(match_statistics, decay_seconds=60.0))
+        compiled = step.lower(
+            per_target, per_token, ids(R, L), *[ids(R, targets)] * 3
+        ).compile()  # fmt: skip
+    assert " while(" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * R * targets * L
+
+
 def test_bfloat16_on_one_h100():
     in_process_of_its_own(MODULE, "check_single", "H100", "absorbed", "bfloat16")
 
@@ -116,3 +140,8 @@ def test_shared_memory_of_an_a100():
 @pytest.mark.slow
 def test_two_by_four_gpus():
     in_process_of_its_own(MODULE, "check_sharded", "H100")
+
+
+@pytest.mark.slow
+def test_match_statistics():
+    in_process_of_its_own(MODULE, "check_match")

@@ -27,8 +27,9 @@ def oracle(target_ids, history_ids, history_time, request_time, start, end):
     return matches, decayed, last_age
 
 
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
 @pytest.mark.parametrize(("R", "M", "L"), [(2, 5, 30), (1, 70, 1100), (3, 1, 513)])
-def test_matches_counting(R, M, L):
+def test_matches_counting(R, M, L, implementation):
     rng = np.random.default_rng(L)
     start, end = random_ranges(rng, R, M, L)
     names = ("item", "type", "shop")
@@ -38,19 +39,24 @@ def test_matches_counting(R, M, L):
     now = np.full((R, M), 6000)
     arguments = (target, history, time, now, start, end)
     expected = oracle(*arguments)
-    found = jax.jit(lambda: match_statistics(*arguments, decay_seconds=DECAY))()
+    options = {"decay_seconds": DECAY, "implementation": implementation}
+    found = jax.jit(lambda: match_statistics(*arguments, **options))()
     np.testing.assert_array_equal(found.matches, expected[0])
     np.testing.assert_allclose(found.decayed_matches, expected[1], rtol=1e-5)
     np.testing.assert_array_equal(found.last_age, expected[2])
 
 
-def test_padding_never_matches():
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+def test_padding_never_matches(implementation):
     """Tokens outside every range hold extreme values; an empty range has no statistics."""
     start, end = np.array([[0, 2, 3]]), np.array([[2, 2, 4]])
     ids = {"item": np.array([[5, 5, 5, 5, 5]])}
     time = np.array([[10, 20, np.iinfo(np.int32).min, 30, np.iinfo(np.int32).max]])
     targets = {"item": np.array([[5, 5, 6]])}
-    found = match_statistics(targets, ids, time, np.full((1, 3), 40), start, end, decay_seconds=10)
+    found = match_statistics(
+        targets, ids, time, np.full((1, 3), 40), start, end,
+        decay_seconds=10, implementation=implementation,
+    )  # fmt: skip
     np.testing.assert_array_equal(found.matches[..., 0], [[2, 0, 0]])
     np.testing.assert_allclose(found.decayed_matches, [[np.exp(-3) + np.exp(-2), 0, 0]], rtol=1e-6)
     np.testing.assert_array_equal(found.last_age, [[20, np.inf, np.inf]])

@@ -193,11 +193,11 @@ def test_progress_in_a_log(tmp_path, monkeypatch):
         clock.now += 1
         writer.progress(91, loss=0.1)
         clock.now += 1
-        writer.progress(10_000)
+        assert writer.progress(10_000, steps=3) == {"speed/steps_per_second": 3.0}
     assert logged == [
         "step 20/10,000  loss 0.5",
         "step 90/10,000  loss nan  2 steps/s  1k tokens/s  1 targets/s  ETA 1:22:35",
-        "step 10,000/10,000  9.91k steps/s  ETA 0:00:00",
+        "step 10,000/10,000  3 steps/s  ETA 0:00:00",
     ]
     assert sys.stderr.getvalue() == ""
 

@@ -152,7 +152,31 @@ def test_time_is_divided_among_phases(config, tiny_dataset, tmp_path, monkeypatc
     assert spent == pytest.approx(1 / found[15]["speed/steps_per_second"], rel=0.2)
 
 
+def end_each_step(monkeypatch):
+    """As on a device that is quicker than the host."""
+    add = trainer._RecentSteps.add
+    monkeypatch.setattr(
+        trainer._RecentSteps, "add", lambda *a: add(*a[:2], jax.block_until_ready(a[2]), *a[3:])
+    )
+
+
+def test_steps_are_timed_when_they_end(config, tiny_dataset, tmp_path, monkeypatch):
+    """Of steps that had ended by the last report, no time is left in the next."""
+    end_each_step(monkeypatch)
+    timed, progress = [], trainer.MetricsWriter.progress
+
+    def spy(self, step, **counts):
+        timed.append((step, counts["steps"]))
+        return progress(self, step, **counts)
+
+    monkeypatch.setattr(trainer.MetricsWriter, "progress", spy)
+    config = apply_overrides(config, {"training.max_steps": 22, "checkpoint.every_steps": 11})
+    train(config, tiny_dataset, tmp_path)
+    assert timed == [(5, 10), (11, 1), (16, 10), (22, 1)]
+
+
 def test_flops_are_those_of_the_batches(config, tiny_dataset, tmp_path, monkeypatch):
+    end_each_step(monkeypatch)
     kind = jax.devices()[0].device_kind
     chip = flops.Chip((kind,), flops=1e9, memory=1, bandwidth=1, interconnect=1)
     monkeypatch.setitem(flops.CHIPS, "test", chip)
@@ -165,7 +189,7 @@ def test_flops_are_those_of_the_batches(config, tiny_dataset, tmp_path, monkeypa
     batches.close()
     model = flops.model_flops(config.model, tiny_dataset.schema, config.input.targets_per_row)
     expected = 0
-    for element in elements[10:]:  # the last two windows are reported together
+    for element in elements[15:]:  # those that ended after the report at step 15
         batch = element.batch
         lengths = (batch.history_end - batch.history_start)[batch.target_mask]
         of_request = dict(zip(batch.request_id[batch.target_mask], lengths, strict=True))
@@ -173,7 +197,7 @@ def test_flops_are_those_of_the_batches(config, tiny_dataset, tmp_path, monkeypa
         amounts = (element.fill.tokens, batch.target_mask.sum(), lengths.sum(), token_pairs)
         expected += model.train_step(*amounts)
     line = lines(tmp_path)[-1]
-    seconds = 10 * (line["train/input_seconds"] + line["train/step_seconds"])
+    seconds = 5 * (line["train/input_seconds"] + line["train/step_seconds"])
     assert line["speed/model_flops_per_second"] * seconds == pytest.approx(expected)
     rate = line["speed/model_flops_per_second"]
     assert line["speed/model_flops_utilization"] == pytest.approx(rate / 1e9 / len(jax.devices()))
