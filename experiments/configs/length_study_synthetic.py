@@ -1,10 +1,10 @@
 """What the points of the length study on synthetic_interests share: histories of 10,240 events.
 
-Command: python -m experiments.length_study --workdir=DIR --points=beta-0.25
+Command: python -m experiments.length_study --workdir=DIR --points=length
     --config=experiments/configs/length_study_synthetic.py
-Reaches: AUC .842 at 10,240 events, .701 at 256; the true function has .877 and .711, logistic
-regression .851 and .699. 9 minutes of training a run on one core of an Intel Xeon 2.5 GHz server
-(AVX-512), 2026-11-27.
+Reaches: AUC .844 at 10,240 events (beta-0.02; full windows .842), .699 at 256; the true function
+has .877 and .711, logistic regression .851 and .699. 9 to 13 minutes of training a run on one core
+of an Intel Xeon 2.5 GHz server (AVX-512), 2026-11-27.
 """
 
 from stca_jax.experiment import EvaluationConfig, ExperimentConfig, TrainingConfig
