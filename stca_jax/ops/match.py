@@ -29,6 +29,8 @@ from stca_jax.ops.tiles import (
 _BLOCK_SIZES = BlockSizes(tokens=1, history=512, targets=64)
 
 Implementation = Literal["dense", "tiled"]
+_Targets = tuple[Int[Array, "R M fields"], Int[Array, "R M"]]  # ids, time of the request
+_Tokens = tuple[Int[Array, "R L fields"], Int[Array, "R L"]]  # ids, time of the event
 
 
 class MatchStatistics(NamedTuple):
@@ -95,8 +97,8 @@ def _merge(parts: MatchStatistics, axis: str) -> MatchStatistics:
 
 def _dense_statistics(
     weights: tuple[()],
-    per_target: tuple[Int[Array, "R M fields"], Int[Array, "R M"]],
-    per_token: tuple[Int[Array, "R L fields"], Int[Array, "R L"]],
+    per_target: _Targets,
+    per_token: _Tokens,
     history_start: Int[Array, "R M"],
     history_end: Int[Array, "R M"],
     *,
@@ -121,8 +123,8 @@ def _dense_statistics(
 
 def _tiled_statistics(
     weights: tuple[()],
-    per_target: tuple[Int[Array, "R M fields"], Int[Array, "R M"]],
-    per_token: tuple[Int[Array, "R L fields"], Int[Array, "R L"]],
+    per_target: _Targets,
+    per_token: _Tokens,
     history_start: Int[Array, "R M"],
     history_end: Int[Array, "R M"],
     *,
