@@ -221,12 +221,12 @@ def attention(ranker, batch):
     """Weights of the first layer, averaged over heads: [rows, targets, tokens]."""
     weights = []
 
-    def watched(query, tokens, encoder, w_key, w_value, start, end, *, history_score, **options):
+    def watched(query, tokens, encoder, w_key, w_value, ranges, *, history_score, options):
         encoded = encode_history(encoder, tokens)
-        weights.append(attention_weights(query, encoded, w_key, start, end, history_score)[0])
+        weights.append(attention_weights(query, encoded, w_key, ranges, history_score)[0])
         return history_layer(
-            query, tokens, encoder, w_key, w_value, start, end,
-            history_score=history_score, **options,
+            query, tokens, encoder, w_key, w_value, ranges,
+            history_score=history_score, options=options,
         )  # fmt: skip
 
     with unittest.mock.patch.object(stca, "history_layer", watched):

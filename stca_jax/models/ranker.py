@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from stca_jax.batch import RequestBatch, covered_tokens
+from stca_jax.batch import RequestBatch
 from stca_jax.errors import UserError
 from stca_jax.models.din import DinConfig
 from stca_jax.models.embedding import (
@@ -26,6 +26,7 @@ from stca_jax.models.sequence import SequenceInput
 from stca_jax.models.stca import StcaConfig, log_count
 from stca_jax.models.transformer import TransformerConfig
 from stca_jax.ops.match import match_statistics
+from stca_jax.ranges import Ranges
 from stca_jax.schema import Schema
 
 _SECONDS_PER_DAY = 86_400.0
@@ -183,8 +184,7 @@ class Ranker(nnx.Module):
                 targets,
                 batch.history_time,
                 batch.request_time,
-                batch.history_start,
-                batch.history_end,
+                batch.ranges,
             )
         )
         numbers = [batch.target[n][..., None] for n in self.number_names]
@@ -215,8 +215,7 @@ class Ranker(nnx.Module):
             {n: batch.history[n] for n in fields},
             batch.history_time,
             batch.request_time,
-            batch.history_start,
-            batch.history_end,
+            batch.ranges,
             decay_seconds=self.config.match_decay_days * _SECONDS_PER_DAY,
         )
         age_days = jnp.minimum(match.last_age / _SECONDS_PER_DAY, _AGE_OF_NO_MATCH)
@@ -236,14 +235,14 @@ def _cast(parts: list[Array], dtype: jnp.dtype) -> list[Array]:
 def _without_garbage(batch: RequestBatch) -> RequestBatch:
     """Zeroes whatever stands in padding, before it can meet a product."""
     mask = batch.target_mask
-    start, end = (jnp.where(mask, x, 0) for x in (batch.history_start, batch.history_end))
-    covered = covered_tokens(start, end, batch.row_length)
+    ranges = Ranges(*(jnp.where(mask, x, 0) for x in batch.ranges))
+    covered = ranges.covered(batch.row_length)
     return batch.replace(
         history=clear_padding(batch.history, covered),
         history_time=jnp.where(covered, batch.history_time, 0),
         target=clear_padding(batch.target, mask),
         request=clear_padding(batch.request, mask),
         request_time=jnp.where(mask, batch.request_time, 0),
-        history_start=start,
-        history_end=end,
+        history_start=ranges.start,
+        history_end=ranges.end,
     )
