@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import experiments.configs
-from experiments.plan import _abstract_batch
 from stca_jax.config import apply_overrides, validate
+from stca_jax.device_plan import abstract_batch
 from stca_jax.models.ranker import Ranker
 from stca_jax.training.train_step import split_ranker
 from stca_jax.training.trainer import experiment_program
@@ -65,7 +65,7 @@ def test_train_step_compiles(name):
     config = apply_overrides(module.get_config(), {"input.rows_per_batch": 1, "mesh.data": 1})
     mesh = jax.sharding.Mesh([[jax.devices()[:1]]], ("data", "sequence", "model"))
     program = experiment_program(config, module.get_schema(), 1, mesh)
-    batch = _abstract_batch(config, module.get_schema(), program)
+    batch = abstract_batch(config, module.get_schema(), program)
     with jax.set_mesh(mesh):
         lowered = program.train_step.__wrapped__.lower(program.abstract_state, batch)
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
