@@ -33,9 +33,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from data.preparation import prepare
-from experiments import launch
-from experiments.references import reference_rows
+from stca_jax.data.preparation import prepare
 from stca_jax.errors import UserError
 from stca_jax.evaluation.checkpoint_watcher import CheckpointWatcher, RowLog, mark_best_checkpoint
 from stca_jax.evaluation.evaluator import (
@@ -47,6 +45,8 @@ from stca_jax.evaluation.evaluator import (
 )
 from stca_jax.evaluation.tables import format_table, write_table
 from stca_jax.experiment import EvaluationConfig, ExperimentConfig
+from stca_jax.experiments import launch
+from stca_jax.experiments.references import reference_rows
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.training.checkpointing import Checkpointer, read_best
 from stca_jax.training.distributed import is_main_process

@@ -41,15 +41,15 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from data.preparation import prepare
-from experiments import launch
-from experiments.references import reference_rows
 from stca_jax import config as config_lib
+from stca_jax.data.preparation import prepare
 from stca_jax.errors import UserError
 from stca_jax.evaluation.evaluator import Row, score_lengths
 from stca_jax.evaluation.report.drawing import draw
 from stca_jax.evaluation.tables import format_table, read_json_lines, write_table
 from stca_jax.experiment import ExperimentConfig
+from stca_jax.experiments import launch
+from stca_jax.experiments.references import reference_rows
 from stca_jax.files import write_json
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.length_study.figures import charts

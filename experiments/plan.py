@@ -23,10 +23,10 @@ import runpy
 import jax
 from absl import flags
 
-from data.preparation import prepare
-from experiments import launch
+from stca_jax.data.preparation import prepare
 from stca_jax.device_plan import make_plan, with_vocabulary
 from stca_jax.experiment import ExperimentConfig
+from stca_jax.experiments import launch
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.schema import Schema
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.preparation import prepare
-from experiments import launch
+from stca_jax.data.preparation import prepare
 from stca_jax.evaluation.tables import format_table
+from stca_jax.experiments import launch
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.planning import Planner
 

@@ -18,9 +18,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import launch
-from experiments.benchmarks import timing
 from stca_jax.batch import RequestBatch, empty_batch
+from stca_jax.experiments import launch
+from stca_jax.experiments.benchmarks import timing
 from stca_jax.models.embedding import EmbeddingConfig
 from stca_jax.models.ranker import RankerConfig
 from stca_jax.models.stca import StcaConfig

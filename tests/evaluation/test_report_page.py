@@ -7,12 +7,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments.configs import tiny
 from stca_jax import config as config_lib
 from stca_jax.errors import UserError
 from stca_jax.evaluation.report.charts import Line, lines_by_length, lines_by_step
 from stca_jax.evaluation.report.page import write_report
 from stca_jax.evaluation.report.runs import Selection, best_selection, load_run
+from stca_jax.experiments.configs import tiny
 
 VALIDATION = {"split": "validation", "min_history": 0, "max_requests": None}
 TEST = VALIDATION | {"split": "test"}

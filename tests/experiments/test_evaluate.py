@@ -13,7 +13,7 @@ import pytest
 from processes import REPOSITORY, run, start, wait_until
 from sklearn.metrics import roc_auc_score
 
-from data.synthetic_interests import generator
+from stca_jax.data.synthetic_interests import generator
 from stca_jax.evaluation.evaluator import evaluate_split, metric_rows
 from stca_jax.input.records import SPLITS
 from stca_jax.training.checkpointing import Checkpointer, read_best

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from processes import run_forked, start_forked
 
-from experiments import length_study
-from experiments.configs import tiny
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
+from stca_jax.experiments import length_study
+from stca_jax.experiments.configs import tiny
 from stca_jax.length_study import figures, power_law, results
 from stca_jax.length_study.points import choose_points, make_points
 

@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 from processes import run
 
-from experiments.configs import paper_133m, tiny
-from experiments.plan import config_schema
 from stca_jax import device_plan
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
+from stca_jax.experiments.configs import paper_133m, tiny
+from stca_jax.experiments.plan import config_schema
 from stca_jax.models.ranker import Ranker
 from stca_jax.training import cross_compile
 from stca_jax.training.train_step import split_ranker

@@ -12,9 +12,9 @@ import unittest.mock
 import jax
 import numpy as np
 
-from experiments.configs import tiny
 from stca_jax.batch import empty_batch
 from stca_jax.config import apply_overrides
+from stca_jax.experiments.configs import tiny
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import make_input
 from stca_jax.training import sharding

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from strategies import SCHEMA, RequestLayout, UserLayout, make_batch
 from tiny_ranker import CONFIGS, TinyRanker, tiny_ranker
 
-from experiments.configs import tiny
 from stca_jax.batch import empty_batch
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
+from stca_jax.experiments.configs import tiny
 from stca_jax.input.pipeline import make_input
 from stca_jax.models.ranker import Ranker
 from stca_jax.training import train_step
