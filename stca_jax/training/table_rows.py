@@ -76,6 +76,20 @@ class TouchedRows(NamedTuple):
     places: dict[str, Int[Array, "R N"]]
 
 
+class TableStep(NamedTuple):
+    """How touched rows are updated.
+
+    Attributes:
+      optimizer: Of a row.
+      learning_rate: Of this step.
+      mesh: The mesh of `touch`.
+    """
+
+    optimizer: RowOptimizer
+    learning_rate: Float[Array, ""]
+    mesh: Mesh
+
+
 def stored_schema(schema: Schema, replicated_rows: int) -> Schema:
     """The schema with the sizes at which tables are stored.
 
@@ -187,9 +201,7 @@ def update(
     slots: Mapping[str, RowSlots],
     touched: Mapping[str, TouchedRows],
     gradients: Tables,
-    optimizer: RowOptimizer,
-    learning_rate: Float[Array, ""],
-    mesh: Mesh,
+    step: TableStep,
 ) -> tuple[dict[str, Float[Array, "V W"]], dict[str, RowSlots], Float[Array, ""]]:
     """Updates the rows whose gradient is not zero.
 
@@ -198,13 +210,12 @@ def update(
       slots: The optimizer's, by table.
       touched: From `touch`.
       gradients: Of what `fetch` returned.
-      optimizer: What to do with a row, once the devices' gradients of it are summed.
-      learning_rate: Scalar.
-      mesh: The same mesh.
+      step: What to do with a row, once the devices' gradients of it are summed.
 
     Returns:
       Tables, slots, and the squared global norm of the gradient.
     """
+    optimizer, learning_rate, mesh = step
     new_tables, new_slots, square = {}, {}, jnp.zeros(())
     for name in [name for name in tables if name not in touched]:
         new_tables[name], new_slots[name] = optimizer.update(

@@ -106,7 +106,11 @@ def check(mesh, optimizer: str, kinds) -> None:
         embedded = table_rows.embed(rows, touched, batch, mesh)
         gradient = jax.grad(loss)(rows)
         return embedded, *table_rows.update(
-            tables, slots, touched, gradient, transform, jnp.float32(0.1), mesh
+            tables,
+            slots,
+            touched,
+            gradient,
+            table_rows.TableStep(transform, jnp.float32(0.1), mesh),
         )
 
     for kind in kinds:

@@ -21,7 +21,7 @@ from stca_jax.training import train_step
 from stca_jax.training.checkpointing import CheckpointConfig, Checkpointer
 from stca_jax.training.optimizer import OptimizerConfig
 from stca_jax.training.sharding import MESH_AXES, device_batch
-from stca_jax.training.train_step import make_program
+from stca_jax.training.train_step import Program, TrainingConfig
 
 # Divides the table of items over devices, and keeps the others whole.
 CONFIG = apply_overrides(
@@ -54,9 +54,9 @@ def build_program(schema, model=CONFIG.model, **options):
         schema, CONFIG.input.rows_per_batch, CONFIG.input.row_length, CONFIG.input.targets_per_row,
         shared_history=True,
     )  # fmt: skip
-    return make_program(
-        model, schema, OptimizerConfig(warmup_steps=0), MESH, shapes,
-        num_steps=20, seed=0, **options,
+    return Program(
+        model, schema, OptimizerConfig(warmup_steps=0), TrainingConfig(**options), MESH, shapes,
+        num_steps=20, seed=0,
     )  # fmt: skip
 
 
