@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
-from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -26,21 +25,13 @@ from stca_jax.training.loss import LabelLoss, Loss, LossInputs, LossWeighting
 from stca_jax.training.optimizer import (
     OptimizerConfig,
     RowOptimizer,
-    RowSlots,
     dense_optimizer,
     row_optimizer,
     schedule,
 )
-from stca_jax.training.sharding import (
-    ShardingRules,
-    batch_shardings,
-    parameter_shardings,
-    shardings_like_parameters,
-)
+from stca_jax.training.sharding import ShardingRules, batch_shardings
+from stca_jax.training.state import TrainState, merge_ranker, split_ranker, state_shardings
 from stca_jax.training.table_rows import Tables, TouchedRows
-
-# Left to itself, a TPU stores tables narrower than 128 column by column, and turns them every step.
-_ROW_BY_ROW = Layout((0, 1))
 
 OnDivergence = Literal["stop", "skip"]
 Gradients = tuple[dict[str, Any], dict[str, Array]]  # of dense parameters, of touched rows
@@ -84,26 +75,6 @@ class TrainingConfig:
             raise ValueError(f"max_gradient_norm is {self.max_gradient_norm}; it must be positive")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that a step changes.
-
-    Attributes:
-      step: Steps taken.
-      dense: Parameters other than tables, nested by module.
-      tables: Rows of each embedding table, in the order of `stca_jax.training.table_rows`.
-      optimizer: optax state of the dense parameters.
-      table_optimizer: What the row-wise optimizer remembers, by table.
-    """
-
-    step: Int[Array, ""]
-    dense: dict[str, Any]
-    tables: dict[str, Float[Array, "V W"]]
-    optimizer: Any
-    table_optimizer: dict[str, RowSlots]
 
 
 class StepMetrics(NamedTuple):
@@ -153,22 +124,6 @@ class Predictions(NamedTuple):
     target_mask: Bool[Any, "R M"]
     user_id: Int[Any, "R M"]
     request_id: Int[Any, "R M"]
-
-
-def split_ranker(ranker: Ranker) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Array]]:
-    """Structure, dense parameters as nested dicts, and table rows by vocabulary."""
-    graph, params = nnx.split(ranker, nnx.Param)
-    dense = nnx.to_pure_dict(params)
-    tables = {name: t["rows"] for name, t in dense["embedding"].pop("tables").items()}
-    if not dense["embedding"]:
-        del dense["embedding"]
-    return graph, dense, tables
-
-
-def merge_ranker(graph: nnx.GraphDef, dense: Mapping[str, Any], tables: Tables) -> Ranker:
-    """The inverse of `split_ranker`; tables that are not read may have any rows."""
-    rows = {"tables": {name: {"rows": rows} for name, rows in tables.items()}}
-    return nnx.merge(graph, nnx.State({**dense, "embedding": rows}))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -314,7 +269,8 @@ class Program:
             ranker = merge_ranker(self._graph, dense, rows)
             inputs = LossInputs(ranker, batch, ranker.forward(batch, embedded), embedded, key)
             losses = {loss.name: loss(inputs, total_weights[loss.name]) for loss in self.losses}
-            return sum(loss.weight * losses[loss.name] for loss in self.losses), losses
+            weighted = [loss.weight * losses[loss.name] for loss in self.losses]
+            return functools.reduce(jnp.add, weighted), losses
 
         of_batch = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
         places = {name: t.places for name, t in touched.items()}
@@ -411,28 +367,8 @@ class Program:
 
     @functools.cached_property
     def _state_shardings(self) -> Any:
-        """Shardings of the state, and layouts of tables; optimizer slots lie like parameters."""
-        state = jax.eval_shape(self.initial_state)
-        by_path = parameter_shardings(self._abstract_ranker, self.mesh, self.rules)
-
-        def rows_of(table: str, array: Array) -> NamedSharding | Format:
-            """Of a table or its slots; first axes are rows."""
-            sharding = by_path[f"embedding/tables/{table}/rows"]
-            if array.ndim == 1:
-                return NamedSharding(self.mesh, PartitionSpec(*sharding.spec[:1]))
-            return Format(_ROW_BY_ROW, sharding)
-
-        shardings: dict[str, Any] = dict(
-            step=NamedSharding(self.mesh, PartitionSpec()),
-            dense=shardings_like_parameters(state.dense, by_path, self.mesh),
-            tables={name: rows_of(name, table) for name, table in state.tables.items()},
-            optimizer=shardings_like_parameters(state.optimizer, by_path, self.mesh),
-            table_optimizer={
-                name: {key: rows_of(name, slot) for key, slot in slots.items()}
-                for name, slots in state.table_optimizer.items()
-            },
-        )
-        return TrainState(**shardings)
+        abstract_state = jax.eval_shape(self.initial_state)
+        return state_shardings(abstract_state, self._abstract_ranker, self.mesh, self.rules)
 
 
 def _check_rows(num_rows: int, data: int, accumulate_steps: int) -> None:

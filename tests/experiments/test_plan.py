@@ -13,7 +13,7 @@ from experiments.configs import paper_133m, tiny
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
 from stca_jax.models.ranker import Ranker
-from stca_jax.training.train_step import split_ranker
+from stca_jax.training.state import split_ranker
 from stca_jax.training.trainer import experiment_program
 
 PAPER = "experiments/configs/paper_133m.py"
