@@ -65,8 +65,8 @@ from stca_jax.ops.encoder import encode_history
 from stca_jax.ops.reference import attention_weights
 from stca_jax.schema import Schema
 from stca_jax.training.checkpointing import Checkpointer
+from stca_jax.training.state import merge_ranker, split_ranker
 from stca_jax.training.table_rows import rows_by_id
-from stca_jax.training.train_step import merge_ranker, split_ranker
 from stca_jax.training.trainer import restore_for_evaluation, train
 
 print(jax.devices())

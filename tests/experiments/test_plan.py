@@ -15,7 +15,7 @@ from stca_jax.experiments.configs import paper_133m, tiny
 from stca_jax.experiments.plan import config_schema
 from stca_jax.models.ranker import Ranker
 from stca_jax.training import cross_compile
-from stca_jax.training.train_step import split_ranker
+from stca_jax.training.state import split_ranker
 from stca_jax.training.trainer import experiment_program
 
 PAPER = "experiments/configs/paper_133m.py"

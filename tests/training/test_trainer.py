@@ -27,11 +27,11 @@ def finished(tmp_path_factory, tiny_dataset):
     config = short(tiny.get_config())
     workdir = tmp_path_factory.mktemp("finished")
     programs = []
-    original = trainer.make_program
+    original = trainer.Program
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             trainer,
-            "make_program",
+            "Program",
             lambda *a, **k: programs.append(original(*a, **k)) or programs[0],
         )
         result = train(config, tiny_dataset, workdir)
