@@ -72,7 +72,8 @@ _MIN_HISTORY = flags.DEFINE_integer(
 )
 _REFERENCES = flags.DEFINE_bool("references", True, "Also score counting and logistic regression.")
 _SHOWN = (
-    "model", "length", "task", "auc", "auc_se", "gauc_user", "gauc_request", "log_loss", "calibration"
+    "model", "length", "task", "auc", "auc_se",
+    "gauc_user", "gauc_request", "log_loss", "calibration",
 )  # fmt: skip
 _log = logging.getLogger(__name__)
 
