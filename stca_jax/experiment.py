@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from stca_jax.evaluation.metrics import COUNTS, METRICS, SMALLER_IS_BETTER
+from stca_jax.evaluation.metrics import check_choice
 from stca_jax.input.pipeline import InputConfig
 from stca_jax.models.ranker import RankerConfig
 from stca_jax.training.checkpointing import CheckpointConfig
@@ -39,21 +39,15 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for lengths or numbers of requests below 1, or an unknown metric."""
-        if not self.lengths or min(self.lengths) < 1:
+        if not self.lengths or not all(n >= 1 for n in self.lengths):
             raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
         for name, least in {
             "min_history": 0, "max_requests": 1, "validation_length": 1, "validation_requests": 1,
         }.items():  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # NaN is refused
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
-        known = (*METRICS, *COUNTS)
-        if self.metric not in known:
-            raise ValueError(f"metric is {self.metric!r}; it must be one of {', '.join(known)}")
-        if self.larger_is_better and self.metric in SMALLER_IS_BETTER:
-            raise ValueError(
-                f"a smaller {self.metric} is better: set larger_is_better=false beside it"
-            )
+        check_choice(self.metric, larger_is_better=self.larger_is_better)
 
 
 @dataclasses.dataclass(frozen=True)

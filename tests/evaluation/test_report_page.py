@@ -9,7 +9,7 @@ import pytest
 
 from stca_jax import config as config_lib
 from stca_jax.errors import UserError
-from stca_jax.evaluation.report.charts import Line, lines_by_length, lines_by_step
+from stca_jax.evaluation.report.charts import Line, lines_by_length, lines_by_step, training_charts
 from stca_jax.evaluation.report.page import write_report
 from stca_jax.evaluation.report.runs import Selection, best_selection, load_run
 from stca_jax.experiments.configs import tiny
@@ -172,6 +172,23 @@ def test_test_split_is_shown_by_length_and_what_has_most_steps_by_step(tmp_path)
     run = load_run(workdir, "run")
     assert best_selection([run], None).split == "test"
     assert best_selection([run], None, across_steps=True).split == "validation"
+
+
+def test_every_validation_point_is_drawn_beside_one_table_of_many_lengths(tmp_path):
+    workdir = write_run(tmp_path / "run")
+    (workdir / "evaluation" / "checkpoints.jsonl").unlink()
+    rows = [{**TEST, "step": 40, "length": n, "model": "stca", "auc": 0.6} for n in LENGTHS]
+    write_lines(workdir / "evaluation" / "test-40.jsonl", rows)
+    write_lines(
+        workdir / "metrics.jsonl",
+        [{"step": s, "train/loss": 1 / s, "validation/auc": 0.7} for s in (20, 40)],
+    )
+    run = load_run(workdir, "run")
+    selection = best_selection([run], None, across_steps=True)
+    (line,) = lines_by_step([run], selection, None, "auc", in_minutes=False)
+    assert (line.x, line.y) == ([20, 40], [0.7, 0.7])
+    (loss,) = training_charts([run])
+    assert loss.lines == [Line("run", [20, 40], [1 / 20, 1 / 40])]
 
 
 def test_training_s_own_validation_stands_in(tmp_path):

@@ -125,10 +125,18 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
         ]
         if points:
             lines.append(Line(run.name, [p[0] for p in points], [p[1] for p in points]))
+    losses = [line for run in runs[:MAX_LINES] if (line := _training_loss(run)).x]
+    of_loss = Chart("training_loss", "Training loss", "Means of the logged steps.",
+                    "training step", "loss (nats)", losses)  # fmt: skip
     caption = "The time of validation and of checkpoints is included."
     title, labels = "Training throughput", ("training step", "history tokens / s")
     chart = Chart("throughput", title, caption, *labels, lines, from_zero=True)
-    return [chart] if lines else []
+    return [made for made in (of_loss, chart) if made.lines]
+
+
+def _training_loss(run: Run) -> Line:
+    points = [(r["step"], r["train/loss"]) for r in run.lines if r.get("train/loss") is not None]
+    return Line(run.name, [x for x, _ in points], [y for _, y in points])
 
 
 def lines_by_length(

@@ -164,7 +164,9 @@ def best_selection(
         found = steps[selection]
         num_runs = len({name for name, *_ in found})
         is_test = selection.split == "test"
-        return (num_runs, *((len(found), is_test) if across_steps else (is_test, len(found))))
+        num_steps = len({(name, step) for name, step, _ in found})  # whatever the lengths
+        by_step = (num_steps, len(found), is_test)
+        return (num_runs, *(by_step if across_steps else (is_test, len(found))))
 
     return max(steps, key=rank)
 
