@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import launch
-from experiments.benchmarks import timing
+from stca_jax.experiments import launch
+from stca_jax.experiments.benchmarks import timing
 from stca_jax.ops.attention import AttentionOptions, cheaper_order, history_layer
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.tiles import BlockSizes

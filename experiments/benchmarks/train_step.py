@@ -22,8 +22,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array
 
-from experiments import launch
-from experiments.benchmarks import sequence_modules, timing
+from stca_jax.experiments import launch
+from stca_jax.experiments.benchmarks import sequence_modules, timing
 from stca_jax.ops.attention import (
     AttentionOptions,
     cheaper_order,

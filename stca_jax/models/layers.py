@@ -38,6 +38,16 @@ def parameter(
     return nnx.Param(init(rngs.params(), shape), logical_axes=logical_axes)
 
 
+def is_matrix(name: str, parameter: Any) -> bool:
+    """Whether a parameter multiplies activations: no scale, bias, sink, rate, or table.
+
+    Args:
+      name: Its attribute's; `rows` is a table, and what ends with `bias` is added.
+      parameter: Anything with a number of dimensions.
+    """
+    return parameter.ndim > 1 and name != "rows" and not name.endswith("bias")
+
+
 def zeros(key: Array, shape: tuple[int, ...]) -> Array:
     """All zeros; takes a key to be an `Initializer`."""
     del key

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -70,7 +70,7 @@ class RankerConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a decay that is not positive."""
-        if self.match_decay_days <= 0:
+        if not self.match_decay_days > 0:
             raise ValueError(f"match_decay_days is {self.match_decay_days}; it must be positive")
         if min(self.match_time_scales_days, default=1) <= 0:
             raise ValueError(
@@ -116,6 +116,20 @@ def paper_config(sequence: StcaConfig | None = None) -> RankerConfig:
         embedding=EmbeddingConfig(time_delta=True, recency_index=True),
         match_channel=False,
     )
+
+
+class RankerOutput(NamedTuple):
+    """What the model makes of a batch.
+
+    Attributes:
+      logits: float32; padding slots hold finite numbers without meaning.
+      tokens: History tokens, zero where no range covers them.
+      targets: Target tokens x_t.
+    """
+
+    logits: Float[Array, "R M tasks"]
+    tokens: Float[Array, "R L D"]
+    targets: Float[Array, "R M D"]
 
 
 class Ranker(nnx.Module):
@@ -166,7 +180,15 @@ class Ranker(nnx.Module):
         batch: RequestBatch,
         embedded: Mapping[str, Mapping[str, Float[Array, "R N width"]]] | None = None,
     ) -> Float[Array, "R M tasks"]:
-        """Logits in float32; padding slots hold finite numbers without meaning.
+        """The logits of `forward`, with the same arguments."""
+        return self.forward(batch, embedded).logits
+
+    def forward(
+        self,
+        batch: RequestBatch,
+        embedded: Mapping[str, Mapping[str, Float[Array, "R N width"]]] | None = None,
+    ) -> RankerOutput:
+        """Logits and tokens.
 
         Args:
           batch: What to score.
@@ -193,6 +215,9 @@ class Ranker(nnx.Module):
         history_parts = self.embedding(batch.history, self.history_names, embedded.get("history"))
         fuse = recomputed(self.history_fusion, self.config.remat != "none")
         tokens = fuse(_cast(history_parts + self.time_features(batch), dtype))
+        # Row 0 of a table and a fusion with biases are not zero, though padding's features are.
+        covered = batch.ranges.covered(batch.row_length)
+        tokens = jnp.where(covered[..., None], tokens, 0)
         targets = self.target_fusion(_cast(target_parts, dtype))
         gathered = self.sequence(
             SequenceInput(
@@ -215,8 +240,9 @@ class Ranker(nnx.Module):
             for name in self.token_names
         ]
         R, M, W = mixer_tokens[0].shape
-        mixed = self.backbone(jnp.stack(mixer_tokens).reshape(-1, R * M, W))
-        return self.head(mixed.reshape(R, M, W).astype(jnp.float32))
+        mixed = self.backbone(jnp.stack(mixer_tokens).reshape(len(mixer_tokens), R * M, W))
+        logits = self.head(mixed.reshape(R, M, W).astype(jnp.float32))
+        return RankerOutput(logits, tokens, targets)
 
     def _num_statistics(self) -> int:
         if not self.config.match_channel:

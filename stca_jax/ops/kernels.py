@@ -199,7 +199,7 @@ def mask_scores(
 def softmax_step(
     score: Float[Array, "t C"], peak: Float[Array, "1 C"], total: Float[Array, "1 C"]
 ) -> tuple[Float[Array, "t C"], Float[Array, "1 C"], Float[Array, "1 C"], Float[Array, "1 C"]]:
-    """TokenWeights of a tile, factor for what was summed before, and the new maximum and sum."""
+    """Weights of a tile, factor for what was summed before, and the new maximum and sum."""
     new_peak = jnp.maximum(peak, score.max(0, keepdims=True))
     weight = jnp.exp(score - new_peak)
     rescale = jnp.exp(peak - new_peak)
