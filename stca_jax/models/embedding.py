@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,10 @@ class EmbeddingConfig:
         larger ones over all devices.
       time_delta: Embed request time - event time (log-spaced buckets). Needs rows of exclusive
         history, since the feature depends on the request.
+      initialization: What rows start from: "random", or "cooccurrence", a factorisation of which
+        ids occur together in the training-time histories (`stca_jax.input.cooccurrence`): the whole
+        row of a side feature, and half of an item's, the other half staying random so that every
+        item is told from any other. A trainer does it; a model made by hand starts at random.
       linear_path: Add to a token a linear map of each side feature, x = e_item + sum_f e_f W_f +
         SwiGLU(...): of small entries the SwiGLU alone is a quadratic form, in which a side feature
         moves a token by a hundredth of what its item does. A feature of both history and target
@@ -43,6 +48,7 @@ class EmbeddingConfig:
     time_delta: bool = False
     recency_index: bool = False
     linear_path: bool = False
+    initialization: Literal["random", "cooccurrence"] = "random"
 
     def __post_init__(self) -> None:
         """Raises ValueError for widths below 1."""

@@ -132,6 +132,22 @@ class RankerOutput(NamedTuple):
     targets: Float[Array, "R M D"]
 
 
+def similarity_config(sequence: StcaConfig | None = None) -> RankerConfig:
+    """The preset `similarity`: what lets the attention find what is like the target.
+
+    Skip paths, linear paths of side features, tables that start from co-occurrence, and the
+    complete match channel; each is measured in docs/similarity.md.
+
+    Args:
+      sequence: Shape of the sequence module; its skip paths are switched on.
+    """
+    return RankerConfig(
+        sequence=dataclasses.replace(sequence or StcaConfig(), skip_paths=True),
+        embedding=EmbeddingConfig(linear_path=True, initialization="cooccurrence"),
+        match_time_scales_days=(1.0, 7.0, 28.0, 90.0),
+    )
+
+
 class Ranker(nnx.Module):
     """Scores every target of a batch; one logit per task."""
 

@@ -31,6 +31,7 @@ from stca_jax.training.flops import chip_of, model_flops
 from stca_jax.training.metrics_writer import MetricsWriter
 from stca_jax.training.monitoring import PhaseClock, Profiler, device_memory
 from stca_jax.training.sharding import MeshConfig, device_batch, input_share, make_mesh
+from stca_jax.training.table_start import start_from_cooccurrence
 from stca_jax.training.train_step import Program, StepMetrics, TrainingConfig, TrainState
 
 _MOST_SKIPPED = 50  # steps in a row; a run that skips more learns nothing
@@ -77,7 +78,7 @@ def train(
     checkpointer = Checkpointer(workdir, config.checkpoint)
     restored = checkpointer.restore_latest(program.abstract_state)
     if restored is None:
-        step, state = 0, program.initialize()
+        step, state = 0, initial_state(config, dataset, program)
     else:
         step, state, position = restored
         batches.set_state(position)
@@ -202,6 +203,17 @@ def count_steps(config: ExperimentConfig, dataset: RequestDataset) -> int:
         if config.training.max_steps and num_steps >= config.training.max_steps:
             return config.training.max_steps
     return num_steps
+
+
+def initial_state(
+    config: ExperimentConfig, dataset: RequestDataset, program: Program
+) -> TrainState:
+    """The state before the first step, tables included."""
+    state = program.initialize()
+    if config.model.embedding.initialization == "cooccurrence":
+        tables = start_from_cooccurrence(state.tables, config, dataset)
+        state = dataclasses.replace(state, tables=tables)
+    return state
 
 
 def experiment_program(

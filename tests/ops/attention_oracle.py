@@ -45,7 +45,8 @@ class Case(NamedTuple):
 
 def make_case(
     start: Any, end: Any, L: int, *, H: int = 2, K: int = 4, D: int = 8, fused: bool = False,
-    skip: bool = False, score: bool = False, logit_scale: float = 1.0, seed: int = 0, garbage: float = np.nan,
+    skip: bool = False, score: bool = False, logit_scale: float = 1.0, seed: int = 0,
+    garbage: float = np.nan,
 ) -> Case:  # fmt: skip
     """Random inputs for the given ranges, with `garbage` in every token that no range covers."""
     rng = np.random.default_rng(seed)
