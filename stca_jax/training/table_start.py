@@ -59,4 +59,5 @@ def _start(
             mixed = jnp.concatenate([random, known * math.sqrt(0.5)], -1)
         return jnp.where((known != 0).any(-1, keepdims=True), mixed, table)
 
-    return jax.jit(mix, out_shardings=table.format)  # type: ignore[attr-defined](table, sharded)
+    as_before = table.format  # type: ignore[attr-defined]  # sharding and layout
+    return jax.jit(mix, out_shardings=as_before)(table, sharded)
