@@ -39,13 +39,12 @@ from data.preparation import prepare
 from experiments import launch
 from stca_jax.batch import RequestBatch, empty_batch
 from stca_jax.errors import UserError
-from stca_jax.experiment import ExperimentConfig
+from stca_jax.experiment import ExperimentConfig, experiment_program
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.schema import Schema
 from stca_jax.training.flops import CHIPS, Chip, model_flops, step_traffic
 from stca_jax.training.sharding import make_mesh
 from stca_jax.training.train_step import Program
-from stca_jax.training.trainer import experiment_program
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, h100:8, …", required=True)
 _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices or nodes of that topology.", 1)

@@ -16,8 +16,8 @@ from stca_jax import config as config_lib
 from stca_jax.errors import UserError
 from stca_jax.evaluation.evaluator import Row
 from stca_jax.evaluation.report import Chart, Line, load_run, mean_line
-from stca_jax.evaluation.tables import read_json_lines
 from stca_jax.experiment import ExperimentConfig
+from stca_jax.files import read_json_lines
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.length import BetaLength
 from stca_jax.input.pipeline import InputConfig, epoch_fill

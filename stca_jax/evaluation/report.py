@@ -22,8 +22,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stca_jax.errors import UserError
-from stca_jax.evaluation.tables import read_json_lines
-from stca_jax.training.checkpointing import read_best
+from stca_jax.evaluation.best import read_best
+from stca_jax.files import read_json_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
