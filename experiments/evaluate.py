@@ -78,7 +78,7 @@ _log = logging.getLogger(__name__)
 
 def main() -> int:
     """Evaluates one checkpoint, or each as it comes."""
-    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    workdir = launch.local_path("workdir", _WORKDIR.value)
     if _WATCH.value and jax.process_count() > 1:
         raise UserError("--watch is one process: leave out --coordinator and --distributed")
     return watch(workdir) if _WATCH.value else evaluate_once(workdir)

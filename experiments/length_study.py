@@ -77,7 +77,7 @@ _log = logging.getLogger(__name__)
 def main() -> int:
     """Runs what is missing."""
     base = launch.load_config()
-    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    workdir = launch.local_path("workdir", _WORKDIR.value)
     dataset = RequestDataset(prepare(base.dataset, launch.DATA_DIR.value))
     if len(dataset.schema.tasks) > 1:
         raise UserError(

@@ -12,7 +12,6 @@ Exit status: 0 finished, 1 an error, 143 after SIGTERM and 130 after Ctrl-C, bot
 from __future__ import annotations
 
 import logging
-import pathlib
 
 from absl import flags
 
@@ -32,7 +31,7 @@ _log = logging.getLogger(__name__)
 def main() -> int:
     """Prepares the dataset on first use, then trains."""
     config = launch.load_config()
-    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    workdir = launch.local_path("workdir", _WORKDIR.value)
     dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
     result = train(config, dataset, workdir)
     if result.signal is not None:

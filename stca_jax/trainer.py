@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import pathlib
 import signal
+from collections.abc import Callable
 
 import jax
 
@@ -24,7 +25,7 @@ from stca_jax.training.monitoring import Profiler
 from stca_jax.training.recent_steps import RecentSteps
 from stca_jax.training.sharding import device_batch, input_share
 from stca_jax.training.signals import SharedSignal, Signals
-from stca_jax.workdir import check_workdir, save_config
+from stca_jax.workdir import check_workdir, locked, save_config
 
 _log = logging.getLogger(__name__)
 
@@ -55,9 +56,20 @@ def train(
       workdir: Created if missing; see `stca_jax.training.checkpointing` for what it holds.
 
     Raises:
-      UserError: the workdir belongs to another config, a record file is damaged, the disk is full,
+      UserError: another process trains into the workdir, its path cannot hold checkpoints, it
+        belongs to another config, a record file is damaged, the disk is full,
         or a step diverged and `training.on_divergence` is "stop" (or fifty in a row did).
     """
+    with locked(workdir) as check_lock:
+        return _train(config, dataset, workdir, check_lock)
+
+
+def _train(
+    config: ExperimentConfig,
+    dataset: RequestDataset,
+    workdir: pathlib.Path,
+    check_lock: Callable[[], None],
+) -> TrainingResult:
     check_workdir(workdir, config)
     num_steps = count_steps(config, dataset)
     program = experiment_program(config, dataset.schema, num_steps)
@@ -126,6 +138,7 @@ def train(
                 recent.report(writer, everything=is_saving)
                 clock.lap("step")
                 if is_saving:
+                    check_lock()
                     writer.flush()  # a power loss leaves no checkpoint without the metrics before
                     checkpointer.save(state, step, element.state)
                     clock.lap("checkpoint")

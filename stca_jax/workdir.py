@@ -1,31 +1,99 @@
-"""The working directory of a run: its config, and its checkpoints as others read them.
+"""The working directory of a run: its config, its lock, and its checkpoints as others read them.
 
-WORKDIR/
-config.json                the config of the run
-checkpoints/               see `stca_jax.training.checkpointing`
-metrics.jsonl, events.*    see `stca_jax.training.metrics_writer`
-best.json                  see `stca_jax.evaluation.best`
-evaluation/                see `experiments.evaluate`
+    WORKDIR/
+      config.json                the config of the run
+      training.lock              while a training runs; see `stca_jax.lock`
+      checkpoints/               see `stca_jax.training.checkpointing`
+      metrics.jsonl, events.*    see `stca_jax.training.metrics_writer`
+      best.json                  see `stca_jax.evaluation.best`
+      evaluation/                see `experiments.evaluate`
+
+Any local path will do, but for some characters that `check_path` names.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
+import os
 import pathlib
+import re
+from collections.abc import Callable, Iterator
 
 from stca_jax import config as config_lib
 from stca_jax.errors import UserError
 from stca_jax.experiment import FREE_TO_CHANGE, ExperimentConfig, experiment_program
 from stca_jax.files import write_json
 from stca_jax.input.dataset import RequestDataset
+from stca_jax.lock import WorkdirLock
 from stca_jax.training.checkpointing import Checkpointer
-from stca_jax.training.distributed import is_main_process
+from stca_jax.training.distributed import is_main_process, on_all_processes
 from stca_jax.training.sharding import MeshConfig, make_mesh
 from stca_jax.training.train_step import Program, TrainState
 
 _log = logging.getLogger(__name__)
+
+
+_WILDCARDS = "*?[]\\"  # Orbax lists a checkpoint's files by patterns
+_LONGEST_PATH = 4_096 - 400  # bytes; a checkpoint's files lie below
+
+
+def check_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The directory that a path names, if checkpoints can be written there and read again.
+
+    Raises:
+      UserError: it has a scheme, is too long, or holds a character that does not work.
+    """
+    text = os.fspath(path)
+    if re.match(r"[A-Za-z][\w+.-]*:/", text):
+        raise UserError(
+            f"{text!r} is not a local directory: mount the bucket or share and give the path of "
+            "the mount"
+        )
+    local = pathlib.Path(text).expanduser()
+    absolute = str(local.absolute())
+    wrong = sorted(set(absolute) & set(_WILDCARDS))
+    if wrong:
+        raise UserError(
+            f"checkpoints in {absolute!r} could not be read again, because of {' '.join(wrong)} in "
+            "the path: use a directory without the characters * ? [ ] \\"
+        )
+    try:
+        size = len(absolute.encode())
+    except UnicodeEncodeError:
+        raise UserError(f"{absolute!r} is not valid Unicode: use another directory") from None
+    if size > _LONGEST_PATH:
+        raise UserError(
+            f"the path {absolute[:60]}… has {size} bytes, and those of checkpoints would exceed "
+            f"what the system allows: use one of at most {_LONGEST_PATH}"
+        )
+    return local
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[Callable[[], None]]:
+    """Keeps other trainings out of a work directory; the main process of a job holds the lock.
+
+    Yields:
+      Called before writing: raises UserError if another training took the directory over.
+
+    Raises:
+      UserError: another process trains into it, or the path cannot hold checkpoints.
+    """
+    check_path(workdir)
+    lock = WorkdirLock(workdir)
+    error: UserError | OSError | None = None
+    with contextlib.ExitStack() as held:
+        if is_main_process():
+            try:
+                held.enter_context(lock)
+            except (UserError, OSError) as raised:
+                error = raised
+        if not on_all_processes(error is None):
+            raise error or UserError(f"the main process cannot train into {workdir}; it says why")
+        yield lock.check if is_main_process() else lambda: None
 
 
 def check_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
-from stca_jax.workdir import check_workdir, load_workdir_config, save_config
+from stca_jax.workdir import check_path, check_workdir, load_workdir_config, save_config
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,26 @@ def test_config_of_an_older_version_is_read_and_said_so(tiny_config, tmp_path, c
     path.write_text(json.dumps(data | {"gone": 1}))
     with pytest.raises(UserError, match="has no field 'gone'"):
         load_workdir_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gs://bucket/run", "not a local directory"),
+        ("s3:/bucket/run", "not a local directory"),
+        ("/tmp/run[1]", r"because of \[ \]"),
+        ("/tmp/a*b", r"because of \*"),
+        ("/tmp/what?", r"because of \?"),
+        ("/tmp/a\\b", "because of"),
+        ("/tmp/\udcff", "not valid Unicode"),
+        ("/tmp/" + "long/" * 800, "at most 3696"),
+    ],
+)
+def test_path_that_cannot_hold_checkpoints_is_refused(path, message):
+    with pytest.raises(UserError, match=message):
+        check_path(path)
+
+
+def test_other_characters_are_taken(tmp_path):
+    for name in ("a {b} %20 #c", "ünï日本", "a\nb", "a:b", "it's", "$HOME"):
+        assert check_path(tmp_path / name) == tmp_path / name
