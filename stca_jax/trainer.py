@@ -16,7 +16,7 @@ from stca_jax.evaluation.best import marked_steps
 from stca_jax.evaluation.validation import Validation
 from stca_jax.experiment import ExperimentConfig, count_steps, experiment_program
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import make_input
+from stca_jax.input.pipeline import RequestIterator, make_input
 from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.training.distributed import is_main_process
 from stca_jax.training.flops import model_flops
@@ -25,6 +25,7 @@ from stca_jax.training.monitoring import Profiler
 from stca_jax.training.recent_steps import RecentSteps
 from stca_jax.training.sharding import device_batch, input_share
 from stca_jax.training.signals import SharedSignal, Signals
+from stca_jax.training.train_step import Program, TrainState
 from stca_jax.workdir import check_workdir, locked, save_config
 
 _log = logging.getLogger(__name__)
@@ -85,13 +86,7 @@ def _train(
             workdir, config.checkpoint, kept=lambda: marked_steps(workdir)
         ) as checkpointer,
     ):
-        restored = checkpointer.restore_latest(program.abstract_state)
-        if restored is None:
-            step, state = 0, program.initialize()
-        else:
-            step, state, position = restored
-            batches.set_state(position)
-            _log.info("restored step %d of %s", step, workdir)
+        step, state = _start(checkpointer, program, batches)
         lacks_validation = (
             step > 0 and _is_due(config, step, num_steps) and not validation.has_run(step)
         )
@@ -146,6 +141,19 @@ def _train(
                     validation.run(program, state, step, writer)
                     clock.lap("validation")
         return TrainingResult(step, num_steps, stopped_by)
+
+
+def _start(
+    checkpointer: Checkpointer, program: Program, batches: RequestIterator
+) -> tuple[int, TrainState]:
+    """The step and state to go on from; the batches that follow are set to come."""
+    restored = checkpointer.restore_latest(program.abstract_state)
+    if restored is None:
+        return 0, program.initialize()
+    step, state, position = restored
+    batches.set_state(position)
+    _log.info("restored step %d of %s", step, checkpointer.workdir)
+    return step, state
 
 
 def _is_due(config: ExperimentConfig, step: int, num_steps: int) -> bool:
