@@ -2,7 +2,7 @@
 
 import pytest
 
-from stca_jax.experiment import EvaluationConfig
+from stca_jax.evaluation.evaluator import EvaluationConfig
 
 
 @pytest.mark.parametrize(
