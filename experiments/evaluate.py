@@ -37,9 +37,11 @@ from absl import flags
 from data.preparation import prepare
 from experiments import launch
 from experiments.references import reference_rows
-from stca_jax.errors import UserError
+from stca_jax.errors import UserError, first_line
+from stca_jax.evaluation.best import Criterion, read_best
 from stca_jax.evaluation.checkpoint_watcher import CheckpointWatcher, RowLog, mark_best_checkpoint
 from stca_jax.evaluation.evaluator import (
+    EvaluationConfig,
     Row,
     evaluate_split,
     metric_rows,
@@ -47,12 +49,12 @@ from stca_jax.evaluation.evaluator import (
     selection_columns,
 )
 from stca_jax.evaluation.tables import add_rows, format_table, write_table
-from stca_jax.experiment import EvaluationConfig, ExperimentConfig
+from stca_jax.experiment import ExperimentConfig, count_steps
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.training.checkpointing import Checkpointer, first_line, read_best
+from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.training.distributed import is_main_process
 from stca_jax.training.train_step import Program, TrainState
-from stca_jax.training.trainer import count_steps, load_workdir_config, restore_for_evaluation
+from stca_jax.workdir import load_workdir_config, restore_for_evaluation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 _LENGTHS = flags.DEFINE_list("lengths", None, "History lengths; by default the config's.")
@@ -93,7 +95,7 @@ def evaluate_once(workdir: pathlib.Path) -> int:
     split = _SPLIT.value or "test"
     dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
     program, state = restore_for_evaluation(config, dataset, workdir, step)
-    selection = selection_columns(config, split)
+    selection = selection_columns(config.evaluation, split)
     rows: list[Row] = []
     failure = ""
     if _REFERENCES.value:
@@ -103,7 +105,9 @@ def evaluate_once(workdir: pathlib.Path) -> int:
         except Exception as error:  # the model is scored all the same
             failure = f"references: {first_line(error)}"
             _log.error("%s", failure)
-    rows += score_lengths(program, state, dataset, config, split=split, step=step)
+    rows += score_lengths(
+        program, state, dataset, config.input, config.evaluation, split=split, step=step
+    )
     if not is_main_process():
         return 0
     directory = workdir / "evaluation"
@@ -128,7 +132,7 @@ def watch(workdir: pathlib.Path) -> int:
     settings = config.evaluation
     split = _SPLIT.value or "validation"
     dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
-    selection = selection_columns(config, split)
+    selection = selection_columns(config.evaluation, split)
     log = RowLog(workdir / "evaluation" / "checkpoints.jsonl")
     program: Program | None = None  # one for all checkpoints, so that each length compiles once
     failures: list[str] = []
@@ -151,9 +155,10 @@ def watch(workdir: pathlib.Path) -> int:
         predictions = evaluate_split(
             *restored,
             dataset,
-            config,
+            config.input,
             split=split,
             length=length,
+            min_history=settings.min_history,
             max_requests=settings.max_requests,
         )
         tasks = dataset.schema.tasks
@@ -169,15 +174,11 @@ def watch(workdir: pathlib.Path) -> int:
         score=score,
     )
 
+    criterion = Criterion(settings.metric, split, max(settings.lengths), settings.larger_is_better)
+
     def mark_best() -> None:
         if split == "validation":
-            mark_best_checkpoint(
-                workdir,
-                watcher.rows(),
-                metric=settings.metric,
-                length=max(settings.lengths),
-                larger_is_better=settings.larger_is_better,
-            )
+            mark_best_checkpoint(workdir, watcher.rows(), criterion)
 
     failures += watcher.run(
         num_steps=count_steps(config, dataset), timeout=_TIMEOUT.value, after_row=mark_best
@@ -204,7 +205,7 @@ def _add_references(
     log: RowLog, config: ExperimentConfig, dataset: RequestDataset, split: str
 ) -> None:
     """Adds the references' rows that the log lacks, unless another job is at it."""
-    selection = selection_columns(config, split)
+    selection = selection_columns(config.evaluation, split)
     with log.claim("-".join(map(str, [*selection.values(), "references"]))) as is_mine:
         done = {
             row["length"]

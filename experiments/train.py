@@ -19,7 +19,7 @@ from absl import flags
 from data.preparation import prepare
 from experiments import launch
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.training.trainer import train
+from stca_jax.trainer import train
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run: checkpoints, metrics, config.", required=True

@@ -1,93 +1,23 @@
-"""The config of one experiment: everything that a run needs to be made again."""
+"""One experiment: the config that a run needs to be made again, and what is built from it."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from stca_jax.evaluation.metrics import check_choice
-from stca_jax.input.pipeline import InputConfig
+from jax.sharding import Mesh
+
+from stca_jax.batch import empty_batch
+from stca_jax.evaluation.evaluator import EvaluationConfig
+from stca_jax.input.dataset import RequestDataset
+from stca_jax.input.pipeline import InputConfig, count_batches
 from stca_jax.models.ranker import RankerConfig
+from stca_jax.schema import Schema
 from stca_jax.training.checkpointing import CheckpointConfig
-from stca_jax.training.loss import LossWeighting
 from stca_jax.training.metrics_writer import WandbConfig
 from stca_jax.training.monitoring import ProfileConfig
 from stca_jax.training.optimizer import OptimizerConfig
-from stca_jax.training.sharding import MeshConfig
-from stca_jax.training.train_step import OnDivergence
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """How long to train, and what to report.
-
-    Attributes:
-      num_epochs: Passes over the training requests.
-      max_steps: Stop earlier, after this many steps; the schedule ends there too.
-      loss_weighting: "target" is the per-impression objective; see `stca_jax.training.loss`.
-      accumulate_steps: Micro-batches that a batch is cut into, one after the other in the memory of
-        one; the update is that of the whole batch.
-      on_divergence: What to do about a step that is not finite, or exceeds `max_gradient_norm`:
-        "stop" the run, or "skip" the update and count it. Fifty such steps in a row stop the run in
-        any case.
-      max_gradient_norm: Largest norm of the dense gradient that is not taken for a spike.
-      ema_decay: Evaluate an exponential moving average of the dense parameters; 0 keeps none.
-      log_every_steps: Steps whose mean is one line of the metrics file.
-    """
-
-    num_epochs: int = 1
-    max_steps: int | None = None
-    loss_weighting: LossWeighting = "target"
-    accumulate_steps: int = 1
-    on_divergence: OnDivergence = "stop"
-    max_gradient_norm: float | None = None
-    ema_decay: float = 0.0
-    log_every_steps: int = 50
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values outside their range."""
-        for name in ("num_epochs", "max_steps", "accumulate_steps", "log_every_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.max_gradient_norm is not None and self.max_gradient_norm <= 0:
-            raise ValueError(f"max_gradient_norm is {self.max_gradient_norm}; it must be positive")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """Which requests to score, and at which history lengths.
-
-    Attributes:
-      lengths: History lengths of the final evaluation, in events.
-      min_history: Only requests with at least this many earlier events, whatever the length.
-      max_requests: At most this many requests, drawn at random once; None is all of them.
-      validation_length: History length of the validation at each checkpoint of a training run.
-      validation_requests: The same limit for that validation.
-      metric: Column that chooses the best checkpoint on the validation split.
-      larger_is_better: Whether a larger value of the metric is better.
-    """
-
-    lengths: tuple[int, ...] = (50, 100, 200, 500, 1_000, 2_000, 4_000)
-    min_history: int = 0
-    max_requests: int | None = None
-    validation_length: int = 1_000
-    validation_requests: int | None = 2_000
-    metric: str = "auc"
-    larger_is_better: bool = True
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for lengths or numbers of requests below 1, or an unknown metric."""
-        if not self.lengths or not all(n >= 1 for n in self.lengths):
-            raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
-        for name, least in {
-            "min_history": 0, "max_requests": 1, "validation_length": 1, "validation_requests": 1,
-        }.items():  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value >= least:  # NaN is refused
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
-        check_choice(self.metric, larger_is_better=self.larger_is_better)
+from stca_jax.training.sharding import MeshConfig, make_mesh
+from stca_jax.training.train_step import Program, TrainingConfig, make_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,3 +64,50 @@ FREE_TO_CHANGE = (
     "training.log_every_steps",
     "wandb",
 )
+
+
+def count_steps(config: ExperimentConfig, dataset: RequestDataset) -> int:
+    """Steps of the whole run: plans its epochs, without reading a record."""
+    num_steps = 0
+    for epoch in range(config.training.num_epochs):
+        num_steps += count_batches(dataset, config.input, epoch)
+        if config.training.max_steps and num_steps >= config.training.max_steps:
+            return config.training.max_steps
+    return num_steps
+
+
+def experiment_program(
+    config: ExperimentConfig, schema: Schema, num_steps: int, mesh: Mesh | None = None
+) -> Program:
+    """The experiment's compiled functions.
+
+    Args:
+      config: The experiment.
+      schema: Of its dataset.
+      num_steps: Length of the learning-rate schedule.
+      mesh: By default the configured one, of all devices.
+
+    Raises:
+      UserError: the mesh does not fit the devices, the batch or the model.
+    """
+    shapes = empty_batch(
+        schema,
+        config.input.rows_per_batch,
+        config.input.row_length,
+        config.input.targets_per_row,
+        shared_history=config.input.rows == "user",
+    )
+    return make_program(
+        config.model,
+        schema,
+        config.optimizer,
+        mesh or make_mesh(config.mesh),
+        shapes,
+        num_steps=num_steps,
+        seed=config.seed,
+        loss_weighting=config.training.loss_weighting,
+        accumulate_steps=config.training.accumulate_steps,
+        on_divergence=config.training.on_divergence,
+        max_gradient_norm=config.training.max_gradient_norm,
+        ema_decay=config.training.ema_decay,
+    )

@@ -10,8 +10,9 @@ Measured: 18 minutes of training on a busy machine, 2 cores of an AMD EPYC serve
 import dataclasses
 
 from experiments.configs import complete_journey
-from stca_jax.experiment import ExperimentConfig, TrainingConfig
+from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import BetaLength
+from stca_jax.training.train_step import TrainingConfig
 
 
 def get_config() -> ExperimentConfig:

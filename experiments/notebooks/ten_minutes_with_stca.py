@@ -64,10 +64,11 @@ from stca_jax.ops.attention import history_layer
 from stca_jax.ops.encoder import encode_history
 from stca_jax.ops.reference import attention_weights
 from stca_jax.schema import Schema
+from stca_jax.trainer import train
 from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.training.table_rows import rows_by_id
 from stca_jax.training.train_step import merge_ranker, split_ranker
-from stca_jax.training.trainer import restore_for_evaluation, train
+from stca_jax.workdir import restore_for_evaluation
 
 print(jax.devices())
 
@@ -180,7 +181,14 @@ program, state = restore_for_evaluation(config, dataset, pathlib.Path(WORKDIR), 
 auc = {}
 for length in LENGTHS:
     predictions = evaluate_split(
-        program, state, dataset, config, split="test", length=length, max_requests=TEST_REQUESTS
+        program,
+        state,
+        dataset,
+        config.input,
+        split="test",
+        length=length,
+        min_history=config.evaluation.min_history,
+        max_requests=TEST_REQUESTS,
     )
     auc[length] = metric_rows(predictions, dataset.schema.tasks)[0]["auc"]
 

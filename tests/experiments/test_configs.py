@@ -11,9 +11,9 @@ from flax import nnx
 import experiments.configs
 from stca_jax.config import apply_overrides, validate
 from stca_jax.device_plan import abstract_batch
+from stca_jax.experiment import experiment_program
 from stca_jax.models.ranker import Ranker
 from stca_jax.training.train_step import split_ranker
-from stca_jax.training.trainer import experiment_program
 
 FOLDER = pathlib.Path(experiments.configs.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")

@@ -14,10 +14,11 @@ from processes import REPOSITORY, run, start, wait_until
 from sklearn.metrics import roc_auc_score
 
 from data.synthetic_interests import generator
+from stca_jax.evaluation.best import read_best
 from stca_jax.evaluation.evaluator import evaluate_split, metric_rows
 from stca_jax.input.records import SPLITS
-from stca_jax.training.checkpointing import Checkpointer, read_best
-from stca_jax.training.trainer import load_workdir_config, restore_for_evaluation
+from stca_jax.training.checkpointing import Checkpointer
+from stca_jax.workdir import load_workdir_config, restore_for_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,14 @@ def test_watching_adds_each_row_once_and_marks_the_best(workdir, data_dir, tmp_p
 
     at_longest = {row["step"]: row["auc"] for row in scored if row["length"] == 300}
     best = max(at_longest, key=at_longest.__getitem__)
-    assert read_best(copy) == {"step": best, "metric": "auc@300", "value": at_longest[best]}
+    assert read_best(copy) == {
+        "step": best,
+        "value": at_longest[best],
+        "metric": "auc",
+        "split": "validation",
+        "length": 300,
+        "last_step": 12,
+    }
 
     arguments = ["--lengths=16,300", "--split=validation", "--step=12"]
     assert evaluate(copy, data_dir, *arguments)[0] == 0
@@ -177,9 +185,10 @@ def offline_rows(workdir, dataset, step):
                 program,
                 state,
                 dataset,
-                config,
+                config.input,
                 split="validation",
                 length=length,
+                min_history=config.evaluation.min_history,
                 max_requests=config.evaluation.max_requests,
             ),
             dataset.schema.tasks,

@@ -13,10 +13,10 @@ from experiments.plan import config_schema
 from stca_jax import device_plan
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
+from stca_jax.experiment import experiment_program
 from stca_jax.models.ranker import Ranker
 from stca_jax.training import cross_compile
 from stca_jax.training.train_step import split_ranker
-from stca_jax.training.trainer import experiment_program
 
 PAPER = "experiments/configs/paper_133m.py"
 HLO = """HloModule jit_train_step, is_scheduled=true
