@@ -35,7 +35,7 @@ def test_added_rows_replace_their_own_only(tmp_path):
     assert tables.add_rows(path, first, keys) == first
     second = [{"length": n, "min_history": h, "auc": 0.6} for n, h in ((64, 0), (64, 9))]
     assert tables.add_rows(path, second, keys) == [first[0], *second]
-    assert tables.read_json_lines(path) == [first[0], *second]
+    assert read_json_lines(path) == [first[0], *second]
 
 
 def test_no_rows(tmp_path):
