@@ -17,6 +17,8 @@ from stca_jax.training.metrics_writer import WandbConfig
 from stca_jax.training.monitoring import ProfileConfig
 from stca_jax.training.optimizer import OptimizerConfig
 from stca_jax.training.sharding import MeshConfig, make_mesh
+from stca_jax.training.state import TrainState
+from stca_jax.training.table_start import start_from_cooccurrence
 from stca_jax.training.train_step import Program, TrainingConfig
 
 
@@ -107,3 +109,14 @@ def experiment_program(
         num_steps=num_steps,
         seed=config.seed,
     )
+
+
+def initial_state(
+    config: ExperimentConfig, dataset: RequestDataset, program: Program
+) -> TrainState:
+    """The state before the first step; tables may start from the dataset's histories."""
+    state = program.initialize()
+    if config.model.embedding.initialization == "cooccurrence":
+        tables = start_from_cooccurrence(state.tables, config.model, dataset, config.seed)
+        state = dataclasses.replace(state, tables=tables)
+    return state

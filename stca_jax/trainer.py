@@ -14,7 +14,7 @@ import jax
 from stca_jax import config as config_lib
 from stca_jax.evaluation.best import marked_steps
 from stca_jax.evaluation.validation import Validation
-from stca_jax.experiment import ExperimentConfig, count_steps, experiment_program
+from stca_jax.experiment import ExperimentConfig, count_steps, experiment_program, initial_state
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import RequestIterator, make_input
 from stca_jax.training.checkpointing import Checkpointer
@@ -87,7 +87,7 @@ def _train(
             workdir, config.checkpoint, kept=lambda: marked_steps(workdir)
         ) as checkpointer,
     ):
-        step, state = _start(checkpointer, program, batches)
+        step, state = _start(config, dataset, checkpointer, program, batches)
         lacks_validation = (
             step > 0 and _is_due(config, step, num_steps) and not validation.has_run(step)
         )
@@ -145,16 +145,20 @@ def _train(
 
 
 def _start(
-    checkpointer: Checkpointer, program: Program, batches: RequestIterator
+    config: ExperimentConfig,
+    dataset: RequestDataset,
+    checkpointer: Checkpointer,
+    program: Program,
+    batches: RequestIterator,
 ) -> tuple[int, TrainState]:
     """The step and state to go on from; the batches that follow are set to come."""
     restored = checkpointer.restore_latest(program.abstract_state)
-    if restored is None:
-        return 0, program.initialize()
-    step, state, position = restored
-    batches.set_state(position)
-    _log.info("restored step %d of %s", step, checkpointer.workdir)
-    return step, state
+    if restored is not None:
+        step, state, position = restored
+        batches.set_state(position)
+        _log.info("restored step %d of %s", step, checkpointer.workdir)
+        return step, state
+    return 0, initial_state(config, dataset, program)
 
 
 def _is_due(config: ExperimentConfig, step: int, num_steps: int) -> bool:
