@@ -21,7 +21,8 @@ class TrainingConfig:
     """How long to train, and what to report.
 
     Attributes:
-      num_epochs: Passes over the training requests.
+      num_epochs: Passes over the training requests.  The steps of the first are counted; later
+        ones, which draw other lengths, are taken to have as many.
       max_steps: Stop earlier, after this many steps; the schedule ends there too.
       loss_weighting: "target" is the per-impression objective; see `stca_jax.training.loss`.
       accumulate_steps: Micro-batches that a batch is cut into, one after the other in the memory of
@@ -64,7 +65,9 @@ class EvaluationConfig:
       min_history: Only requests with at least this many earlier events, whatever the length.
       max_requests: At most this many requests, drawn at random once; None is all of them.
       validation_length: History length of the validation at each checkpoint of a training run.
-      validation_requests: The same limit for that validation.
+      validation_targets: That validation scores a sample of requests with at most so many targets,
+        which its standard error depends on; None is all.
+      validation_requests: Likewise at most so many requests.
       metric: Column that chooses the best checkpoint on the validation split.
       larger_is_better: Whether a larger value of the metric is better.
     """
@@ -73,7 +76,8 @@ class EvaluationConfig:
     min_history: int = 0
     max_requests: int | None = None
     validation_length: int = 1_000
-    validation_requests: int | None = 2_000
+    validation_targets: int | None = 30_000
+    validation_requests: int | None = None
     metric: str = "auc"
     larger_is_better: bool = True
 
@@ -83,6 +87,7 @@ class EvaluationConfig:
             raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
         for name, least in {
             "min_history": 0, "max_requests": 1, "validation_length": 1, "validation_requests": 1,
+            "validation_targets": 1,
         }.items():  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:

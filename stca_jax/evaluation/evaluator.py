@@ -33,6 +33,7 @@ def evaluate_split(
     split: str,
     length: int,
     max_requests: int | None,
+    max_targets: int | None = None,
 ) -> Predictions:
     """Predictions of a split's requests at one history length.
 
@@ -44,6 +45,7 @@ def evaluate_split(
       split: "train", "validation" or "test".
       length: Events that each request may read, the most recent ones.
       max_requests: Only a sample of so many requests, the same at each call; None is all of them.
+      max_targets: Likewise, only so many requests as have so many targets.
     """
     mesh = program.batch_shardings.history_time.mesh
     share, num_shares = input_share(mesh)
@@ -54,6 +56,7 @@ def evaluate_split(
             length,
             min_history=config.evaluation.min_history,
             max_requests=max_requests,
+            max_targets=max_targets,
             rows_per_batch=rows_that_fit(config.input, length, mesh.shape["data"]),
         ),
         process_index=share,

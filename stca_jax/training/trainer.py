@@ -22,8 +22,10 @@ from stca_jax.evaluation.evaluator import evaluate_split, metric_rows
 from stca_jax.evaluation.tables import read_json_lines
 from stca_jax.experiment import FREE_TO_CHANGE, ExperimentConfig, TrainingConfig
 from stca_jax.files import write_json
+from stca_jax.input import pipeline
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import InputElement, count_batches, make_input
+from stca_jax.input.pipeline import InputElement, make_input
+from stca_jax.input.planning import select_requests
 from stca_jax.schema import Schema
 from stca_jax.training.checkpointing import Checkpointer, mark_best, read_best
 from stca_jax.training.distributed import SharedSignal, is_main_process
@@ -67,6 +69,7 @@ def train(
         or a step diverged and `training.on_divergence` is "stop" (or fifty in a row did).
     """
     check_workdir(workdir, config)
+    check_validation(config, dataset)
     num_steps = count_steps(config, dataset)
     program = experiment_program(config, dataset.schema, num_steps)
     mesh = program.batch_shardings.history_time.mesh
@@ -159,6 +162,19 @@ def check_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
         )
 
 
+def check_validation(config: ExperimentConfig, dataset: RequestDataset) -> None:
+    """Checks that the first checkpoint will find requests to be scored on.
+
+    Raises:
+      UserError: none has `evaluation.min_history` earlier events.
+    """
+    settings = config.evaluation
+    scored = config.input.for_evaluation(
+        "validation", settings.validation_length, min_history=settings.min_history
+    )
+    select_requests(dataset.index, scored)
+
+
 def save_config(workdir: pathlib.Path, config: ExperimentConfig) -> None:
     """Writes WORKDIR/config.json."""
     if is_main_process():
@@ -195,13 +211,9 @@ def load_workdir_config(workdir: pathlib.Path) -> ExperimentConfig:
 
 
 def count_steps(config: ExperimentConfig, dataset: RequestDataset) -> int:
-    """Steps of the whole run: plans its epochs, without reading a record."""
-    num_steps = 0
-    for epoch in range(config.training.num_epochs):
-        num_steps += count_batches(dataset, config.input, epoch)
-        if config.training.max_steps and num_steps >= config.training.max_steps:
-            return config.training.max_steps
-    return num_steps
+    """Steps of the whole run; see `pipeline.count_steps`."""
+    training = config.training
+    return pipeline.count_steps(dataset, config.input, training.num_epochs, training.max_steps)
 
 
 def experiment_program(
@@ -289,6 +301,7 @@ def validate(
         split="validation",
         length=settings.validation_length,
         max_requests=settings.validation_requests,
+        max_targets=settings.validation_targets,
     )
     rows = metric_rows(predictions, dataset.schema.tasks)
     for row in rows:
