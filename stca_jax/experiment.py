@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 
 from stca_jax.batch import empty_batch
 from stca_jax.evaluation.evaluator import EvaluationConfig
+from stca_jax.input import pipeline
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import InputConfig, count_batches
+from stca_jax.input.pipeline import InputConfig
 from stca_jax.models.ranker import RankerConfig
 from stca_jax.schema import Schema
 from stca_jax.training.checkpointing import CheckpointConfig
@@ -69,13 +70,9 @@ FREE_TO_CHANGE = (
 
 
 def count_steps(config: ExperimentConfig, dataset: RequestDataset) -> int:
-    """Steps of the whole run: plans its epochs, without reading a record."""
-    num_steps = 0
-    for epoch in range(config.training.num_epochs):
-        num_steps += count_batches(dataset, config.input, epoch)
-        if config.training.max_steps and num_steps >= config.training.max_steps:
-            return config.training.max_steps
-    return num_steps
+    """Steps of the whole run; see `pipeline.count_steps`."""
+    training = config.training
+    return pipeline.count_steps(dataset, config.input, training.num_epochs, training.max_steps)
 
 
 def experiment_program(

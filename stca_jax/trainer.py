@@ -73,6 +73,7 @@ def _train(
     check_lock: Callable[[], None],
 ) -> TrainingResult:
     check_workdir(workdir, config)
+    validation = Validation(dataset, config.input, config.evaluation, workdir)
     num_steps = count_steps(config, dataset)
     program = experiment_program(config, dataset.schema, num_steps)
     mesh = program.batch_shardings.history_time.mesh
@@ -80,7 +81,6 @@ def _train(
     endless = dataclasses.replace(config.input, epochs=None)  # training.num_epochs ends the run
     batches = make_input(dataset, endless, process_index=share, process_count=num_shares)
     save_config(workdir, config)  # only now: what cannot run leaves no trace
-    validation = Validation(dataset, config.input, config.evaluation, workdir)
     with (
         contextlib.closing(batches),
         Checkpointer(

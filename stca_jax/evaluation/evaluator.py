@@ -34,7 +34,9 @@ class EvaluationConfig:
       min_history: Only requests with at least this many earlier events, whatever the length.
       max_requests: At most this many requests, drawn at random once; None is all of them.
       validation_length: History length of the validation at each checkpoint of a training run.
-      validation_requests: The same limit for that validation.
+      validation_targets: That validation scores a sample of requests with at most so many targets,
+        which its standard error depends on; None is all.
+      validation_requests: Likewise at most so many requests.
       metric: Column that chooses the best checkpoint on the validation split.
       larger_is_better: Whether a larger value of the metric is better.
     """
@@ -43,7 +45,8 @@ class EvaluationConfig:
     min_history: int = 0
     max_requests: int | None = None
     validation_length: int = 1_000
-    validation_requests: int | None = 2_000
+    validation_targets: int | None = 30_000
+    validation_requests: int | None = None
     metric: str = "auc"
     larger_is_better: bool = True
 
@@ -53,6 +56,7 @@ class EvaluationConfig:
             raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
         for name, least in {
             "min_history": 0, "max_requests": 1, "validation_length": 1, "validation_requests": 1,
+            "validation_targets": 1,
         }.items():  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= least:  # NaN is refused
@@ -70,6 +74,7 @@ def evaluate_split(
     length: int,
     min_history: int = 0,
     max_requests: int | None = None,
+    max_targets: int | None = None,
 ) -> Predictions:
     """Predictions of a split's requests at one history length.
 
@@ -82,6 +87,7 @@ def evaluate_split(
       length: Events that each request may read, the most recent ones.
       min_history: Only requests with at least this many earlier events, whatever the length.
       max_requests: Only a sample of so many requests, the same at each call; None is all of them.
+      max_targets: Likewise, only so many requests as have so many targets.
     """
     mesh = program.batch_shardings.history_time.mesh
     share, num_shares = input_share(mesh)
@@ -92,6 +98,7 @@ def evaluate_split(
             length,
             min_history=min_history,
             max_requests=max_requests,
+            max_targets=max_targets,
             rows_per_batch=rows_that_fit(config, length, mesh.shape["data"]),
         ),
         process_index=share,

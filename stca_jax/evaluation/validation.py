@@ -10,6 +10,7 @@ from stca_jax.evaluation.evaluator import EvaluationConfig, evaluate_split, metr
 from stca_jax.files import read_json_lines
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import InputConfig
+from stca_jax.input.planning import select_requests
 from stca_jax.training.distributed import is_main_process
 from stca_jax.training.metrics_writer import MetricsWriter
 from stca_jax.training.state import TrainState
@@ -28,7 +29,15 @@ class Validation:
         config: EvaluationConfig,
         workdir: pathlib.Path,
     ):
-        """See `stca_jax.evaluation.evaluator`; the workdir gets best.json."""
+        """See `stca_jax.evaluation.evaluator`; the workdir gets best.json.
+
+        Raises:
+          UserError: no request of the split has `config.min_history` earlier events.
+        """
+        scored = input_config.for_evaluation(
+            "validation", config.validation_length, min_history=config.min_history
+        )
+        select_requests(dataset.index, scored)
         self._dataset = dataset
         self._input = input_config
         self._config = config
@@ -53,6 +62,7 @@ class Validation:
             length=config.validation_length,
             min_history=config.min_history,
             max_requests=config.validation_requests,
+            max_targets=config.validation_targets,
         )
         rows = metric_rows(predictions, self._dataset.schema.tasks)
         for row in rows:
