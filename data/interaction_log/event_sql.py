@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from data.interaction_log.log_config import Column, LogConfig, quoted
-from data.interaction_log.source import ROW, Table
+from data.interaction_log.columns import ROW
+from data.interaction_log.source import Table
 from data.interaction_log.times import TimeReading
 
 LEFT_OUT = "left out by history_filter"  # counted with the rejected rows, though nothing is wrong

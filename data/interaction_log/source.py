@@ -25,6 +25,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from data.interaction_log import formats
+from data.interaction_log.columns import ROW, BadRow, as_text, common_type, plain_type, unify
 from data.interaction_log.formats import CountedLines, Format
 from data.interaction_log.log_config import Column, LogConfig, quoted
 from stca_jax.errors import UserError
@@ -59,21 +60,6 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class BadRow:
-    """A row that could not be read as text in columns.
-
-    Attributes:
-      row: Its number within the file, 0 is the first after the header.
-      reason: What is wrong with it.
-      text: What it holds, as far as that can be shown.
-    """
-
-    row: int
-    reason: str
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Block:
     """Some rows of a file.
 
@@ -86,9 +72,6 @@ class Block:
     rows: pa.Table
     bad: Sequence[BadRow]
     lines: int = 0
-
-
-ROW = "__row__"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +175,8 @@ class Table:
                 ahead = np.arange(next_row, next_row + table.num_rows + len(skipped))
                 number = np.setdiff1d(ahead, skipped, assume_unique=True)[: table.num_rows]
                 next_row = int(number[-1]) + 1
-                unnumbered, bad = _as_text(table, number)
-                rows = _unify(unnumbered, self.columns, format_.null_words).rename_columns(names)
+                unnumbered, bad = as_text(table, number)
+                rows = unify(unnumbered, self.columns, format_.null_words).rename_columns(names)
                 yield Block(rows, [*malformed[reported:], *bad], lines)
                 reported = len(malformed)
             yield Block(self.empty(), malformed[reported:], lines)
@@ -241,7 +224,9 @@ def open_table(what: str, paths: Sequence[str], columns: Sequence[Column], confi
         for name in dict.fromkeys([*named, *used]):
             if (count := schema.names.count(name)) != 1:
                 raise UserError(_wrong_count(what, file, name, count, schema.names))
-            types[name] = _common(types.get(name), _plain(schema.field(name).type, file, name))
+            types[name] = common_type(
+                types.get(name), plain_type(schema.field(name).type, file, name)
+            )
     return Table({file: found[file] for file in whole}, types, all_columns)
 
 
@@ -298,63 +283,6 @@ def _schema(file: str, format_: Format) -> pa.Schema | None:
         raise UserError(f"{file} cannot be read: {_first_line(error)}") from error
 
 
-def _plain(type_: pa.DataType, file: str, name: str) -> pa.DataType:
-    """The type as which values are handled.
-
-    Raises:
-      UserError: the column holds lists or structures.
-    """
-    if pa.types.is_dictionary(type_):
-        return _plain(type_.value_type, file, name)
-    if _is_textual(type_):
-        return pa.string()
-    if pa.types.is_nested(type_):
-        raise UserError(f"{file}: column {name!r} is a {type_}; flatten it to one value a row")
-    return type_
-
-
-def _is_textual(type_: pa.DataType) -> bool:
-    return (
-        pa.types.is_string(type_)
-        or pa.types.is_large_string(type_)
-        or pa.types.is_string_view(type_)
-        or pa.types.is_binary(type_)
-        or pa.types.is_large_binary(type_)
-        or pa.types.is_binary_view(type_)
-    )
-
-
-def _common(a: pa.DataType | None, b: pa.DataType) -> pa.DataType:
-    """The type of a column that has two in different files: the wider number, or text."""
-    if a is None or a == b or pa.types.is_null(a):
-        return b
-    if pa.types.is_null(b):
-        return a
-    if pa.types.is_integer(a) and pa.types.is_integer(b):
-        wide = pa.types.is_uint64(a) or pa.types.is_uint64(b)
-        return pa.string() if wide else pa.int64()
-    if pa.types.is_temporal(a) and pa.types.is_temporal(b):
-        return pa.timestamp("us")
-    numbers = [pa.types.is_integer(t) or pa.types.is_floating(t) for t in (a, b)]
-    return pa.float64() if all(numbers) else pa.string()
-
-
-def _unify(table: pa.Table, columns: dict[str, pa.DataType], null_words: Sequence[str]) -> pa.Table:
-    """The table with the types that all files have in common, and nulls for words that say so."""
-    words = pa.array(null_words, pa.string())
-    for name, type_ in columns.items():
-        values = table[name]
-        if pa.types.is_string(values.type) and null_words:
-            is_null = pc.is_in(values, words)
-            if pc.any(is_null).as_py():
-                values = pc.if_else(is_null, None, values)
-        if values.type != type_:
-            values = values.cast(type_, safe=False)
-        if values is not table[name]:
-            table = _replace(table, name, values)
-    return table
-
-
 def _parquet_parts(file: str) -> list[Part]:
     metadata = pq.read_metadata(file)
     parts: list[Part] = []
@@ -397,43 +325,6 @@ def _text_tables(
             for batch in reader:
                 yield pa.Table.from_batches([batch]), max(0, stream.lines - 1)
         yield pa.table({}), max(0, stream.lines - 1)  # rows left out may have followed
-
-
-def _as_text(table: pa.Table, number: np.ndarray) -> tuple[pa.Table, list[BadRow]]:
-    """Turns bytes into text, and adds the rows' numbers; leaves out rows that are not UTF-8."""
-    bad: dict[int, str] = {}
-    for field in table.schema:
-        if pa.types.is_dictionary(field.type):
-            table = _replace(table, field.name, table[field.name].cast(field.type.value_type))
-        if not _is_textual(table.schema.field(field.name).type):
-            continue
-        values = table[field.name].cast(pa.large_binary())
-        try:
-            table = _replace(table, field.name, values.cast(pa.large_string()).cast(pa.string()))
-        except pa.ArrowInvalid:
-            shown = [_decoded(v) for v in values.to_pylist()]
-            for i, (text, valid) in enumerate(shown):
-                if not valid:
-                    bad.setdefault(i, f"{field.name}: {text}")
-            table = _replace(table, field.name, pa.array([text for text, _ in shown], pa.string()))
-    table = table.append_column(ROW, pa.array(number))
-    if not bad:
-        return table, []
-    rows = [BadRow(int(number[i]), "text is not UTF-8", text) for i, text in bad.items()]
-    return table.filter(pa.array([i not in bad for i in range(table.num_rows)])), rows
-
-
-def _decoded(value: bytes | None) -> tuple[str | None, bool]:
-    if value is None:
-        return None, True
-    try:
-        return value.decode(), True
-    except UnicodeDecodeError:
-        return value.decode(errors="backslashreplace"), False
-
-
-def _replace(table: pa.Table, name: str, values: pa.ChunkedArray | pa.Array) -> pa.Table:
-    return table.set_column(table.schema.get_field_index(name), name, values)
 
 
 def _wrong_count(what: str, file: str, name: str, count: int, names: Sequence[str]) -> str:
