@@ -170,7 +170,7 @@ class _RecordFileWriter(tfds.core.writer.ExampleWriter):
         self._builder = builder
 
     def write(self, path: os.PathLike[str], examples: Iterable[Any]) -> None:
-        """Links the file, or moves it where links are not to be had; `examples` are placeholders."""
+        """Links the file, or moves it where that fails; `examples` are placeholders."""
         name, files = pathlib.Path(path).name, self._builder._files
         index = int(name.split("-")[-3])  # DATASET-users.array_record-INDEX-of-COUNT
         try:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.interaction_log.log_config import Column, LogConfig, quoted
 from data.interaction_log.columns import ROW
+from data.interaction_log.log_config import Column, LogConfig
 from data.interaction_log.source import Table
 from data.interaction_log.times import TimeReading
 

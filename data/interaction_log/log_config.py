@@ -125,8 +125,8 @@ class LogConfig:
       seed: Of all random choices.
       delimiter: Between the columns of text files: one character, "tab", or "auto" to go by suffix
         and header.
-      quote: Around values of text files: one character, "none", or "auto": \'"\', but none in files
-        with tabs whose header has none.
+      quote: Around values of text files: one character, "none", or "auto": a double quote, but none
+        in files with tabs whose header has none.
       null_words: Texts that stand for a missing value, as an empty one does.
       allow_odd: Largest share of rows that may be rejected, be equal to another row, or lie within
         another row's quotes; and of events of one user, if more than a third.
@@ -202,8 +202,8 @@ class LogConfig:
             )
         if unsafe := [n for n in names if _UNSAFE.search(n)]:
             raise UserError(
-                f"{unsafe[0]!r} cannot name a feature, since files are called by it; give it another"
-                f" name: NAME={quoted(unsafe[0])}"
+                f"{unsafe[0]!r} cannot name a feature, since files are called by it; give it "
+                f"another name: NAME={quoted(unsafe[0])}"
             )
 
     @property

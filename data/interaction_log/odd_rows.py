@@ -124,7 +124,7 @@ def check_rows(source: LogSource, read: PartSummary, file: pathlib.Path) -> None
         share = swallowed / read.num_lines
         raise UserError(
             f"{', '.join(source.log.files)}: {read.num_lines:,} lines gave {read.num_rows:,} rows; "
-            f"the others are empty or lie within quote marks. If a quote mark opens and never closes, "
+            f"the others are empty or within quote marks. If a quote mark opens and never closes, "
             f"give --quote=none{_allow(share)}"
         )
     _check_span(read.times)
@@ -139,16 +139,16 @@ def check_events(source: LogSource, duplicates: int, num_events: int, most_of_a_
     allowed, rows = source.config.allow_odd, duplicates + num_events
     if duplicates > allowed * rows:
         raise UserError(
-            f"{duplicates:,} of {rows:,} rows ({duplicates / rows:.1%}) are {DUPLICATE} in all columns "
-            "that are used, and would be one event each time. If they are events of their own, give "
+            f"{duplicates:,} of {rows:,} rows ({duplicates / rows:.1%}) are {DUPLICATE} in all "
+            "columns that are used, and would be one event. If each is an event, give "
             "a column that tells them apart, such as a finer time, or one more of "
             f"--history_features{_allow(duplicates / rows)}"
         )
     share = most_of_a_user / max(num_events, 1)
     if share > max(_ONE_USER, allowed):
         raise UserError(
-            f"one user has {most_of_a_user:,} of {num_events:,} events ({share:.1%}). If its id stands "
-            "for unknown users, name it in --null_words, or leave it out by SQL: "
+            f"one user has {most_of_a_user:,} of {num_events:,} events ({share:.1%}). If its id "
+            "stands for unknown users, name it in --null_words, or leave it out by SQL: "
             f"--user_id=\"user=NULLIF({source.config.user_id}, 'ID')\"{_allow(share)}"
         )
 
@@ -206,9 +206,9 @@ def _check_span(times: Sequence[Sequence[Any]]) -> None:
     if (last - first) // NS > _LONGEST:
         raise UserError(
             f"times run from {_date(first)} (row {first_row} of {first_file}; the first is 0) to "
-            f"{_date(last)} (row {last_row} of {last_file}), more than the 68 years that records can "
-            'span; mend or remove the wrong one, or leave it out by SQL: --timestamp="time=CASE '
-            'WHEN ... THEN ... END"'
+            f"{_date(last)} (row {last_row} of {last_file}), more than the 68 years that records "
+            "can span; mend or remove the wrong one, or leave it out by SQL: "
+            '--timestamp="time=CASE WHEN ... THEN ... END"'
         )
 
 

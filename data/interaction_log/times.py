@@ -149,8 +149,8 @@ def read_times(
     base = sql_type.removeprefix("U").partition("(")[0]
     if not sql_type.startswith(_DATES) and base not in (*_NUMBERS, "VARCHAR", '"NULL"'):
         raise UserError(
-            f"{name} is a {sql_type}, which is no point in time; give a date, a number, or SQL such "
-            'as --timestamp="time=DAY_COLUMN + TIME_COLUMN"'
+            f"{name} is a {sql_type}, which is no point in time; give a date, a number, or SQL "
+            'such as --timestamp="time=DAY_COLUMN + TIME_COLUMN"'
         )
     sql_type = "VARCHAR" if sql_type == '"NULL"' else sql_type
     if sql_type.startswith(_DATES):
@@ -187,18 +187,18 @@ def _check_dates(connection: duckdb.DuckDBPyConnection, sql: str, name: str) -> 
     row = connection.execute(query).fetchone()
     if row and row[0] is not None and 0 <= row[0] < 365 * _DAY:
         raise UserError(
-            f"most times of {name} are of 1970, such as {_date(row[0])}: were they made from numbers "
-            "of another unit? Write them anew, or give --time_unit=s to take them as they are"
+            f"most times of {name} are of 1970, such as {_date(row[0])}: were they made from "
+            "numbers of another unit? Write them anew, or give --time_unit=s to take them "
+            "as they are"
         )
 
 
 def _sample(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[np.ndarray, list[str], int]:
     """Finite numbers of the first rows, a few values as text, and how many others are dates."""
     query = f"""
-        SELECT TRY_CAST(text AS DOUBLE) AS number, text,
+        SELECT TRY_CAST(v AS DOUBLE) AS number, CAST(v AS VARCHAR) AS text,
                number IS NULL AND TRY_CAST(text AS TIMESTAMPTZ) IS NOT NULL AS is_date
-        FROM (SELECT CAST({sql} AS VARCHAR) AS text FROM log LIMIT {_SAMPLE})
-        WHERE text IS NOT NULL"""
+        FROM (SELECT {sql} AS v FROM log LIMIT {_SAMPLE}) WHERE v IS NOT NULL"""
     table = connection.sql(query).to_arrow_table()
     numbers = table["number"].drop_null().to_numpy()
     shown = table["text"].slice(0, 3).to_pylist()
@@ -215,13 +215,15 @@ def _check_precision(name: str, numbers: np.ndarray, shown: list[str], sql_type:
     if len(whole) < 10 or whole[0] <= 0:
         return
     step = int(np.gcd.reduce(np.diff(whole)))
+    is_float32 = sql_type == "FLOAT" or any("e" in text.lower() for text in shown)
     # Clocks tick in seconds, minutes or days; only rounding gives steps of a power of two.
-    if step > 1 and not step & (step - 1) and step >= np.spacing(np.float32(whole[0])):
+    if step < np.spacing(np.float32(whole[0])) or step == 1:
+        return
+    if is_float32 or not step & (step - 1):
         raise UserError(
-            f"{name} is rounded: all values, such as {', '.join(shown)}, are {step} apart or more, as "
-            f"float32 keeps them{' (the column is one)' if sql_type == 'FLOAT' else ''}, so that the "
-            "order of events is lost. Write the times as integers or float64; or give --time_unit "
-            "to take them as they are"
+            f"{name} is rounded: all values, such as {', '.join(shown)}, are {step} apart or "
+            "more, as float32 keeps them, so that the order of events is lost. Write the times as "
+            "integers or float64; or give --time_unit to take them as they are"
         )
 
 
@@ -242,7 +244,8 @@ def _implausible(timestamp: Column, numbers: np.ndarray, size: float) -> str:
         )
     elif 20_000 <= size < 80_000:
         ways = (
-            "they look like days of a spreadsheet: give --timestamp=\"time=TIMESTAMP '1899-12-30' + "
+            "they look like days of a spreadsheet: give "
+            "--timestamp=\"time=TIMESTAMP '1899-12-30' + "
             f'to_microseconds((86400000000 * {column}::DOUBLE)::BIGINT)"; or ' + ways
         )
     return (

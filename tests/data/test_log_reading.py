@@ -78,7 +78,7 @@ def seconds(found):
 @pytest.mark.parametrize(
     "values",
     [
-        [int(f"{datetime.date(2024, 1, 1) + datetime.timedelta(days=k):%Y%m%d}") for k in range(60)],
+        [int(f"{datetime.date(2024, 1 + k % 12, 1 + k % 28):%Y%m%d}") for k in range(60)],
         [45_000 + k / 24 for k in range(60)],
         [474_000 + k for k in range(60)],
         pa.array([3_600 * (k % 24) for k in range(60)], pa.time32("s")),
@@ -216,7 +216,7 @@ def test_quote_marks_in_tsv_are_text_and_in_csv_swallowed_lines_are_counted(tmp_
     titles = [f"song {k}" for k in range(60)]
     titles[3], titles[50] = '"Heroes', 'ends"'
     assert len(events(config(text(tmp_path, "a.tsv", "\t", title=titles)))[0]) == 60
-    with pytest.raises(UserError, match="60 lines gave 13 rows.*--quote=none"):
+    with pytest.raises(UserError, match=r"60 lines gave 13 rows.*--quote=none"):
         prepare(tmp_path, config(text(tmp_path, "a.csv", title=titles)))
     log = config(text(tmp_path, "a.csv", title=titles), quote="none")
     assert len(events(log)[0]) == 60
@@ -308,8 +308,8 @@ def test_very_long_ids_are_rejected_in_small_blocks(tmp_path, monkeypatch):
 
 def test_no_usable_row_names_reasons_and_file(tmp_path):
     log = text(tmp_path, time=["11/14/2023 22:13"] * 60)
-    with pytest.raises(UserError, match=r"60: time is neither a number nor a date \(first: row 0 of "
-                       rf"{log}.*rejected_rows\.csv.*try_strptime"):  # fmt: skip
+    with pytest.raises(UserError, match=r"60: time is neither a number nor a date "
+                       rf"\(first: row 0 of {log}.*rejected_rows\.csv.*try_strptime"):  # fmt: skip
         prepare(tmp_path, config(log))
 
 
