@@ -18,7 +18,7 @@ from typing import IO
 
 import tensorflow_datasets as tfds
 
-from data.base import STAGING, UserDatasetBuilder
+from stca_jax.data.base import STAGING, UserDatasetBuilder
 from stca_jax.errors import UserError
 from stca_jax.files import refuse_scheme
 
@@ -95,10 +95,15 @@ def prepare_builder(
             config = tfds.download.DownloadConfig(
                 manual_dir=manual_dir and os.fspath(local_folder("manual_dir", manual_dir))
             )
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints advice that does not hold
-                builder.download_and_prepare(
-                    download_dir=data_dir / "downloads", download_config=config
-                )
+            downloads = data_dir / "downloads"
+            try:
+                # TFDS prints advice that does not hold.
+                with contextlib.redirect_stdout(io.StringIO()):
+                    builder.download_and_prepare(download_dir=downloads, download_config=config)
+            finally:
+                for made in (downloads / "extracted", downloads / "manual", downloads):
+                    with contextlib.suppress(OSError):  # not there, or in use
+                        made.rmdir()
     return folder
 
 
@@ -125,11 +130,11 @@ def import_builder(dataset: str) -> types.ModuleType:
     """
     _check_name(dataset, dataset_names(), "dataset")
     try:
-        return importlib.import_module(f"data.{dataset}.{dataset}_dataset_builder")
+        return importlib.import_module(f"stca_jax.data.{dataset}.{dataset}_dataset_builder")
     except ModuleNotFoundError as error:
         if error.name != "duckdb":  # all that a builder needs beyond the package's requirements
             raise
-        raise UserError(f"{dataset} needs duckdb: pip install 'stca-jax[logs]'") from error
+        raise UserError(f"{dataset} needs duckdb: pip install -e '.[logs]'") from error
 
 
 def _remove_staging(folder: pathlib.Path) -> None:

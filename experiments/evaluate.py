@@ -5,7 +5,8 @@ One checkpoint:
     python -m experiments.evaluate --workdir=/path/to/run --lengths=128,512,1024,2048,4096
         [--split=test] [--step=best|last|N] [--min_history=N] [--noreferences] [--data_dir=DIR]
 
-prints a table and writes it to WORKDIR/evaluation/SPLIT-STEP.csv and .jsonl. The references score
+prints a table and adds it to WORKDIR/evaluation/SPLIT-STEP.csv and .jsonl, where rows of other
+lengths or filters stay. The references score
 the same targets: "counting" is how often the item occurs among the last L events, "logistic" a
 regression on count features, fitted anew for each length on training requests, and "truth", on
 synthetic_interests, the function that the labels were drawn from.
@@ -33,9 +34,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from data.preparation import prepare
-from experiments import launch
-from experiments.references import reference_rows
+from stca_jax.data.preparation import prepare
 from stca_jax.errors import UserError
 from stca_jax.evaluation.checkpoint_watcher import CheckpointWatcher, RowLog, mark_best_checkpoint
 from stca_jax.evaluation.evaluator import (
@@ -45,10 +44,12 @@ from stca_jax.evaluation.evaluator import (
     score_lengths,
     selection_columns,
 )
-from stca_jax.evaluation.tables import format_table, write_table
+from stca_jax.evaluation.tables import add_rows, format_table, write_table
 from stca_jax.experiment import EvaluationConfig, ExperimentConfig
+from stca_jax.experiments import launch
+from stca_jax.experiments.references import reference_rows
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.training.checkpointing import Checkpointer, read_best
+from stca_jax.training.checkpointing import Checkpointer, first_line, read_best
 from stca_jax.training.distributed import is_main_process
 from stca_jax.training.train_step import Program, TrainState
 from stca_jax.training.trainer import count_steps, load_workdir_config, restore_for_evaluation
@@ -70,7 +71,10 @@ _MIN_HISTORY = flags.DEFINE_integer(
     "min_history", None, "Only requests with at least so many earlier events."
 )
 _REFERENCES = flags.DEFINE_bool("references", True, "Also score counting and logistic regression.")
-_SHOWN = ("model", "length", "task", "auc", "gauc_user", "gauc_request", "log_loss", "calibration")
+_SHOWN = (
+    "model", "length", "task", "auc", "auc_se",
+    "gauc_user", "gauc_request", "log_loss", "calibration",
+)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -91,21 +95,30 @@ def evaluate_once(workdir: pathlib.Path) -> int:
     program, state = restore_for_evaluation(config, dataset, workdir, step)
     selection = selection_columns(config, split)
     rows: list[Row] = []
+    failure = ""
     if _REFERENCES.value:
-        with launch.working("Scoring the references"):
-            rows += [{**selection, **row} for row in reference_rows(config, dataset, split)]
+        try:
+            with launch.working("Scoring the references"):
+                rows += [{**selection, **row} for row in reference_rows(config, dataset, split)]
+        except Exception as error:  # the model is scored all the same
+            failure = f"references: {first_line(error)}"
+            _log.error("%s", failure)
     rows += score_lengths(program, state, dataset, config, split=split, step=step)
     if not is_main_process():
         return 0
     directory = workdir / "evaluation"
     directory.mkdir(exist_ok=True)
-    for suffix in (".csv", ".jsonl"):
-        write_table(directory / f"{split}-{step}{suffix}", rows)
+    # Rows of other lengths or filters stay, and those of the same are replaced.
+    keys = (*selection, "model", "task", "step", "length")
+    table = add_rows(directory / f"{split}-{step}.jsonl", rows, keys)
+    write_table(directory / f"{split}-{step}.csv", table)
     print(f"{split} split, checkpoint {step}, {rows[-1]['num_targets']:,} targets of "
           f"{rows[-1]['num_requests']:,} requests")  # fmt: skip
     _print_table(rows)
+    if failure:
+        print("not scored:", failure, sep="\n  ")
     print(f"results are in {directory}/{split}-{step}.csv and .jsonl")
-    return 0
+    return 1 if failure else 0
 
 
 def watch(workdir: pathlib.Path) -> int:

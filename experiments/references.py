@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from data.synthetic_interests.references import truth_rows
+from stca_jax.data.synthetic_interests.references import truth_rows
 from stca_jax.evaluation.evaluator import Row
 from stca_jax.evaluation.references import evaluate_references, labelled_views
 from stca_jax.experiment import ExperimentConfig

@@ -86,8 +86,8 @@ def unify(table: pa.Table, columns: dict[str, pa.DataType], null_words: Sequence
     return table
 
 
-def as_text(table: pa.Table, number: np.ndarray) -> tuple[pa.Table, list[BadRow]]:
-    """Turns bytes into text, and adds the rows' numbers; leaves out rows that are not UTF-8."""
+def as_text(table: pa.Table, number: np.ndarray) -> tuple[pa.Table, np.ndarray, list[BadRow]]:
+    """Turns bytes into text; leaves out rows that are not UTF-8, and their numbers."""
     bad: dict[int, str] = {}
     for field in table.schema:
         if pa.types.is_dictionary(field.type):
@@ -103,11 +103,11 @@ def as_text(table: pa.Table, number: np.ndarray) -> tuple[pa.Table, list[BadRow]
                 if not valid:
                     bad.setdefault(i, f"{field.name}: {text}")
             table = _replace(table, field.name, pa.array([text for text, _ in shown], pa.string()))
-    table = table.append_column(ROW, pa.array(number))
     if not bad:
-        return table, []
+        return table, number, []
     rows = [BadRow(int(number[i]), "text is not UTF-8", text) for i, text in bad.items()]
-    return table.filter(pa.array([i not in bad for i in range(table.num_rows)])), rows
+    is_good = np.array([i not in bad for i in range(table.num_rows)])
+    return table.filter(pa.array(is_good)), number[is_good], rows
 
 
 def _decoded(value: bytes | None) -> tuple[str | None, bool]:

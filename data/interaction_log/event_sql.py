@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.interaction_log.columns import ROW
-from data.interaction_log.log_config import Column, LogConfig
-from data.interaction_log.source import Table
-from data.interaction_log.times import TimeReading
+from stca_jax.data.interaction_log.columns import ROW
+from stca_jax.data.interaction_log.log_config import Column, LogConfig
+from stca_jax.data.interaction_log.source import Table
+from stca_jax.data.interaction_log.times import TimeReading
 
 LEFT_OUT = "left out by history_filter"  # counted with the rejected rows, though nothing is wrong
 LONGEST_ID = 1_000  # characters

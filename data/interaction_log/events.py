@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.interaction_log import event_sql, times
-from data.interaction_log.columns import ROW, BadRow
-from data.interaction_log.event_sql import LEFT_OUT
-from data.interaction_log.log_config import Column, LogConfig
-from data.interaction_log.source import Part, Table, fingerprint, open_table
-from data.interaction_log.times import NS, TimeReading
+from stca_jax.data.interaction_log import event_sql, times
+from stca_jax.data.interaction_log.columns import ROW, BadRow
+from stca_jax.data.interaction_log.event_sql import LEFT_OUT
+from stca_jax.data.interaction_log.log_config import Column, LogConfig
+from stca_jax.data.interaction_log.source import Part, Table, fingerprint, open_table
+from stca_jax.data.interaction_log.times import NS, TimeReading
 from stca_jax.errors import UserError
 from stca_jax.input import request_building as rb
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from data.interaction_log.log_config import LogConfig
+from stca_jax.data.interaction_log.log_config import LogConfig
 from stca_jax.errors import UserError
 
 PARQUET_SUFFIXES = (".parquet", ".pq")

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from data.interaction_log.event_sql import LEFT_OUT
-from data.interaction_log.events import DUPLICATE, Events, LogSource
-from data.interaction_log.times import MIXED, NS
+from stca_jax.data.interaction_log.event_sql import LEFT_OUT
+from stca_jax.data.interaction_log.events import DUPLICATE, Events, LogSource
+from stca_jax.data.interaction_log.times import MIXED, NS
 from stca_jax.errors import UserError
 
 _LONGEST = 2**31 - 1  # seconds that a record's times can span

@@ -23,10 +23,17 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from data.interaction_log import formats
-from data.interaction_log.columns import ROW, BadRow, as_text, common_type, plain_type, unify
-from data.interaction_log.formats import CountedLines, Format
-from data.interaction_log.log_config import Column, LogConfig, quoted
+from stca_jax.data.interaction_log import formats
+from stca_jax.data.interaction_log.columns import (
+    ROW,
+    BadRow,
+    as_text,
+    common_type,
+    plain_type,
+    unify,
+)
+from stca_jax.data.interaction_log.formats import CountedLines, Format
+from stca_jax.data.interaction_log.log_config import Column, LogConfig, quoted
 from stca_jax.errors import UserError
 from stca_jax.files import refuse_scheme
 
@@ -174,8 +181,9 @@ class Table:
                 ahead = np.arange(next_row, next_row + table.num_rows + len(skipped))
                 number = np.setdiff1d(ahead, skipped, assume_unique=True)[: table.num_rows]
                 next_row = int(number[-1]) + 1
-                unnumbered, bad = as_text(table, number)
-                rows = unify(unnumbered, self.columns, format_.null_words).rename_columns(names)
+                table, number, bad = as_text(table, number)
+                typed = unify(table, self.columns, format_.null_words)
+                rows = typed.append_column(ROW, pa.array(number)).rename_columns(names)
                 yield Block(rows, [*malformed[reported:], *bad], lines)
                 reported = len(malformed)
             yield Block(self.empty(), malformed[reported:], lines)

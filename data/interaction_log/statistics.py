@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.interaction_log.event_sql import LEFT_OUT
-from data.interaction_log.events import DUPLICATE, LogSource
-from data.interaction_log.odd_rows import PartSummary, lines_of_profile
-from data.interaction_log.requests import Shard
+from stca_jax.data.interaction_log.event_sql import LEFT_OUT
+from stca_jax.data.interaction_log.events import DUPLICATE, LogSource
+from stca_jax.data.interaction_log.odd_rows import PartSummary, lines_of_profile
+from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.errors import UserError
 from stca_jax.input.records import SPLITS
 

@@ -11,7 +11,7 @@ import datetime
 import duckdb
 import numpy as np
 
-from data.interaction_log.log_config import TIME_UNITS, Column, quoted
+from stca_jax.data.interaction_log.log_config import TIME_UNITS, Column, quoted
 from stca_jax.errors import UserError
 
 NS = 10**9

@@ -18,8 +18,8 @@ import numpy as np
 from absl import app, flags
 from jaxtyping import Float, Float64
 
-from data.preparation import prepare
-from data.synthetic_interests.generator import (
+from stca_jax.data.preparation import prepare
+from stca_jax.data.synthetic_interests.generator import (
     CONFIGS,
     TERMS,
     GeneratorConfig,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import tensorflow_datasets as tfds
 
-from data.base import UserData, UserDatasetBuilder
-from data.synthetic_interests.generator import (
+from stca_jax.data.base import UserData, UserDatasetBuilder
+from stca_jax.data.synthetic_interests.generator import (
     CONFIGS,
     FEATURES,
     GeneratorConfig,

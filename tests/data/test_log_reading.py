@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import preparation
-from data.interaction_log import source
-from data.interaction_log.events import LogSource, read_events
-from data.interaction_log.interaction_log_dataset_builder import make_builder
-from data.interaction_log.log_config import LogConfig
+from stca_jax.data import preparation
+from stca_jax.data.interaction_log import source
+from stca_jax.data.interaction_log.events import LogSource, read_events
+from stca_jax.data.interaction_log.interaction_log_dataset_builder import make_builder
+from stca_jax.data.interaction_log.log_config import LogConfig
 from stca_jax.errors import UserError
 from stca_jax.input.dataset import RequestDataset
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from data.synthetic_interests import generator
-from data.synthetic_interests.generator import CONFIGS, GeneratorConfig
-from data.synthetic_interests.references import reference_rows
-from data.synthetic_interests.synthetic_interests_dataset_builder import (
+from stca_jax.data.synthetic_interests import generator
+from stca_jax.data.synthetic_interests.generator import CONFIGS, GeneratorConfig
+from stca_jax.data.synthetic_interests.references import reference_rows
+from stca_jax.data.synthetic_interests.synthetic_interests_dataset_builder import (
     Builder,
     SyntheticInterestsConfig,
 )
