@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -65,3 +66,16 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             )
         rows.append(row)
     return rows
+
+
+def refuse_scheme(what: str, path: str | os.PathLike[str]) -> None:
+    """Refuses addresses of other file systems, which would be taken for names of local folders.
+
+    Raises:
+      UserError: the path is one, such as "gs://bucket/folder".
+    """
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", os.fspath(path)):
+        raise UserError(
+            f"{what} is {os.fspath(path)}: {scheme[0]}/… is not read or written directly; copy it "
+            "to a local disk, or mount it as a folder"
+        )
