@@ -6,8 +6,11 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
+
+from stca_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -32,3 +35,16 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a file whole or not at all."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def refuse_scheme(what: str, path: str | os.PathLike[str]) -> None:
+    """Refuses addresses of other file systems, which would be taken for names of local folders.
+
+    Raises:
+      UserError: the path is one, such as "gs://bucket/folder".
+    """
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", os.fspath(path)):
+        raise UserError(
+            f"{what} is {os.fspath(path)}: {scheme[0]}/… is not read or written directly; copy it to "
+            "a local disk, or mount it as a folder"
+        )

@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.interaction_log.events import DUPLICATE, LEFT_OUT, LogSource
+from data.interaction_log.event_sql import LEFT_OUT
+from data.interaction_log.events import DUPLICATE, LogSource
+from data.interaction_log.odd_rows import PartSummary, lines_of_profile
 from data.interaction_log.requests import Shard
 from stca_jax.errors import UserError
 from stca_jax.input.records import SPLITS
 
 _MINUTE = 60
-_LONGEST = 2**31 - 1  # seconds that a record's times can span
 
 Histogram = collections.Counter[int]
 
@@ -94,13 +95,7 @@ class ShardStatistics:
 
 
 def add_up(shards: Sequence[ShardStatistics]) -> ShardStatistics:
-    """Statistics of the log.
-
-    Raises:
-      UserError: there is no event, or times span more than records can hold.
-    """
-    if not shards:
-        raise UserError("no row of the log can be used; the rejected rows tell why")
+    """Statistics of the log, of one shard with events or more."""
     total = {}
     for field in dataclasses.fields(ShardStatistics):
         values = [getattr(s, field.name) for s in shards]
@@ -114,13 +109,7 @@ def add_up(shards: Sequence[ShardStatistics]) -> ShardStatistics:
             total[field.name] = sum(values, collections.Counter())
         else:
             total[field.name] = sum(values)
-    result = ShardStatistics(**total)
-    if result.last_time - result.first_time > _LONGEST:
-        raise UserError(
-            f"times run from {_date(result.first_time)} to {_date(result.last_time)}, more than 68 "
-            "years; is there a wrong time among them, or is time_unit not what it should be?"
-        )
-    return result
+    return ShardStatistics(**total)
 
 
 def split_times(source: LogSource, total: ShardStatistics) -> tuple[int, int]:
@@ -233,6 +222,7 @@ def _sum_counts(table: pa.Table) -> pa.Table:
 
 def format_profile(
     source: LogSource,
+    read: PartSummary,
     total: ShardStatistics,
     reasons: Mapping[str, int],
     num_items: int,
@@ -241,11 +231,11 @@ def format_profile(
     """A page of text for people: what the log holds and what will be built from it."""
     config = source.config
     rejected = {r: n for r, n in sorted(reasons.items()) if r not in (DUPLICATE, LEFT_OUT)}
-    num_rejected, rows = sum(rejected.values()), total.num_events + sum(reasons.values())
+    num_rejected = sum(rejected.values())
     names = config.feature_names
     unused = sorted(set(source.log.all_columns) - set(source.log.columns))
     lines = [
-        ("files", f"{len(source.log.files):,}, {rows:,} rows"),
+        *lines_of_profile(source, read),
         ("columns not used", ", ".join(unused) or "none"),
         ("time", f"{_date(total.first_time)} to {_date(total.last_time)} UTC"),
         ("users, items", f"{total.num_users:,}, {num_items:,}"),
