@@ -49,11 +49,12 @@ class Moments:
         present = column.drop_null().to_numpy()
         values = present[np.isfinite(present)]
         mean = float(values.mean()) if len(values) else 0.0
+        apart = values - mean  # not 0 in sum, since the mean is rounded
         sample = np.sort(values[:: -(-len(values) // _SAMPLE) or 1])
         return cls(
             count=len(values),
             mean=mean,
-            squares=float(np.square(values - mean).sum()),
+            squares=float(np.square(apart).sum() - apart.sum() ** 2 / max(len(values), 1)),
             least=float(values.min(initial=np.inf)),
             most=float(values.max(initial=-np.inf)),
             missing=column.null_count,
