@@ -19,13 +19,12 @@ import json
 import logging
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator
 
 from stca_jax import config as config_lib
 from stca_jax.errors import UserError
 from stca_jax.experiment import FREE_TO_CHANGE, ExperimentConfig, experiment_program
-from stca_jax.files import write_json
+from stca_jax.files import refuse_scheme, write_json
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.lock import WorkdirLock
 from stca_jax.training.checkpointing import Checkpointer
@@ -48,11 +47,7 @@ def check_path(path: str | os.PathLike[str]) -> pathlib.Path:
       UserError: it has a scheme, is too long, or holds a character that does not work.
     """
     text = os.fspath(path)
-    if re.match(r"[A-Za-z][\w+.-]*:/", text):
-        raise UserError(
-            f"{text!r} is not a local directory: mount the bucket or share and give the path of "
-            "the mount"
-        )
+    refuse_scheme("work directory", text)
     local = pathlib.Path(text).expanduser()
     absolute = str(local.absolute())
     wrong = sorted(set(absolute) & set(_WILDCARDS))

@@ -55,8 +55,8 @@ def test_config_of_an_older_version_is_read_and_said_so(tiny_config, tmp_path, c
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("gs://bucket/run", "not a local directory"),
-        ("s3:/bucket/run", "not a local directory"),
+        ("gs://bucket/run", "not a local path"),
+        ("s3:/bucket/run", "not a local path"),
         ("/tmp/run[1]", r"because of \[ \]"),
         ("/tmp/a*b", r"because of \*"),
         ("/tmp/what?", r"because of \?"),

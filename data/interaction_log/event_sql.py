@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from stca_jax.data.interaction_log.columns import ROW
 from stca_jax.data.interaction_log.log_config import Column, LogConfig
+from stca_jax.data.interaction_log.moments import LARGEST
 from stca_jax.data.interaction_log.source import Table
 from stca_jax.data.interaction_log.times import TimeReading
 
@@ -108,13 +109,18 @@ def label_sql(sql: str) -> str:
 
 
 def feature_sql(sql: str, kind: str) -> str:
-    """A feature as BIGINT, VARCHAR or DOUBLE; NULL if it is missing."""
+    """A feature as BIGINT, VARCHAR or DOUBLE; NULL if it is missing, NaN if it is no number."""
     if kind == "integer":
         return f"CAST({sql} AS BIGINT)"
     if kind == "text":
         return f"NULLIF(CAST({sql} AS VARCHAR), '')"
     number = f"TRY_CAST({sql} AS DOUBLE)"
-    return f"CASE WHEN isfinite({number}) THEN {number} END"
+    text = f"trim(CAST({sql} AS VARCHAR))"
+    missing = f"{sql} IS NULL OR {text} = '' OR isnan({number})"
+    return (
+        f"CASE WHEN abs({number}) <= {LARGEST!r} THEN {number} "
+        f"WHEN {missing} THEN NULL ELSE 'nan'::DOUBLE END"
+    )
 
 
 def text_sql(value: str) -> str:

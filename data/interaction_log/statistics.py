@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from stca_jax.data.interaction_log.event_sql import LEFT_OUT
 from stca_jax.data.interaction_log.events import DUPLICATE, LogSource
+from stca_jax.data.interaction_log.moments import Moments
 from stca_jax.data.interaction_log.odd_rows import PartSummary, lines_of_profile
 from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.errors import UserError
@@ -175,26 +176,26 @@ class ValueCounts:
 
     Attributes:
       columns: For each categorical column, "value" and "count"; 0 for values first seen later.
-      moments: For each numeric column: number, sum and sum of squares.
+      moments: Of each numeric column.
       users: Ids of users with training events.
     """
 
     columns: dict[str, pa.Table]
-    moments: dict[str, np.ndarray]
+    moments: dict[str, Moments]
     users: pa.Array
 
     @classmethod
     def of(cls, shard: Shard, validation_start: int) -> ValueCounts:
         """Counts a shard's columns "item" and "feature_…"."""
         is_train = pa.array(shard.time < validation_start)
-        columns, moments = {}, {}
+        columns: dict[str, pa.Table] = {}
+        moments: dict[str, Moments] = {}
         for name in shard.events.column_names:
             if name != "item" and not name.startswith("feature_"):
                 continue
             column = shard.events[name]
             if pa.types.is_floating(column.type):
-                values = column.filter(is_train).drop_null().to_numpy()
-                moments[name] = np.array([len(values), values.sum(), (values**2).sum()])
+                moments[name] = Moments.of(column.filter(is_train))
             else:
                 counted = pa.table({"value": column, "count": is_train.cast(pa.int64())})
                 columns[name] = _sum_counts(counted.filter(pc.is_valid(column)))
