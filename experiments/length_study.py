@@ -43,7 +43,7 @@ from absl import flags
 
 from data.preparation import prepare
 from experiments import launch
-from experiments.references import reference_rows
+from experiments.reference_rows import reference_rows
 from experiments.study import (
     COLUMNS,
     COSTS,

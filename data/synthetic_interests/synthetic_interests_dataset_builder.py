@@ -15,6 +15,12 @@ from data.synthetic_interests.generator import (
     generate_users,
     make_schema,
 )
+from data.synthetic_interests.latent import (
+    LATENT_CONFIGS,
+    LatentConfig,
+    generate_latent_users,
+    make_latent_schema,
+)
 
 
 @dataclasses.dataclass
@@ -25,7 +31,7 @@ class SyntheticInterestsConfig(tfds.core.BuilderConfig):
       generator: How many users, how long their logs are, and the seed.
     """
 
-    generator: GeneratorConfig = CONFIGS["default"]
+    generator: GeneratorConfig | LatentConfig = CONFIGS["default"]
 
 
 class Builder(UserDatasetBuilder):
@@ -39,7 +45,7 @@ class Builder(UserDatasetBuilder):
             description=f"{config.num_users} users of up to {config.max_events:,} events.",
             generator=config,
         )
-        for name, config in CONFIGS.items()
+        for name, config in (CONFIGS | LATENT_CONFIGS).items()
     ]
 
     @property
@@ -50,12 +56,20 @@ class Builder(UserDatasetBuilder):
     def user_data(self, dl_manager: tfds.download.DownloadManager) -> UserData:
         """Generates the users while they are written; nothing is downloaded."""
         config = self.builder_config.generator
+        if isinstance(config, LatentConfig):
+            kind, schema, users = (
+                "latent",
+                make_latent_schema(config),
+                generate_latent_users(config),
+            )
+        else:
+            kind, schema, users = "generator", make_schema(config), generate_users(config)
         return UserData(
-            schema=make_schema(config),
+            schema=schema,
             time_origin=0,
             validation_start=config.validation_start,
             test_start=config.test_start,
             num_users=config.num_users,
-            shards=[lambda: generate_users(config)],
-            notes={"generator": dataclasses.asdict(config)},
+            shards=[lambda: users],
+            notes={kind: dataclasses.asdict(config)},
         )
