@@ -17,7 +17,7 @@ def reference_rows(
     config: ExperimentConfig,
     dataset: RequestDataset,
     split: str,
-    options: ReferenceOptions = ReferenceOptions(),
+    options: ReferenceOptions | None = None,
     report: Callable[[str], None] = print,
 ) -> list[Row]:
     """All references at every length, on the targets that the model is scored on.
@@ -26,7 +26,7 @@ def reference_rows(
       config: Of the run: the requests it trains on, and those that are scored.
       dataset: The run's.
       split: Whose requests are scored.
-      options: How the references are fitted.
+      options: How the references are fitted; None is the default.
       report: Called with what the references are of, and why one is missing.
     """
     settings = config.evaluation
@@ -41,7 +41,12 @@ def reference_rows(
     )
     training = select_requests(dataset.index, dataclasses.replace(config.input, split="train"))
     rows = evaluate_references(
-        dataset, training, scored, settings.lengths, options=options, report=report
+        dataset,
+        training,
+        scored,
+        settings.lengths,
+        options=options or ReferenceOptions(),
+        report=report,
     )
     rows.sort(key=lambda row: row["model"])
     if config.dataset.startswith("synthetic_interests"):

@@ -89,6 +89,7 @@ def draw_sessions(
 def draw_labels(
     logit: Float64[np.ndarray, " t"], rng: np.random.Generator
 ) -> Float32[np.ndarray, "t 1"]:
+    """Labels [t, 1] that are 1 with probability sigmoid(logit)."""
     probability = 1 / (1 + np.exp(-logit))
     return (rng.random(len(logit)) < probability).astype(np.float32)[:, None]
 

@@ -41,8 +41,8 @@ from stca_jax.input import request_building as rb
 from stca_jax.input.records import UserRecord
 from stca_jax.schema import Schema
 
-TERMS = {math.inf: 4.0, 28.0: 1.5, 1.0: 0.8}  # weight of each decay in days
-BIAS = -1.2
+TERMS = {math.inf: 8.0, 28.0: 3.0, 1.0: 1.5}  # weight of each decay in days
+BIAS = -1.6
 _CHOICE, _SHARPNESS = 20.0, 5.0
 _PRIOR = 10.0  # P, in events
 _NUM_LIFELONG = 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import tensorflow_datasets as tfds
@@ -57,19 +58,17 @@ class Builder(UserDatasetBuilder):
         """Generates the users while they are written; nothing is downloaded."""
         config = self.builder_config.generator
         if isinstance(config, LatentConfig):
-            kind, schema, users = (
-                "latent",
-                make_latent_schema(config),
-                generate_latent_users(config),
-            )
+            kind, schema = "latent", make_latent_schema(config)
+            shard = functools.partial(generate_latent_users, config)
         else:
-            kind, schema, users = "generator", make_schema(config), generate_users(config)
+            kind, schema = "generator", make_schema(config)
+            shard = functools.partial(generate_users, config)
         return UserData(
             schema=schema,
             time_origin=0,
             validation_start=config.validation_start,
             test_start=config.test_start,
             num_users=config.num_users,
-            shards=[lambda: users],
+            shards=[shard],
             notes={kind: dataclasses.asdict(config)},
         )

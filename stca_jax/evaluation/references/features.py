@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int32, Int64
+from jaxtyping import Float32, Float64, Int32, Int64, Shaped
 
 from stca_jax.evaluation.references.history import HistoryView
 
@@ -108,7 +108,7 @@ def match_features(
 
 def _by_length(
     lengths: Sequence[int],
-    columns: Sequence[Bool[np.ndarray, "*l t"] | Float64[np.ndarray, "*l t"]],
+    columns: Sequence[Shaped[np.ndarray, "*l t"]],
 ) -> dict[int, Float32[np.ndarray, "t f"]]:
     """The columns, each of all lengths or the same at every length, as features of each length."""
     shape = np.broadcast_shapes(*(np.shape(values) for values in columns))
