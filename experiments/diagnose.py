@@ -1,0 +1,182 @@
+"""What a model has learned: its terms, its calibration, and what each of its channels adds.
+
+    python -m experiments.diagnose --workdir=DIR [--split=test] [--step=best|last|N] [--length=N]
+
+prints, at one history length, the calibration by length of the users' histories, and AUC with each
+channel of the model switched off at evaluation, by parameters set to zero: exactly what zeros in the
+channel would give. On synthetic_interests also the regression of the model's logits on the terms of
+the true function, beside their weights in the truth, and the ceilings.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Float, Int
+
+from data.preparation import prepare
+from data.synthetic_interests.truth import records_of, split_lifts, truth_of
+from experiments import launch
+from stca_jax.errors import UserError
+from stca_jax.evaluation import metrics
+from stca_jax.evaluation.evaluator import Row, evaluate_split
+from stca_jax.evaluation.references.logistic import fit_logistic
+from stca_jax.evaluation.tables import format_table
+from stca_jax.input.dataset import RequestDataset
+from stca_jax.input.planning import select_requests
+from stca_jax.schema import Schema
+from stca_jax.training.checkpointing import Checkpointer, read_best
+from stca_jax.training.trainer import load_workdir_config, restore_for_evaluation
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Which requests.")
+_STEP = flags.DEFINE_string("step", "best", "best, last, or the step of a checkpoint.")
+_LENGTH = flags.DEFINE_integer(
+    "length", None, "History length; by default the config's longest.", lower_bound=1
+)
+
+
+def main() -> None:
+    """Prints the tables."""
+    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    config = load_workdir_config(workdir)
+    dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
+    length = _LENGTH.value or max(config.evaluation.lengths)
+    program, state = restore_for_evaluation(config, dataset, workdir, _step(workdir))
+
+    def predict(state: Any) -> Any:
+        return evaluate_split(
+            program, state, dataset, config, split=_SPLIT.value, length=length,
+            max_requests=config.evaluation.max_requests,
+        )  # fmt: skip
+
+    predictions = predict(state)
+    label, logit = predictions.label[:, 0], predictions.logit[:, 0]
+    print(f"{_SPLIT.value} split at length {length:,}, {len(label):,} targets, first task")
+    requests = select_requests(
+        dataset.index,
+        config.input.for_evaluation(
+            _SPLIT.value, length, min_history=config.evaluation.min_history,
+            max_requests=config.evaluation.max_requests,
+        ),
+    )  # fmt: skip
+    if config.dataset.startswith("synthetic_interests"):
+        truth = truth_of(dataset)
+        records = list(records_of(dataset, requests))
+        lifts = np.concatenate([truth.lifts(record, length) for record in records])
+        ids = np.concatenate(
+            [np.repeat(record.request_id, np.diff(record.target_offset)) for record in records]
+        )
+        lifts = lifts[np.argsort(ids, kind="stable")]
+        order = np.argsort(predictions.request_id, kind="stable")
+        print("\n" + format_table(term_rows(logit[order], lifts, truth.names, truth.weights)))
+        fitted = fit_logistic(*split_lifts(dataset, truth, "train", length))
+        known = {
+            "model": logit[order],
+            "truth": (lifts @ truth.weights).astype(np.float32),
+            "refitted": fitted.logit(lifts.astype(np.float32)),
+        }
+        ceilings = [{"of": n, "auc": metrics.auc(label[order], z)} for n, z in known.items()]
+        print("\n" + format_table(ceilings))
+    history = dict(zip(requests.request_id.tolist(), requests.history_end.tolist(), strict=True))
+    events = np.array([history[i] for i in predictions.request_id.tolist()])
+    print("\n" + format_table(calibration_rows(label, logit, np.minimum(events, length))))
+    rows: list[Row] = [{"off": "nothing", "auc": metrics.auc(label, logit)}]
+    for channel in channels(dataset.schema):
+        found = predict(switch_off(state, channel, dataset.schema))
+        rows.append({"off": channel, "auc": metrics.auc(found.label[:, 0], found.logit[:, 0])})
+    print("\n" + format_table(rows))
+
+
+def term_rows(
+    logit: Float[np.ndarray, " t"],
+    lifts: Float[np.ndarray, "t terms"],
+    names: Sequence[str],
+    weights: Sequence[float],
+) -> list[Row]:
+    """Weights of the true terms, by least squares of a logit on them and a constant."""
+    terms = np.column_stack([lifts, np.ones(len(lifts))])
+    found = np.linalg.lstsq(terms, logit.astype(np.float64), rcond=None)[0]
+    return [
+        {"term": name, "truth": float(weight), "model": float(value)}
+        for name, weight, value in zip(names, weights, found[:-1], strict=True)
+    ]
+
+
+def calibration_rows(
+    label: Float[np.ndarray, " t"],
+    logit: Float[np.ndarray, " t"],
+    events: Int[np.ndarray, " t"],
+) -> list[Row]:
+    """Calibration and AUC of targets with histories of each power of four events."""
+    octave = np.floor(np.log2(np.maximum(events, 1)) / 2).astype(int)
+    rows: list[Row] = []
+    for k in np.unique(octave):
+        of = octave == k
+        rows.append(
+            {
+                "events from": 4 ** int(k),
+                "targets": int(of.sum()),
+                "calibration": metrics.calibration(label[of], logit[of]),
+                "auc": metrics.auc(label[of], logit[of]),
+            }
+        )
+    return rows
+
+
+def channels(schema: Schema) -> list[str]:
+    """What can be switched off."""
+    return ["attention", *(f"table of {name}" for name in schema.vocabularies)]
+
+
+def switch_off(state: Any, channel: str, schema: Schema) -> Any:
+    """The state with the parameters of a channel set to zero.
+
+    Args:
+      state: Of a checkpoint.
+      channel: "attention": all that layers gather (o^i of E5); "table of NAME": a feature's
+        embeddings, at every level that has it.
+      schema: Of the dataset.
+
+    Raises:
+      UserError: no parameter is of the channel.
+    """
+    if channel not in channels(schema):
+        raise UserError(f"no channel is called {channel!r}, but {', '.join(channels(schema))}")
+    wanted = "'w_output'" if channel == "attention" else f"'{channel.removeprefix('table of ')}'"
+    found = 0
+
+    def zeroed(path: Any, value: Any) -> Any:
+        nonlocal found
+        text = jax.tree_util.keystr(path)
+        if wanted not in text or "opt" in text:
+            return value
+        found += 1
+        return jnp.zeros_like(value)
+
+    changed = jax.tree_util.tree_map_with_path(zeroed, state)
+    if not found:
+        raise UserError(f"the model has no {channel}")
+    return changed
+
+
+def _step(workdir: pathlib.Path) -> int:
+    steps = Checkpointer(workdir).steps()
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoint yet")
+    if _STEP.value.isdigit() and int(_STEP.value) in steps:
+        return int(_STEP.value)
+    if _STEP.value not in ("best", "last"):
+        raise UserError(f"--step={_STEP.value}: give best, last or one of {steps}")
+    best = read_best(workdir) if _STEP.value == "best" else None
+    return best["step"] if best and best["step"] in steps else steps[-1]
+
+
+if __name__ == "__main__":
+    launch.run(main)
