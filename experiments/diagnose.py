@@ -10,15 +10,16 @@ the true function, beside their weights in the truth, and the ceilings.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from data.preparation import prepare
 from data.synthetic_interests.truth import records_of, split_lifts, truth_of
@@ -32,6 +33,7 @@ from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.planning import select_requests
 from stca_jax.schema import Schema
 from stca_jax.training.checkpointing import Checkpointer, read_best
+from stca_jax.training.train_step import TrainState
 from stca_jax.training.trainer import load_workdir_config, restore_for_evaluation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
@@ -88,8 +90,9 @@ def main() -> None:
     events = np.array([history[i] for i in predictions.request_id.tolist()])
     print("\n" + format_table(calibration_rows(label, logit, np.minimum(events, length))))
     rows: list[Row] = [{"off": "nothing", "auc": metrics.auc(label, logit)}]
-    for channel in channels(dataset.schema):
-        found = predict(switch_off(state, channel, dataset.schema))
+    schema = config.model.read_schema(dataset.schema)
+    for channel, changed in channels(state, schema).items():
+        found = predict(changed)
         rows.append({"off": channel, "auc": metrics.auc(found.label[:, 0], found.logit[:, 0])})
     print("\n" + format_table(rows))
 
@@ -130,40 +133,58 @@ def calibration_rows(
     return rows
 
 
-def channels(schema: Schema) -> list[str]:
-    """What can be switched off."""
-    return ["attention", *(f"table of {name}" for name in schema.vocabularies)]
+def channels(state: TrainState, schema: Schema) -> dict[str, TrainState]:
+    """The state with each channel's parameters set to zero.
 
-
-def switch_off(state: Any, channel: str, schema: Schema) -> Any:
-    """The state with the parameters of a channel set to zero.
+    "attention" is what layers gather (o^i of E5), "count channel" the log-sum-exps and the window's
+    size, "match channel" the exact-match statistics, "table of NAME" a feature's embeddings at
+    every level that has it. Weights that read a channel are zero, which is exactly what zeros in
+    the channel give.
 
     Args:
-      state: Of a checkpoint.
-      channel: "attention": all that layers gather (o^i of E5); "table of NAME": a feature's
-        embeddings, at every level that has it.
-      schema: Of the dataset.
-
-    Raises:
-      UserError: no parameter is of the channel.
+      state: Of a checkpoint of a `Ranker`.
+      schema: What its model reads.
     """
-    if channel not in channels(schema):
-        raise UserError(f"no channel is called {channel!r}, but {', '.join(channels(schema))}")
-    wanted = "'w_output'" if channel == "attention" else f"'{channel.removeprefix('table of ')}'"
-    found = 0
+    off: dict[str, TrainState] = {}
 
-    def zeroed(path: Any, value: Any) -> Any:
-        nonlocal found
-        text = jax.tree_util.keystr(path)
-        if wanted not in text or "opt" in text:
-            return value
-        found += 1
-        return jnp.zeros_like(value)
+    def add(channel: str, rule: Callable[[str, Array], Array]) -> None:
+        def changed(path: Any, value: Array) -> Array:
+            return rule(jax.tree_util.keystr(path), value)
 
-    changed = jax.tree_util.tree_map_with_path(zeroed, state)
-    if not found:
-        raise UserError(f"the model has no {channel}")
-    return changed
+        dense = jax.tree_util.tree_map_with_path(changed, state.dense)
+        pairs = zip(jax.tree.leaves(dense), jax.tree.leaves(state.dense), strict=True)
+        if any(new is not old for new, old in pairs):
+            off[channel] = dataclasses.replace(state, dense=dense)
+
+    numbers = [name for name in schema.target if not schema.is_categorical(name)]
+    embedded = sum(state.tables[n].shape[-1] for n in schema.target if n in state.tables)
+    up = state.dense["target_fusion"]["ffn"]["up"]
+    num_statistics = up.shape[0] - embedded - len(numbers)
+    first, last = len(numbers), len(numbers) + num_statistics
+
+    def without_attention(path: str, value: Array) -> Array:
+        return jnp.zeros_like(value) if "w_output" in path else value
+
+    def without_counts(path: str, value: Array) -> Array:
+        if "count_weight" in path:
+            return jnp.zeros_like(value)
+        is_read = "token_maps" in path and "numbers" in path and "weight" in path
+        return value.at[last:].set(0) if is_read and value.shape[0] > last else value
+
+    def without_matches(path: str, value: Array) -> Array:
+        if "target_fusion" in path and value.shape[:1] == up.shape[:1]:
+            return value.at[-num_statistics:].set(0)
+        is_read = "token_maps" in path and "numbers" in path and "weight" in path
+        return value.at[first:last].set(0) if is_read else value
+
+    add("attention", without_attention)
+    add("count channel", without_counts)
+    if num_statistics:
+        add("match channel", without_matches)
+    for name, rows in state.tables.items():
+        tables = {**state.tables, name: jnp.zeros_like(rows)}
+        off[f"table of {name}"] = dataclasses.replace(state, tables=tables)
+    return off
 
 
 def _step(workdir: pathlib.Path) -> int:
