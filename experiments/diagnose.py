@@ -3,9 +3,9 @@
     python -m experiments.diagnose --workdir=DIR [--split=test] [--step=best|last|N] [--length=N]
 
 prints, at one history length, the calibration by length of the users' histories, and AUC with each
-channel of the model switched off at evaluation, by parameters set to zero: exactly what zeros in the
-channel would give. On synthetic_interests also the regression of the model's logits on the terms of
-the true function, beside their weights in the truth, and the ceilings.
+channel of the model switched off at evaluation: parameters that read or make it are zero, which is
+exactly what zeros in the channel give. On synthetic_interests also the regression of the model's
+logits on the terms of the true function, beside their weights in the truth, and the ceilings.
 """
 
 from __future__ import annotations

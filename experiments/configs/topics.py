@@ -1,8 +1,8 @@
 """A small set for quick turns, on which attention must learn hidden topics.
 
 Command: python -m experiments.train --config=experiments/configs/topics.py --workdir=DIR
-Reaches: test AUC .779 at 1,024 events; the true function has .827. A minute of training, one core
-of an AMD EPYC server (AVX-512), 2026-11-28, one seed. What the model has learned:
+Not trained yet at this state; its set was prepared on an AMD EPYC server (AVX-512), 2026-11-28.
+What the model has learned:
 python -m experiments.diagnose --workdir=DIR
 """
 
