@@ -16,8 +16,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from data.record_files import RecordFiles
-from data.running import Runner, run_here
+from stca_jax.data.record_files import RecordFiles
+from stca_jax.data.running import Runner, run_here
 from stca_jax.input.dataset import USERS
 from stca_jax.input.records import REQUEST_COLUMNS, UserRecord
 from stca_jax.schema import Schema

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import tensorflow_datasets as tfds
 
-from data.base import STAGING, UserDatasetBuilder
+from stca_jax.data.base import STAGING, UserDatasetBuilder
 from stca_jax.errors import UserError
 
 OWN_LOGS = "interaction_log"  # the dataset whose configs are its users' own
@@ -112,11 +112,11 @@ def import_builder(dataset: str) -> types.ModuleType:
     """
     _check_name(dataset, dataset_names(), "dataset")
     try:
-        return importlib.import_module(f"data.{dataset}.{dataset}_dataset_builder")
+        return importlib.import_module(f"stca_jax.data.{dataset}.{dataset}_dataset_builder")
     except ModuleNotFoundError as error:
         if error.name != "duckdb":  # all that a builder needs beyond the package's requirements
             raise
-        raise UserError(f"{dataset} needs duckdb: pip install 'stca-jax[logs]'") from error
+        raise UserError(f"{dataset} needs duckdb: pip install -e '.[logs]'") from error
 
 
 def _remove_staging(folder: pathlib.Path) -> None:

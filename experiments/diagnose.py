@@ -21,14 +21,14 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array, Float, Int
 
-from data.preparation import prepare
-from data.synthetic_interests.truth import records_of, split_lifts, truth_of
-from experiments import launch
+from stca_jax.data.preparation import prepare
+from stca_jax.data.synthetic_interests.truth import records_of, split_lifts, truth_of
 from stca_jax.errors import UserError
 from stca_jax.evaluation import metrics
 from stca_jax.evaluation.evaluator import Row, evaluate_split
 from stca_jax.evaluation.references.logistic import fit_logistic
 from stca_jax.evaluation.tables import format_table
+from stca_jax.experiments import launch
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.planning import select_requests
 from stca_jax.schema import Schema

@@ -6,7 +6,8 @@ One checkpoint:
         [--split=test] [--step=best|last|N] [--min_history=N] [--noreferences]
         [--reference_targets=N] [--data_dir=DIR]
 
-prints a table and writes it to WORKDIR/evaluation/SPLIT-STEP.csv and .jsonl. The references score
+prints a table and adds it to WORKDIR/evaluation/SPLIT-STEP.csv and .jsonl, where rows of other
+lengths or filters stay. The references score
 the same targets: "counting" is how often the item occurs among the last L events, "logistic" a
 regression and "boosted" trees on count features and label rates, fitted anew for each length on
 --reference_targets training targets and kept with the dataset, and "truth", on
@@ -35,9 +36,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from data.preparation import prepare
-from experiments import launch
-from experiments.reference_rows import reference_rows
+from stca_jax.data.preparation import prepare
 from stca_jax.errors import UserError
 from stca_jax.evaluation.checkpoint_watcher import CheckpointWatcher, RowLog, mark_best_checkpoint
 from stca_jax.evaluation.evaluator import (
@@ -48,10 +47,12 @@ from stca_jax.evaluation.evaluator import (
     selection_columns,
 )
 from stca_jax.evaluation.references.scoring import ReferenceOptions
-from stca_jax.evaluation.tables import format_table, write_table
+from stca_jax.evaluation.tables import add_rows, format_table, write_table
 from stca_jax.experiment import EvaluationConfig, ExperimentConfig
+from stca_jax.experiments import launch
+from stca_jax.experiments.reference_rows import reference_rows
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.training.checkpointing import Checkpointer, read_best
+from stca_jax.training.checkpointing import Checkpointer, first_line, read_best
 from stca_jax.training.distributed import is_main_process
 from stca_jax.training.train_step import Program, TrainState
 from stca_jax.training.trainer import count_steps, load_workdir_config, restore_for_evaluation
@@ -79,7 +80,10 @@ _REFERENCE_TARGETS = flags.DEFINE_integer(
     "Fit the references on so many training targets; 0 takes all.",
     lower_bound=0,
 )
-_SHOWN = ("model", "length", "task", "auc", "gauc_user", "gauc_request", "log_loss", "calibration")
+_SHOWN = (
+    "model", "length", "task", "auc", "auc_se",
+    "gauc_user", "gauc_request", "log_loss", "calibration",
+)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -100,25 +104,34 @@ def evaluate_once(workdir: pathlib.Path) -> int:
     program, state = restore_for_evaluation(config, dataset, workdir, step)
     selection = selection_columns(config, split)
     rows: list[Row] = []
+    failure = ""
     notes: list[str] = []
     if _REFERENCES.value:
-        with launch.working("Scoring the references"):
-            found = reference_rows(config, dataset, split, _reference_options(), notes.append)
-        rows += [{**selection, **row} for row in found]
+        try:
+            with launch.working("Scoring the references"):
+                found = reference_rows(config, dataset, split, _reference_options(), notes.append)
+            rows += [{**selection, **row} for row in found]
+        except Exception as error:  # the model is scored all the same
+            failure = f"references: {first_line(error)}"
+            _log.error("%s", failure)
     rows += score_lengths(program, state, dataset, config, split=split, step=step)
     if not is_main_process():
         return 0
     directory = workdir / "evaluation"
     directory.mkdir(exist_ok=True)
-    for suffix in (".csv", ".jsonl"):
-        write_table(directory / f"{split}-{step}{suffix}", rows)
+    # Rows of other lengths or filters stay, and those of the same are replaced.
+    keys = (*selection, "model", "task", "step", "length")
+    table = add_rows(directory / f"{split}-{step}.jsonl", rows, keys)
+    write_table(directory / f"{split}-{step}.csv", table)
     print(f"{split} split, checkpoint {step}, {rows[-1]['num_targets']:,} targets of "
           f"{rows[-1]['num_requests']:,} requests")  # fmt: skip
     _print_table(rows)
     if notes:
         print(*notes, sep="\n")
+    if failure:
+        print("not scored:", failure, sep="\n  ")
     print(f"results are in {directory}/{split}-{step}.csv and .jsonl")
-    return 0
+    return 1 if failure else 0
 
 
 def watch(workdir: pathlib.Path) -> int:

@@ -20,9 +20,9 @@ from absl import app, flags
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from experiments import command_help
 from stca_jax import config as config_lib
 from stca_jax.errors import UserError
+from stca_jax.experiments import command_help
 from stca_jax.training import distributed
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors that a user can mend.")
@@ -240,7 +240,7 @@ def _set_up_logging() -> None:
 
 
 def _set_levels(level: int) -> None:
-    for name in ("stca_jax", "experiments", "data", "__main__"):
+    for name in ("stca_jax", "__main__"):
         logging.getLogger(name).setLevel(level)
 
 

@@ -5,7 +5,7 @@ python -m experiments.length_study --config=experiments/configs/length_study.py 
 
 The config is what all points share. Its `input.length` is a `BetaLength`, whose maximum is the full
 length; a point replaces a few values, by the names that --config.NAME takes. --points names points
-(see `study.make_points`) or parts of the study:
+(see `stca_jax.length_study.points`) or parts of the study:
 
     length     fixed at 1/16 of the full length, at 1/5 and at all of it, uniform, and Beta with an
                average of 1/5 of the full length and alpha 0.02, 0.1, 0.25 and 1
@@ -41,30 +41,28 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from data.preparation import prepare
-from experiments import launch
-from experiments.reference_rows import reference_rows
-from experiments.study import (
+from stca_jax import config as config_lib
+from stca_jax.data.preparation import prepare
+from stca_jax.errors import UserError
+from stca_jax.evaluation.evaluator import Row, score_lengths
+from stca_jax.evaluation.report.drawing import draw
+from stca_jax.evaluation.tables import format_table, read_json_lines, write_table
+from stca_jax.experiment import ExperimentConfig
+from stca_jax.experiments import launch
+from stca_jax.experiments.reference_rows import reference_rows
+from stca_jax.files import write_json
+from stca_jax.input.dataset import RequestDataset
+from stca_jax.length_study.figures import charts
+from stca_jax.length_study.points import Point, choose_points, make_points
+from stca_jax.length_study.power_law import capacity_law
+from stca_jax.length_study.results import (
     COLUMNS,
     COSTS,
     SCORES,
-    Point,
-    capacity_law,
-    charts,
-    choose_points,
     is_scored,
-    make_points,
     result_rows,
     summary_rows,
 )
-from stca_jax import config as config_lib
-from stca_jax.errors import UserError
-from stca_jax.evaluation.evaluator import Row, score_lengths
-from stca_jax.evaluation.report import draw
-from stca_jax.evaluation.tables import format_table, read_json_lines, write_table
-from stca_jax.experiment import ExperimentConfig
-from stca_jax.files import write_json
-from stca_jax.input.dataset import RequestDataset
 from stca_jax.training.trainer import check_workdir, restore_for_evaluation, train
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)

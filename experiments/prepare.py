@@ -19,13 +19,13 @@ from typing import Any
 
 from absl import flags
 
-from data import preparation
-from data.base import STAGING
-from data.interaction_log.log_config import LogConfig, split_list
-from data.running import beam_runner
-from experiments import launch
-from experiments.command_help import attribute_descriptions
+from stca_jax.data import preparation
+from stca_jax.data.base import STAGING
+from stca_jax.data.interaction_log.log_config import LogConfig, split_list
+from stca_jax.data.running import beam_runner
 from stca_jax.errors import UserError
+from stca_jax.experiments import launch
+from stca_jax.experiments.command_help import attribute_descriptions
 from stca_jax.input.dataset import RequestDataset
 
 _DATASET = flags.DEFINE_string("dataset", None, "Dataset, or DATASET/CONFIG.", required=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from data.synthetic_interests.truth import truth_rows
+from stca_jax.data.synthetic_interests.truth import truth_rows
 from stca_jax.evaluation.evaluator import Row
 from stca_jax.evaluation.references.scoring import ReferenceOptions, evaluate_references
 from stca_jax.experiment import ExperimentConfig

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import launch
-from stca_jax.evaluation.report import load_run, write_report
+from stca_jax.evaluation.report.page import write_report
+from stca_jax.evaluation.report.runs import load_run
+from stca_jax.experiments import launch
 
 _WORKDIRS = flags.DEFINE_multi_string("workdir", None, "Directory of a run.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The page: a file ending in .html.", required=True)

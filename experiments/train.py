@@ -16,8 +16,8 @@ import pathlib
 
 from absl import flags
 
-from data.preparation import prepare
-from experiments import launch
+from stca_jax.data.preparation import prepare
+from stca_jax.experiments import launch
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.training.trainer import train
 

@@ -24,10 +24,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from stca_jax.ranges import Ranges
 from stca_jax.schema import Schema
 
 # Array types of the host (NumPy) and of the device (JAX) are used alike.
@@ -87,6 +87,11 @@ class RequestBatch:
     def targets_per_row(self) -> int:
         """M, the number of target slots of a row."""
         return self.target_mask.shape[1]
+
+    @property
+    def ranges(self) -> Ranges:
+        """Which tokens each target slot reads; anything in padding slots."""
+        return Ranges(self.history_start, self.history_end)
 
     def replace(self, **changes: Any) -> RequestBatch:
         """A copy with some fields replaced."""
@@ -291,7 +296,7 @@ def validate_batch(batch: RequestBatch, schema: Schema) -> None:
     )
     _check(mask & (batch.num_request_targets < 1), "a request has at least one target",
            num_request_targets=batch.num_request_targets)  # fmt: skip
-    covered = np.asarray(covered_tokens(start, end, batch.row_length))
+    covered = np.asarray(Ranges(start, end).covered(batch.row_length))
     for level, features, used in (
         ("history", batch.history, covered),
         ("target", batch.target, mask),
@@ -375,16 +380,3 @@ def _check(bad: np.ndarray, rule: str, **values: np.ndarray) -> None:
         row, column = (int(i) for i in np.argwhere(bad)[0])
         shown = ", ".join(f"{name}={value[row, column]}" for name, value in values.items())
         raise ValueError(f"{rule}; found {shown} at row {row}, position {column}")
-
-
-def covered_tokens(
-    history_start: Int[Array, "R M"], history_end: Int[Array, "R M"], row_length: int
-) -> Bool[Array, "R L"]:
-    """Which tokens at least one range covers; the others are padding.
-
-    O(M + L).  Every range must satisfy 0 <= start <= end <= row_length.
-    """
-    rows = jnp.arange(history_start.shape[0])[:, None]
-    steps = jnp.zeros((history_start.shape[0], row_length + 1), jnp.int32)
-    steps = steps.at[rows, history_start].add(1).at[rows, history_end].add(-1)
-    return jnp.cumsum(steps, axis=1)[:, :-1] > 0

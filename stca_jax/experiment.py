@@ -4,55 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from stca_jax.evaluation.metrics import COUNTS, METRICS, SMALLER_IS_BETTER
+from stca_jax.evaluation.metrics import check_choice
 from stca_jax.input.pipeline import InputConfig
 from stca_jax.models.ranker import RankerConfig
 from stca_jax.training.checkpointing import CheckpointConfig
-from stca_jax.training.loss import LossWeighting
 from stca_jax.training.metrics_writer import WandbConfig
 from stca_jax.training.monitoring import ProfileConfig
 from stca_jax.training.optimizer import OptimizerConfig
 from stca_jax.training.sharding import MeshConfig
-from stca_jax.training.train_step import OnDivergence
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """How long to train, and what to report.
-
-    Attributes:
-      num_epochs: Passes over the training requests.
-      max_steps: Stop earlier, after this many steps; the schedule ends there too.
-      loss_weighting: "target" is the per-impression objective; see `stca_jax.training.loss`.
-      accumulate_steps: Micro-batches that a batch is cut into, one after the other in the memory of
-        one; the update is that of the whole batch.
-      on_divergence: What to do about a step that is not finite, or exceeds `max_gradient_norm`:
-        "stop" the run, or "skip" the update and count it. Fifty such steps in a row stop the run in
-        any case.
-      max_gradient_norm: Largest norm of the dense gradient that is not taken for a spike.
-      ema_decay: Evaluate an exponential moving average of the dense parameters; 0 keeps none.
-      log_every_steps: Steps whose mean is one line of the metrics file.
-    """
-
-    num_epochs: int = 1
-    max_steps: int | None = None
-    loss_weighting: LossWeighting = "target"
-    accumulate_steps: int = 1
-    on_divergence: OnDivergence = "stop"
-    max_gradient_norm: float | None = None
-    ema_decay: float = 0.0
-    log_every_steps: int = 50
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values outside their range."""
-        for name in ("num_epochs", "max_steps", "accumulate_steps", "log_every_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.max_gradient_norm is not None and self.max_gradient_norm <= 0:
-            raise ValueError(f"max_gradient_norm is {self.max_gradient_norm}; it must be positive")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
+from stca_jax.training.train_step import TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,21 +39,15 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for lengths or numbers of requests below 1, or an unknown metric."""
-        if not self.lengths or min(self.lengths) < 1:
+        if not self.lengths or not all(n >= 1 for n in self.lengths):
             raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
         for name, least in {
             "min_history": 0, "max_requests": 1, "validation_length": 1, "validation_requests": 1,
         }.items():  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # NaN is refused
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
-        known = (*METRICS, *COUNTS)
-        if self.metric not in known:
-            raise ValueError(f"metric is {self.metric!r}; it must be one of {', '.join(known)}")
-        if self.larger_is_better and self.metric in SMALLER_IS_BETTER:
-            raise ValueError(
-                f"a smaller {self.metric} is better: set larger_is_better=false beside it"
-            )
+        check_choice(self.metric, larger_is_better=self.larger_is_better)
 
 
 @dataclasses.dataclass(frozen=True)

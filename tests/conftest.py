@@ -18,9 +18,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 
-from data.preparation import prepare
-from experiments.configs import tiny
+from stca_jax.data.preparation import prepare
 from stca_jax.experiment import ExperimentConfig
+from stca_jax.experiments.configs import tiny
 from stca_jax.input.dataset import RequestDataset
 
 

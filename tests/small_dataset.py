@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data.base import UserData, UserDatasetBuilder
+from stca_jax.data.base import UserData, UserDatasetBuilder
 from stca_jax.input.records import UserRecord
 
 FEATURES = {

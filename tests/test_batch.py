@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import SCHEMA, SHARED_LAYOUT, make_batch, request_batches, spoil_padding
 
-from stca_jax.batch import Request, covered_tokens, from_requests, validate_batch
+from stca_jax.batch import Request, from_requests, validate_batch
 
 # --- Batches built by hand
 
@@ -230,5 +230,5 @@ def test_covered_tokens_is_the_union_of_ranges(batch):
     expected = np.zeros((3, 24), bool)
     for row, slot in np.ndindex(3, 8):
         expected[row, batch.history_start[row, slot] : batch.history_end[row, slot]] = True
-    found = covered_tokens(batch.history_start, batch.history_end, 24)
+    found = batch.ranges.covered(24)
     np.testing.assert_array_equal(found, expected)

@@ -1,6 +1,8 @@
 from __future__ import annotations  # Annotations as strings must work: config files may use them.
 
+import abc
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 
 from stca_jax import config as config_lib
 from stca_jax.config import ConfigError
+from stca_jax.errors import UserError
 
 
 def dataclass(cls):
@@ -105,6 +108,10 @@ def _get(config: Any, path: str) -> Any:
         ("evaluations", "EvalConfig", (EvalConfig(),)),
         ("pairs.0", "3,4", (3, 4)),
         ("pairs.0.1", "9", 9),
+        ("pairs", "(3,4),(5, 6)", ((3, 4), (5, 6))),
+        ("pairs", "((3,4), (5,6))", ((3, 4), (5, 6))),
+        ("pairs", "(3,4),", ((3, 4),)),
+        ("pairs", "", ()),
         ("wandb", "WandbConfig", WandbConfig()),
         ("model.embed_dim", 16, 16),
         ("pairs", ((5, 6), (7, 8)), ((5, 6), (7, 8))),
@@ -143,6 +150,7 @@ def test_override_is_read_by_annotation(path, text, expected):
         ("model.num_heads.x", "3", "config.model.num_heads is 2 and has no 'x'"),
         ("wandb.project", "x", "first: config.wandb=WandbConfig"),
         ("evaluations.2.name", "x", "config.evaluations.2: "),
+        ("pairs", "(1,2),(3)", r"config.pairs.1: expected the 2 values of .*, got 1"),
     ],
 )
 def test_wrong_override_says_where_and_why(path, text, message):
@@ -276,6 +284,123 @@ def test_flatten_and_diff():
         "sequence.units: (absent) -> 3",
         "sequence.activation: (absent) -> 'relu'",
     ]
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module of a user's: config classes that no annotation of ours lists."""
+    code = """
+        import dataclasses
+
+        from test_config import Length, StcaConfig
+
+        @dataclasses.dataclass(frozen=True)
+        class Deep(StcaConfig):
+            dropout: float = 0.0
+
+        @dataclasses.dataclass(frozen=True)
+        class Weekly(Length):
+            days: int = 7
+
+            def sample(self):
+                return self.days
+
+        class Plain(StcaConfig):
+            pass
+
+        @dataclasses.dataclass(frozen=True)
+        class Unfinished(Length):
+            days: int = 7
+
+        number = 3
+    """
+    (tmp_path / "own_module.py").write_text(textwrap.dedent(code))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("own_module")
+    sys.modules.pop("own_module")
+
+
+@dataclass
+class Length(abc.ABC):
+    @abc.abstractmethod
+    def sample(self): ...
+
+
+@dataclass
+class Fixed(Length):
+    events: int = 5
+
+    def sample(self):
+        return self.events
+
+
+@dataclass
+class Open:
+    sequence: StcaConfig | DinConfig = dataclasses.field(default_factory=StcaConfig)
+    length: Fixed | Length = dataclasses.field(default_factory=Fixed)
+    lengths: tuple[Length, ...] = ()
+
+
+def test_classes_of_ones_own_are_chosen_by_import_path(own_module):
+    overrides = {
+        "sequence": "own_module:Deep",
+        "sequence.dropout": "0.5",
+        "sequence.num_layers": "3",
+        "length": "own_module:Weekly",
+        "length.days": "3",
+        "lengths": "own_module:Weekly,own_module:Weekly",
+        "lengths.1.days": "2",
+    }
+    config = config_lib.apply_overrides(Open(), overrides)
+    lengths = (own_module.Weekly(), own_module.Weekly(2))
+    assert config == Open(own_module.Deep(3, dropout=0.5), own_module.Weekly(3), lengths)
+    data = json.loads(json.dumps(config_lib.to_dict(config)))
+    assert data["sequence"]["type"] == "own_module:Deep"
+    assert config_lib.from_dict(Open, data) == config
+    assert config_lib.apply_overrides(config, config_lib.flatten(config)) == config
+    kept = config_lib.apply_overrides(config, {"sequence": "own_module:Deep"})
+    assert kept == config
+    del data["sequence"]["dropout"], data["length"]["days"]
+    filled, names = config_lib.fill_missing(Open, data)
+    assert names == ["sequence.dropout=0.0", "length.days=7"]
+    assert config_lib.from_dict(Open, filled).length == own_module.Weekly()
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("length", "Length", r"config.length: expected Fixed \| Length, got 'Length'"),
+        ("length", "no_module:X", "config.length: no_module:X: there is no module 'no_module'"),
+        ("length", "own_module.sub:X", "there is no module 'own_module.sub'"),
+        ("length", "own_module:Weekli", "config.length: .*did you mean Weekly"),
+        ("length", "own_module:Deep", "config.length: .* derives from Fixed or Length"),
+        ("length", "own_module:Unfinished", "with all of its methods"),
+        ("length", "own_module:number", "derives from Fixed or Length"),
+        ("sequence", "own_module:Weekly", "derives from StcaConfig or DinConfig"),
+        ("length.days", "own_module:Weekly", "Fixed has no field 'days'"),
+        ("sequence.dropout", "1", "StcaConfig has no field 'dropout'"),
+    ],
+)
+@pytest.mark.usefixtures("own_module")
+def test_import_paths_that_cannot_stand_there(path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        config_lib.apply_overrides(Open(), {path: text})
+
+
+def test_errors_of_the_module_itself_are_passed_on(tmp_path, monkeypatch):
+    (tmp_path / "breaks.py").write_text("import surely_not_installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
+        config_lib.apply_overrides(Open(), {"length": "breaks:X"})
+
+
+def test_a_class_that_no_other_process_can_import_is_refused():
+    @dataclass
+    class Here(StcaConfig):
+        pass
+
+    with pytest.raises(UserError, match="Here is defined in test_config, from where no other"):
+        config_lib.to_dict(Open(sequence=Here()))
 
 
 def test_load_config(tmp_path):

@@ -3,9 +3,11 @@
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import textwrap
 import zipfile
 
 import pytest
@@ -41,39 +43,141 @@ def test_notice_names_every_data_set():
         assert path.parent.name.replace("_", "") in notice
 
 
-@pytest.mark.slow
-def test_built_package_runs_the_tiny_config_outside_of_a_checkout(tmp_path, data_dir):
-    dist = tmp_path / "dist"
-    run(sys.executable, "-m", "build", "--outdir", dist, REPOSITORY, cwd=tmp_path)
+# What a user's own folder may hold: packages of the same names, which only the user imports.
+OWN = {
+    "data/__init__.py": "OWN = True",
+    "experiments/__init__.py": "raise AssertionError('imported by stca_jax')",
+    "test_own.py": """
+        import stca_jax.data
+        import stca_jax.data.base
+        import stca_jax.experiments.launch
+
+        def test_both_are_there():
+            assert data.OWN
+            assert stca_jax.data.base.UserData
+        """,
+    "typed.py": """
+        from stca_jax.data.running import beam_runner
+        from stca_jax.experiments.command_help import attribute_descriptions
+        from stca_jax.schema import Schema
+
+        reveal_type(Schema.select)
+        reveal_type(beam_runner)
+        reveal_type(attribute_descriptions)
+        """,
+    "log.csv": "user,item,time\n" + "".join(f"{i % 7},{i % 5},{60 * i}\n" for i in range(200)),
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder of a user's."""
+    folder = tmp_path_factory.mktemp("project")
+    for name, text in OWN.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(textwrap.dedent(text))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, made from the sdist."""
+    dist = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", dist, REPOSITORY, cwd=dist)
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        inside = archive.namelist()
-    for needed in ("experiments/configs/tiny.py", "data/movielens/README.md"):
-        assert needed in inside
-    assert any(name.endswith("licenses/NOTICE") for name in inside)
     with tarfile.open(sdist) as archive:
         assert f"{sdist.name.removesuffix('.tar.gz')}/LICENSE" in archive.getnames()
+    return wheel
 
-    # The packages that it needs are those of this environment, but not the checkout beside them.
-    environment = tmp_path / "environment"
-    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
-    python = environment / "bin" / "python"
-    (site,) = environment.glob("lib/python*/site-packages")
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of this checkout, links and all: an installation writes into it."""
+    copy = tmp_path_factory.mktemp("checkout") / "stca_jax"
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    files = subprocess.run(listed, cwd=REPOSITORY, capture_output=True, check=True).stdout
+    for name in filter(None, files.decode().split("\0")):
+        if (REPOSITORY / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, copy / name, follow_symlinks=False)
+    return copy
+
+
+def install(folder, *what):
+    """A Python with the packages of this environment, but not the checkout beside them."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    python = folder / "bin" / "python"
+    (site,) = folder.glob("lib/python*/site-packages")
     ours = [path for path in sys.path if path.endswith("site-packages")]
     (site / "shared.pth").write_text("\n".join(ours))
-    pip = (sys.executable, "-m", "pip", "--python", python)
-    run(*pip, "install", "-q", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=tmp_path)
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps")
+    run(*pip, "--ignore-installed", *what, cwd=folder.parent)
+    return python
 
-    where = run(python, "-c", "import stca_jax; print(stca_jax.__file__)", cwd=tmp_path)
-    assert where.startswith(str(site))
-    train = (python, "-m", "experiments.train", "--config=experiments/configs/tiny.py")
+
+def test_the_wheel_holds_one_package(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        inside = archive.namelist()
+    assert {name.partition("/")[0] for name in inside} == {
+        "stca_jax",
+        f"stca_jax-{stca_jax.__version__}.dist-info",
+    }
+    for needed in ("experiments/configs/tiny.py", "data/movielens/README.md", "py.typed"):
+        assert f"stca_jax/{needed}" in inside
+    assert any(name.endswith("licenses/NOTICE") for name in inside)
+
+
+@pytest.mark.slow
+def test_wheel_works_beside_packages_of_the_same_names(tmp_path, project, wheel, data_dir):
+    python = install(tmp_path / "environment", wheel)
+    where = run(python, "-c", "import stca_jax; print(stca_jax.__file__)", cwd=project)
+    assert where.startswith(str(tmp_path / "environment"))
+    assert "1 passed" in run(python, "-m", "pytest", "test_own.py", cwd=project)
+    check_types(python, project)
+    check_beam(python, project)
+    train = (python, "-m", "stca_jax.experiments.train", "--config=experiments/configs/tiny.py")
     output = run(
         *train,
-        "--workdir=run",
+        f"--workdir={tmp_path}/run",
         f"--data_dir={data_dir}",
         "--config.training.max_steps=2",
         "--config.evaluation.validation_requests=20",
-        cwd=tmp_path,
+        cwd=project,
     )
     assert "finished 2 steps" in output
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+
+
+@pytest.mark.slow
+def test_editable_installation_works_beside_packages_of_the_same_names(tmp_path, project, checkout):
+    python = install(tmp_path / "environment", "-e", checkout)
+    where = run(python, "-c", "import stca_jax.data; print(stca_jax.data.__file__)", cwd=project)
+    assert where.startswith(str(checkout))
+    assert "1 passed" in run(python, "-m", "pytest", "test_own.py", cwd=project)
+    # Type checkers follow no import hook: for them, as setuptools says, it has to be strict.
+    strict = ("-C", "editable_mode=strict")
+    check_types(install(tmp_path / "strict", *strict, "-e", checkout), project)
+
+
+def check_beam(python, project):
+    """Beam's workers, processes of their own, import the right packages."""
+    prepare = (python, "-m", "stca_jax.experiments.prepare", "--dataset=interaction_log")
+    columns = ("--user_id=user", "--item_id=item", "--timestamp=time", "--min_count=1")
+    beam = ("--runner=DirectRunner", "--direct_running_mode=multi_processing")
+    run(
+        *prepare,
+        *columns,
+        "--name=mine",
+        "--log=log.csv",
+        "--data_dir=prepared",
+        *(f"--beam={option}" for option in (*beam, "--direct_num_workers=2")),
+        cwd=project,
+    )
+
+
+def check_types(python, project):
+    """A type checker sees the annotations of all packages."""
+    shown = run(python, "-m", "mypy", "--ignore-missing-imports", "typed.py", cwd=project)
+    assert "def (self: stca_jax.schema.Schema, features: typing.Collection[str]" in shown
+    assert "def (options: typing.Sequence[str])" in shown
+    assert "def (cls: type) -> dict[str, str]" in shown

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data.base import UserData, UserDatasetBuilder
-from data.complete_journey import source
+from stca_jax.data.base import UserData, UserDatasetBuilder
+from stca_jax.data.complete_journey import source
 from stca_jax.input import request_building as rb
 
 _SEED = 0

@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.interaction_log.log_config import TIME_UNITS, Column, LogConfig, quoted
-from data.interaction_log.source import ROW, BadRow, Part, Table, fingerprint, open_table
+from stca_jax.data.interaction_log.log_config import TIME_UNITS, Column, LogConfig, quoted
+from stca_jax.data.interaction_log.source import ROW, BadRow, Part, Table, fingerprint, open_table
 from stca_jax.errors import UserError
 from stca_jax.input import request_building as rb
 

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 
-from data.base import STAGING, UserData, UserDatasetBuilder
-from data.interaction_log.events import LogSource
-from data.interaction_log.log_config import LogConfig
-from data.interaction_log.records import Encoder, Plan, build_user_logs
-from data.interaction_log.staging import Staging
+from stca_jax.data.base import STAGING, UserData, UserDatasetBuilder
+from stca_jax.data.interaction_log.events import LogSource
+from stca_jax.data.interaction_log.log_config import LogConfig
+from stca_jax.data.interaction_log.records import Encoder, Plan, build_user_logs
+from stca_jax.data.interaction_log.staging import Staging
 from stca_jax.errors import UserError
 from stca_jax.input.records import UserRecord
 

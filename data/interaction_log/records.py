@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.interaction_log.events import LogSource, id_keys, read_side_table
-from data.interaction_log.requests import Shard
-from data.interaction_log.statistics import ShardStatistics, ValueCounts
+from stca_jax.data.interaction_log.events import LogSource, id_keys, read_side_table
+from stca_jax.data.interaction_log.requests import Shard
+from stca_jax.data.interaction_log.statistics import ShardStatistics, ValueCounts
 from stca_jax.input import request_building as rb
 from stca_jax.schema import Schema
 

@@ -8,8 +8,8 @@ import functools
 import numpy as np
 import pyarrow as pa
 
-from data.interaction_log.events import id_keys
-from data.interaction_log.log_config import LogConfig
+from stca_jax.data.interaction_log.events import id_keys
+from stca_jax.data.interaction_log.log_config import LogConfig
 from stca_jax.input import request_building as rb
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from data.interaction_log.log_config import LogConfig
+from stca_jax.data.interaction_log.log_config import LogConfig
 from stca_jax.errors import UserError
 
 _PARQUET = (".parquet", ".pq")

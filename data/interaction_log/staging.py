@@ -28,17 +28,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.interaction_log.events import DUPLICATE, LogSource, group_events, read_events
-from data.interaction_log.records import Plan, make_plan
-from data.interaction_log.requests import Shard
-from data.interaction_log.statistics import (
+from stca_jax.data.interaction_log.events import DUPLICATE, LogSource, group_events, read_events
+from stca_jax.data.interaction_log.records import Plan, make_plan
+from stca_jax.data.interaction_log.requests import Shard
+from stca_jax.data.interaction_log.statistics import (
     ShardStatistics,
     ValueCounts,
     add_up,
     format_profile,
     split_times,
 )
-from data.running import Runner
+from stca_jax.data.running import Runner
 from stca_jax.files import write_json
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.interaction_log.events import DUPLICATE, LEFT_OUT, LogSource
-from data.interaction_log.requests import Shard
+from stca_jax.data.interaction_log.events import DUPLICATE, LEFT_OUT, LogSource
+from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.errors import UserError
 from stca_jax.input.records import SPLITS
 

@@ -7,8 +7,8 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-from data.interaction_log.interaction_log_dataset_builder import LogDatasetBuilder
-from data.interaction_log.log_config import LogConfig
+from stca_jax.data.interaction_log.interaction_log_dataset_builder import LogDatasetBuilder
+from stca_jax.data.interaction_log.log_config import LogConfig
 
 _STANDARD = ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08")
 _RANDOM = "log_random_4_22_to_5_08"

@@ -6,8 +6,8 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-from data.interaction_log.interaction_log_dataset_builder import LogDatasetBuilder
-from data.interaction_log.log_config import LogConfig
+from stca_jax.data.interaction_log.interaction_log_dataset_builder import LogDatasetBuilder
+from stca_jax.data.interaction_log.log_config import LogConfig
 
 
 class Builder(LogDatasetBuilder):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 if TYPE_CHECKING:
-    from data.synthetic_interests.generator import GeneratorConfig
+    from stca_jax.data.synthetic_interests.generator import GeneratorConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int
 
-from data.synthetic_interests.catalogue import Catalogue, make_catalogue
-from data.synthetic_interests.drawing import (
+from stca_jax.data.synthetic_interests.catalogue import Catalogue, make_catalogue
+from stca_jax.data.synthetic_interests.drawing import (
     SECONDS_PER_DAY,
     LogConfig,
     draw_below,

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int
 
-from data.synthetic_interests.drawing import (
+from stca_jax.data.synthetic_interests.drawing import (
     SECONDS_PER_DAY,
     LogConfig,
     draw_below,

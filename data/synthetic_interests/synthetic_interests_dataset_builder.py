@@ -8,15 +8,15 @@ from collections.abc import Mapping
 
 import tensorflow_datasets as tfds
 
-from data.base import UserData, UserDatasetBuilder
-from data.synthetic_interests.generator import (
+from stca_jax.data.base import UserData, UserDatasetBuilder
+from stca_jax.data.synthetic_interests.generator import (
     CONFIGS,
     FEATURES,
     GeneratorConfig,
     generate_users,
     make_schema,
 )
-from data.synthetic_interests.latent import (
+from stca_jax.data.synthetic_interests.latent import (
     LATENT_CONFIGS,
     LatentConfig,
     generate_latent_users,

@@ -20,8 +20,8 @@ import numpy as np
 from absl import app, flags
 from jaxtyping import Float, Float64
 
-from data.preparation import prepare
-from data.synthetic_interests import generator, latent
+from stca_jax.data.preparation import prepare
+from stca_jax.data.synthetic_interests import generator, latent
 from stca_jax.evaluation import metrics, tables
 from stca_jax.evaluation.references.logistic import fit_logistic
 from stca_jax.evaluation.references.scoring import evaluate_references

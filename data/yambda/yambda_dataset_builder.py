@@ -6,8 +6,8 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-from data.interaction_log.interaction_log_dataset_builder import LogDatasetBuilder
-from data.interaction_log.log_config import LogConfig
+from stca_jax.data.interaction_log.interaction_log_dataset_builder import LogDatasetBuilder
+from stca_jax.data.interaction_log.log_config import LogConfig
 
 # Seconds, more than nearly every track has: playing on does not end a session.  With a request for
 # each listen, 5b would have more than the 2^31 that records can number.

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import launch
-from experiments.benchmarks import timing
-from stca_jax.ops.attention import cheaper_order, history_layer
+from stca_jax.experiments import launch
+from stca_jax.experiments.benchmarks import timing
+from stca_jax.ops.attention import AttentionOptions, cheaper_order, history_layer
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.tiles import BlockSizes
+from stca_jax.ranges import Ranges
 
 _IMPLEMENTATIONS = flags.DEFINE_list("implementation", ["reference", "xla"], "What to measure.")
 _ORDERS = flags.DEFINE_list("order", ["absorbed", "projected"], "Orders to measure.")
@@ -65,11 +66,11 @@ def _step(num_targets: int, implementation: Any, order: Any, sizes: BlockSizes |
     start = jnp.zeros((rows, num_targets), jnp.int32)
 
     def loss(*inputs: Any) -> jax.Array:
-        out = history_layer(*inputs, implementation=implementation, order=order, block_sizes=sizes)  # type: ignore[misc]
+        out = history_layer(*inputs, options=AttentionOptions(order, implementation, sizes))
         return out.output.astype(jnp.float32).sum() + out.log_sum_exp.sum()
 
     gradient = jax.grad(loss, argnums=tuple(range(5)))
-    return timing.compiled_step(gradient, *arguments, start, start + length)
+    return timing.compiled_step(gradient, *arguments, Ranges(start, start + length))
 
 
 def _compare() -> list[dict[str, Any]]:

@@ -34,16 +34,18 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from data.base import UserDatasetBuilder
-from data.preparation import default_data_dir, prepare
-from data.synthetic_interests.generator import GeneratorConfig
-from data.synthetic_interests.synthetic_interests_dataset_builder import (
+from stca_jax.batch import RequestBatch
+from stca_jax.data.base import UserDatasetBuilder
+from stca_jax.data.preparation import default_data_dir, prepare
+from stca_jax.data.synthetic_interests.generator import GeneratorConfig
+from stca_jax.data.synthetic_interests.synthetic_interests_dataset_builder import (
     Builder as SyntheticInterests,
 )
-from data.synthetic_interests.synthetic_interests_dataset_builder import SyntheticInterestsConfig
-from experiments import launch
-from experiments.benchmarks.history_copies import HistoryCopies
-from stca_jax.batch import RequestBatch
+from stca_jax.data.synthetic_interests.synthetic_interests_dataset_builder import (
+    SyntheticInterestsConfig,
+)
+from stca_jax.experiments import launch
+from stca_jax.experiments.benchmarks.history_copies import HistoryCopies
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.length import FixedLength
 from stca_jax.input.pipeline import (

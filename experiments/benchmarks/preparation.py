@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from absl import flags
 from tqdm import tqdm
 
-from experiments import launch
+from stca_jax.experiments import launch
 
 _EVENTS = flags.DEFINE_string("events", "1_000_000", "Events of the log.")
 _FOLDER = flags.DEFINE_string("folder", None, "Where log and dataset go.", required=True)

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from stca_jax.ops.encoder import HistoryEncoder, encode_history
+from stca_jax.ranges import Ranges
 
-# (query, tokens, encoder, w_key, w_value, history_start, history_end) -> [R, M, H, K]
+# (query, tokens, encoder, w_key, w_value, ranges) -> [R, M, H, K]
 HistoryPath = Callable[..., Array]
 
 
@@ -52,8 +53,7 @@ def sequence_module(
     layers: list[Layer],
     tokens: Float[Array, "R L D"],
     targets: Float[Array, "R M D"],
-    history_start: Int[Array, "R M"],
-    history_end: Int[Array, "R M"],
+    ranges: Ranges,
     history_path: HistoryPath,
 ) -> Float[Array, "R M I"]:
     """E1-E6 and the concatenation of E7."""
@@ -62,7 +62,7 @@ def sequence_module(
         fused = jnp.concatenate([*gathered, targets], -1) @ layer.fusion
         query = jnp.einsum("rmd,dhk->rmhk", encode_history(layer.query, fused), layer.w_query)
         output = history_path(query, tokens, layer.history, layer.w_key, layer.w_value,
-                              history_start, history_end)  # fmt: skip
+                              ranges)  # fmt: skip
         gathered.append(output.reshape(targets.shape) @ layer.w_output)
     return jnp.concatenate([*gathered, targets], -1)
 
@@ -169,12 +169,12 @@ def torch_steps(
 
 
 def request_step(
-    layers: list[Layer], tokens: Array, targets: Array, start: Array, end: Array,
+    layers: list[Layer], tokens: Array, targets: Array, ranges: Ranges,
     history_path: HistoryPath,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:  # fmt: skip
     """Gradients in weights, tokens and targets, and the arguments to call them with."""
 
-    def loss(layers: list[Layer], tokens: Array, targets: Array, start: Array, end: Array) -> Array:
-        return jnp.square(sequence_module(layers, tokens, targets, start, end, history_path)).sum()
+    def loss(layers: list[Layer], tokens: Array, targets: Array, ranges: Ranges) -> Array:
+        return jnp.square(sequence_module(layers, tokens, targets, ranges, history_path)).sum()
 
-    return jax.grad(loss, argnums=(0, 1, 2)), (layers, tokens, targets, start, end)
+    return jax.grad(loss, argnums=(0, 1, 2)), (layers, tokens, targets, ranges)

@@ -18,16 +18,16 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import launch
-from experiments.benchmarks import timing
 from stca_jax.batch import RequestBatch, empty_batch
+from stca_jax.experiments import launch
+from stca_jax.experiments.benchmarks import timing
 from stca_jax.models.embedding import EmbeddingConfig
 from stca_jax.models.ranker import RankerConfig
 from stca_jax.models.stca import StcaConfig
 from stca_jax.schema import Schema
 from stca_jax.training.optimizer import OptimizerConfig
 from stca_jax.training.sharding import MeshConfig, device_batch, make_mesh
-from stca_jax.training.train_step import Program, make_program
+from stca_jax.training.train_step import Program, TrainingConfig
 
 _ROWS = flags.DEFINE_list("rows", ["100000", "1000000", "10000000"], "Sizes of the vocabulary.")
 _WIDTH = flags.DEFINE_integer("width", 32, "Width of the table and of the model.")
@@ -68,10 +68,11 @@ def _program(num_items: int) -> tuple[Program, RequestBatch]:
         embedding=EmbeddingConfig(item_width=_WIDTH.value),
     )
     batch = _batch(schema, num_items)
-    program = make_program(
+    program = Program(
         model,
         schema,
         OptimizerConfig(tables="adam" if _TABLES.value == "adam" else "adagrad"),
+        TrainingConfig(),
         make_mesh(MeshConfig()),
         batch,
         num_steps=1_000_000,

@@ -22,10 +22,17 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array
 
-from experiments import launch
-from experiments.benchmarks import sequence_modules, timing
-from stca_jax.ops.attention import Order, cheaper_order, history_layer, target_to_history_attention
+from stca_jax.experiments import launch
+from stca_jax.experiments.benchmarks import sequence_modules, timing
+from stca_jax.ops.attention import (
+    AttentionOptions,
+    cheaper_order,
+    history_layer,
+    target_to_history_attention,
+)
 from stca_jax.ops.encoder import encode_history
+from stca_jax.ops.implementation import Order
+from stca_jax.ranges import Ranges
 
 _LENGTHS = flags.DEFINE_list("lengths", ["256", "1024", "4096", "10240"], "History lengths L.")
 _LONG = flags.DEFINE_list("long_lengths", ["32768", "102400"], "Lengths for the fused step only.")
@@ -57,10 +64,10 @@ def _other(order: Order) -> Order:
 
 
 def _attention_path(order: Order, implementation: Any) -> sequence_modules.HistoryPath:
-    def path(query, tokens, encoder, w_key, w_value, start, end):
+    def path(query, tokens, encoder, w_key, w_value, ranges):
         return target_to_history_attention(
-            query, encode_history(encoder, tokens), w_key, w_value, start, end,
-            order=order, implementation=implementation,
+            query, encode_history(encoder, tokens), w_key, w_value, ranges,
+            options=AttentionOptions(order, implementation),
         ).output  # fmt: skip
 
     return path
@@ -68,7 +75,7 @@ def _attention_path(order: Order, implementation: Any) -> sequence_modules.Histo
 
 def _fused_path(order: Order, implementation: Any = None) -> sequence_modules.HistoryPath:
     def path(*arguments):
-        return history_layer(*arguments, order=order, implementation=implementation).output
+        return history_layer(*arguments, options=AttentionOptions(order, implementation)).output
 
     return path
 
@@ -89,9 +96,9 @@ def _steps(length: int, num_targets: int, requests: int, only_fused: bool) -> di
     tokens = _random(requests, length, _WIDTH.value)
     targets = _random(requests, num_targets, _WIDTH.value)
     start = jnp.zeros((requests, num_targets), jnp.int32)
-    end = start + length
     order = cheaper_order(num_targets, _HEADS.value, _WIDTH.value)
-    shared = (tokens, targets, start, end)
+    ranges = Ranges(start, start + length)
+    shared = (tokens, targets, ranges)
     fused = {"fused": ((*shared, _fused_path(order, "xla")), requests)}
     if jax.default_backend() in _KERNELS:
         name = _KERNELS[jax.default_backend()]
@@ -101,8 +108,7 @@ def _steps(length: int, num_targets: int, requests: int, only_fused: bool) -> di
     impressions = (
         jnp.repeat(tokens[:1], num_targets, 0),
         targets[0][:, None],
-        start[0][:, None],
-        end[0][:, None],
+        Ranges(*(x[0][:, None] for x in ranges)),
         _attention_path("absorbed", "reference"),
     )
     steps = {
@@ -190,11 +196,11 @@ def _measure_packed() -> list[dict[str, Any]]:
     layers = _layers()
     rows, targets = _random(count, longest, width), _random(count, m, width)
     cases = {
-        "padded, all rows full": (rows, targets, zeros, full_end, fused),
-        "padded, ranges skipped": (rows, targets, zeros, padded_end, fused),
+        "padded, all rows full": (rows, targets, Ranges(zeros, full_end), fused),
+        "padded, ranges skipped": (rows, targets, Ranges(zeros, padded_end), fused),
         "packed": (
             rows[:packed_rows], _random(packed_rows, slots * m, width),
-            packed_start, packed_end, fused,
+            Ranges(packed_start, packed_end), fused,
         ),
     }  # fmt: skip
     calls = {}

@@ -9,8 +9,8 @@ Measured: 18 minutes of training on a busy machine, 2 cores of an AMD EPYC serve
 
 import dataclasses
 
-from experiments.configs import complete_journey
 from stca_jax.experiment import ExperimentConfig, TrainingConfig
+from stca_jax.experiments.configs import complete_journey
 from stca_jax.input.length import BetaLength
 
 

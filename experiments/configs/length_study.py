@@ -12,8 +12,8 @@ of targets for all: small enough for dozens of them. For a whole epoch add
 
 import dataclasses
 
-from experiments.configs import complete_journey
 from stca_jax.experiment import ExperimentConfig, TrainingConfig
+from stca_jax.experiments.configs import complete_journey
 from stca_jax.training.checkpointing import CheckpointConfig
 
 

@@ -9,9 +9,9 @@ The paper gives the size alone; N = 2, h = 8, d = 256 is our reading of its abla
 from 2 layers and 8 heads.
 """
 
-from experiments.configs.paper_133m import get_schema as get_schema
-from experiments.configs.paper_133m import two_layers
 from stca_jax.experiment import ExperimentConfig
+from stca_jax.experiments.configs.paper_133m import get_schema as get_schema
+from stca_jax.experiments.configs.paper_133m import two_layers
 
 
 def get_config() -> ExperimentConfig:

@@ -55,9 +55,9 @@ import time
 import jax
 import matplotlib.pyplot as plt
 
-from data.preparation import prepare
-from experiments.configs import tiny
 from stca_jax.config import apply_overrides
+from stca_jax.data.preparation import prepare
+from stca_jax.experiments.configs import tiny
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import make_input
 from stca_jax.training.checkpointing import Checkpointer

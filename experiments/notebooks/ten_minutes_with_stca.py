@@ -49,12 +49,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
 
-from data.preparation import prepare
-from experiments.configs import complete_journey
 from stca_jax.batch import Request, empty_batch, from_requests, validate_batch
 from stca_jax.config import apply_overrides
+from stca_jax.data.preparation import prepare
 from stca_jax.evaluation.evaluator import evaluate_split, metric_rows
 from stca_jax.evaluation.references.scoring import evaluate_references
+from stca_jax.experiments.configs import complete_journey
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import make_input, select_requests
 from stca_jax.models import stca
@@ -65,8 +65,8 @@ from stca_jax.ops.encoder import encode_history
 from stca_jax.ops.reference import attention_weights
 from stca_jax.schema import Schema
 from stca_jax.training.checkpointing import Checkpointer
+from stca_jax.training.state import merge_ranker, split_ranker
 from stca_jax.training.table_rows import rows_by_id
-from stca_jax.training.train_step import merge_ranker, split_ranker
 from stca_jax.training.trainer import restore_for_evaluation, train
 
 print(jax.devices())
@@ -221,12 +221,12 @@ def attention(ranker, batch):
     """Weights of the first layer, averaged over heads: [rows, targets, tokens]."""
     weights = []
 
-    def watched(query, tokens, encoder, w_key, w_value, start, end, *, history_score, **options):
+    def watched(query, tokens, encoder, w_key, w_value, ranges, *, history_score, options):
         encoded = encode_history(encoder, tokens)
-        weights.append(attention_weights(query, encoded, w_key, start, end, history_score)[0])
+        weights.append(attention_weights(query, encoded, w_key, ranges, history_score)[0])
         return history_layer(
-            query, tokens, encoder, w_key, w_value, start, end,
-            history_score=history_score, **options,
+            query, tokens, encoder, w_key, w_value, ranges,
+            history_score=history_score, options=options,
         )  # fmt: skip
 
     with unittest.mock.patch.object(stca, "history_layer", watched):

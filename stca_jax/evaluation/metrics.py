@@ -53,6 +53,48 @@ def auc(label: Labels, score: Scores) -> float:
     return _mean_auc(_sort_keys(*_checked(label, score))).value
 
 
+def auc_standard_error(label: Labels, score: Scores, group: Groups) -> float:
+    """Standard error of `auc` over samples of groups, whose targets may depend on each other.
+
+    DeLong's estimate (1988) with Obuchowski's sums over clusters (1997): with a group for each
+    target it is DeLong's.
+
+    Args:
+      label: [n] of 0 or 1, any dtype.
+      score: [n] floats, compared as float32.
+      group: [n] integers, such as the user of each target.
+
+    Returns:
+      The error, or NaN if fewer than two groups have a positive, or a negative.
+
+    Raises:
+      ValueError: as for `grouped_auc`.
+    """
+    label, score = _checked(label, score)
+    cluster = np.unique(_checked_groups(group, label), return_inverse=True)[1]
+    _, value, size = np.unique(
+        _ordered_bits(score.astype(np.float32)), return_inverse=True, return_counts=True
+    )
+    positive = np.bincount(value, label, size.size)
+    negative = size - positive
+    twice_lower = 2 * np.cumsum(negative) - negative  # negatives below, ties counting half
+    twice_higher = 2 * (label.sum() - np.cumsum(positive)) + positive
+
+    num = [np.bincount(cluster, side) for side in (label, ~label)]
+    total = [n.sum() for n in num]
+    groups = [np.count_nonzero(n) for n in num]
+    if min(groups) < 2:
+        return float("nan")
+    # Of each side: pairs that the targets of a group win, less what is expected of so many.
+    pairs = [twice_lower[value] * label, twice_higher[value] * ~label]
+    won = [np.bincount(cluster, p) / 2 / other for p, other in zip(pairs, total[::-1], strict=True)]
+    area = won[0].sum() / total[0]
+    excess = [(w - n * area) / t for w, n, t in zip(won, num, total, strict=True)]
+    variance = sum(k / (k - 1) * e @ e for k, e in zip(groups, excess, strict=True))
+    k = num[0].size
+    return float(np.sqrt(variance + 2 * k / (k - 1) * (excess[0] @ excess[1])))
+
+
 def grouped_auc(label: Labels, score: Scores, group: Groups) -> GroupedAuc:
     """AUC inside each group (a user, a request), averaged with the group's size as its weight.
 
@@ -71,13 +113,7 @@ def grouped_auc(label: Labels, score: Scores, group: Groups) -> GroupedAuc:
       ValueError: as for `auc`, or if `group` has another shape or is not of integers.
     """
     label, score = _checked(label, score)
-    group = np.asarray(group)
-    if group.shape != label.shape or group.dtype.kind not in "iu":
-        raise ValueError(
-            f"group is {group.dtype}{list(group.shape)}, expected integers of shape "
-            f"{list(label.shape)}: pass the integer id of each target's user or request."
-        )
-    return _mean_auc(_sort_keys(label, score, _small_ids(group)))
+    return _mean_auc(_sort_keys(label, score, _small_ids(_checked_groups(group, label))))
 
 
 def log_loss(label: Labels, logit: Scores) -> float:
@@ -156,14 +192,16 @@ class ScoredTargets(NamedTuple):
 # The columns of a result table. A new metric is registered here.
 METRICS: dict[str, Callable[[ScoredTargets], float | GroupedAuc]] = {
     "auc": lambda t: auc(t.label, t.logit),
+    "auc_se": lambda t: auc_standard_error(t.label, t.logit, t.user_id),
     "gauc_user": lambda t: grouped_auc(t.label, t.logit, t.user_id),
     "gauc_request": lambda t: grouped_auc(t.label, t.logit, t.request_id),
     "log_loss": lambda t: log_loss(t.label, t.logit),
     "calibration": lambda t: calibration(t.label, t.logit),
     "normalized_entropy": lambda t: normalized_entropy(t.label, t.logit),
 }
-# Of the metrics, those that a better model has less of.
+# Of the metrics, those that a better model has less of, and those that rank no models at all.
 SMALLER_IS_BETTER = frozenset({"log_loss", "normalized_entropy"})
+NOT_COMPARABLE = frozenset({"auc_se", "calibration"})
 # What a row of metrics counts besides.
 COUNTS = (
     "num_targets",
@@ -173,6 +211,24 @@ COUNTS = (
     "one_class_users",
     "one_class_requests",
 )
+
+
+def check_choice(metric: str, *, larger_is_better: bool) -> None:
+    """Checks that checkpoints can be chosen by a metric.
+
+    Raises:
+      ValueError: it is unknown, orders no models, as counts and calibration, or the other way.
+    """
+    known = [name for name in METRICS if name not in NOT_COMPARABLE]
+    if metric not in known:
+        why = "is best near 1, not at either end" if metric == "calibration" else "ranks no models"
+        is_column = metric in METRICS or metric in COUNTS
+        raise ValueError(
+            f"metric is {metric!r}, which {why if is_column else 'is no metric'}; it must be one "
+            f"of {', '.join(known)}"
+        )
+    if larger_is_better and metric in SMALLER_IS_BETTER:
+        raise ValueError(f"a smaller {metric} is better: set larger_is_better=false beside it")
 
 
 def ranking_metrics(
@@ -246,6 +302,17 @@ def _checked(label: Labels, score: Scores) -> tuple[Bool[np.ndarray, " n"], Scor
             "diverged, or padded targets were kept."
         )
     return positive, score
+
+
+def _checked_groups(group: Groups, label: Bool[np.ndarray, " n"]) -> Groups:
+    """Returns the groups as an array, or raises ValueError."""
+    group = np.asarray(group)
+    if group.shape != label.shape or group.dtype.kind not in "iu":
+        raise ValueError(
+            f"group is {group.dtype}{list(group.shape)}, expected integers of shape "
+            f"{list(label.shape)}: pass the integer id of each target's user or request."
+        )
+    return group
 
 
 def _small_ids(group: Groups) -> UInt64[np.ndarray, " n"]:

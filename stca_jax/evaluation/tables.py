@@ -5,6 +5,7 @@ columns: the cell stays empty.
 """
 
 import csv
+import fcntl
 import io
 import json
 import math
@@ -43,6 +44,26 @@ def format_table(rows: Sequence[Row], digits: int = 4) -> str:
 
     rule = ["-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, to_right, strict=True)]
     return "\n".join([line(headings), line(rule), *map(line, cells)])
+
+
+def add_rows(path: str | os.PathLike[str], rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """Adds rows to a table in JSON lines, where they replace rows of the same keys.
+
+    Args:
+      path: File ending in `.jsonl`, in an existing directory.
+      rows: cells by column name.
+      keys: Columns that tell rows apart; one that a row lacks is None.
+
+    Returns:
+      All rows of the table now.
+    """
+    path = pathlib.Path(path)
+    with path.with_name(f".{path.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another job may add rows of its own
+        new = {tuple(row.get(key) for key in keys) for row in rows}
+        old = [r for r in read_json_lines(path) if tuple(r.get(key) for key in keys) not in new]
+        write_table(path, [*old, *rows])
+        return [*old, *rows]
 
 
 def write_table(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:

@@ -2,10 +2,11 @@
 
     requests of the log      A(300 events, 8 targets)  B(120, 8)  C(4,000, 20)  …
     pieces                   requests of more than M targets are split; nothing is dropped
-    units                    what is packed whole: one piece, or a chunk of one user's pieces
+    groups                   consecutive pieces of a user, up to so many targets: one length each
+    units                    what is packed whole: one piece, or a chunk of a group
     rows                     units side by side, at most L tokens and M targets
 
-A chunk is a run of consecutive pieces of one user whose windows overlap, stored once:
+A chunk is a run of consecutive pieces of one group whose windows overlap, stored once:
 
     log of the user   e0 e1 e2 e3 e4 e5 e6 e7 e8 …
     window of A             └────────┘
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -61,56 +62,84 @@ def split_requests(num_targets: Int[np.ndarray, " q"], targets_per_row: int) -> 
     return Pieces(request, first, (part + 1) * size // pieces - first)
 
 
-def chunk_starts(
-    user: Int[np.ndarray, " p"],
-    history_end: Int[np.ndarray, " p"],
-    length: Int[np.ndarray, " p"],
-    num_targets: Int[np.ndarray, " p"],
-    *,
-    max_tokens: int,
-    max_targets: int,
-) -> Int[np.ndarray, " chunks"]:
-    """Greedily groups each user's consecutive pieces into chunks that share their tokens.
+def group_starts(
+    user: Int[np.ndarray, " p"], num_targets: Int[np.ndarray, " p"], max_targets: int
+) -> Int[np.ndarray, " groups"]:
+    """Greedily groups each user's consecutive pieces, by their targets and nothing else.
 
-    All pieces of a chunk take the length of its first.  A chunk ends where the next piece would
-    exceed `max_targets` or, from the first window's start, `max_tokens`; or where its window does
-    not overlap the one before, so that no uncovered token is ever stored.
+    A group draws one length.  If its extent depended on the length, long draws would cover more
+    requests than short ones, and requests would read longer windows than the sampler draws.
 
     Args:
       user: Runs of equal values are the users.
-      history_end: Events before each piece's request, non-decreasing within a user.
-      length: Window length that a chunk starting at this piece takes; at most `max_tokens`.
-      num_targets: Targets of each piece; one of more than `max_targets` is a chunk by itself.
-      max_tokens: Tokens of a row.
-      max_targets: Most targets of a chunk.
+      num_targets: Targets of each piece; one of more than `max_targets` is a group by itself.
+      max_targets: Most targets of a group.
 
     Returns:
-      The first piece of each chunk.
+      The first piece of each group.
     """
-    first = run_starts(user)
-    count = np.diff(first, append=len(user))
-    # The k-th pieces of all users at once; users with many pieces first, so that the users who
-    # have a k-th piece are a prefix.
+    targets = np.zeros(len(user), np.int64)  # of the piece's group, up to and with the piece
+    starts = np.zeros(len(user), bool)
+    for piece, is_first in _by_rank(run_starts(user), len(user)):
+        before = 0 if is_first else targets[piece - 1]
+        starts[piece] = is_first | (before + num_targets[piece] > max_targets)
+        targets[piece] = np.where(starts[piece], 0, before) + num_targets[piece]
+    return np.flatnonzero(starts)
+
+
+def chunk_starts(
+    group: Int[np.ndarray, " groups"],
+    history_end: Int[np.ndarray, " p"],
+    length: Int[np.ndarray, " p"],
+    max_tokens: int,
+) -> Int[np.ndarray, " chunks"]:
+    """Cuts each group into chunks, runs of pieces that share their tokens.
+
+    A chunk ends where the next piece would exceed `max_tokens` from the first window's start, or
+    where its window does not overlap the one before, so that no uncovered token is ever stored.
+
+    Args:
+      group: First piece of each group, as `group_starts` returns them.
+      history_end: Events before each piece's request, non-decreasing within a group.
+      length: Window length, the same for all pieces of a group; at most `max_tokens`.
+      max_tokens: Tokens of a row.
+
+    Returns:
+      The first piece of each chunk; every group's is one.
+    """
+    window_start = np.maximum(history_end - length, 0)
+    chunk_start = window_start.copy()  # first token of the piece's chunk
+    starts = np.zeros(len(history_end), bool)
+    for piece, is_first in _by_rank(group, len(history_end)):
+        if not is_first:
+            end, previous_end = history_end[piece], history_end[piece - 1]
+            is_apart = (window_start[piece] >= previous_end) & (end > previous_end)
+            starts[piece] = is_apart | (end - chunk_start[piece - 1] > max_tokens)
+            kept = piece[~starts[piece]]
+            chunk_start[kept] = chunk_start[kept - 1]
+        else:
+            starts[piece] = True
+    return np.flatnonzero(starts)
+
+
+def _by_rank(
+    first: Int[np.ndarray, " runs"], size: int
+) -> Iterator[tuple[Int[np.ndarray, " some"], bool]]:
+    """Yields the first elements of all runs, then the second ones, and so on.
+
+    Args:
+      first: Where each run begins.
+      size: Where the last one ends.
+
+    Yields:
+      The elements, and whether they are the first of their runs.
+    """
+    count = np.diff(first, append=size)
+    # Long runs first, so that the runs which have a k-th element are a prefix.
     order = np.argsort(-count, kind="stable")
     first, count = first[order], count[order]
-    starts = np.zeros(len(user), bool)
-    starts[first] = True
-    window, targets = length[first], num_targets[first]
-    start = np.maximum(history_end[first] - window, 0)
-    for k in range(1, count.max(initial=0)):
-        users = np.s_[: np.searchsorted(-count, -k)]
-        piece = first[users] + k
-        end, previous_end = history_end[piece], history_end[piece - 1]
-        new = (
-            (targets[users] + num_targets[piece] > max_targets)
-            | (end - start[users] > max_tokens)
-            | (np.maximum(end - window[users], 0) >= previous_end) & (end > previous_end)
-        )
-        starts[piece] = new
-        window[users] = np.where(new, length[piece], window[users])
-        start[users] = np.where(new, np.maximum(end - length[piece], 0), start[users])
-        targets[users] = np.where(new, 0, targets[users]) + num_targets[piece]
-    return np.flatnonzero(starts)
+    for k in range(count.max(initial=0)):
+        yield first[: np.searchsorted(-count, -k)] + k, k == 0
 
 
 def pack_rows(

@@ -27,6 +27,7 @@ from stca_jax.errors import UserError
 from stca_jax.input.dataset import RequestIndex
 from stca_jax.input.packing import balanced_order, ragged_arange
 from stca_jax.input.planning import (
+    PLANNER_VERSION,
     BatchPlan,
     InputConfig,
     Planner,
@@ -208,6 +209,7 @@ class RequestIterator(Iterator[InputElement]):
         """Where to go on after the last batch yielded, as a small JSON-serialisable dict."""
         return {
             **dataclasses.asdict(self._position),
+            "planner": PLANNER_VERSION,
             "config": _sequence_config(self._config),
             "fingerprint": dict(self._dataset.fingerprint),
         }
@@ -216,8 +218,16 @@ class RequestIterator(Iterator[InputElement]):
         """Goes on where `state` was taken, whatever the number of processes or threads then.
 
         Raises:
-          ValueError: a record file or the config changed since then; says which.
+          ValueError: a record file, the config or the planner changed since then; says which.
         """
+        # Versions before the second saved none.
+        if (planner := state.get("planner", 1)) != PLANNER_VERSION:
+            raise UserError(
+                f"the run began with version {planner} of the input planner, which drew other "
+                f"lengths and orders than this one, version {PLANNER_VERSION}: go on with the "
+                "version of stca_jax that began it, or train anew in another --workdir (its "
+                "checkpoints can be evaluated as they are)"
+            )
         self._dataset.check_fingerprint(state["fingerprint"])
         saved, here = state["config"], _sequence_config(self._config)
         changed = [k for k in {**saved, **here} if saved.get(k) != here.get(k)]

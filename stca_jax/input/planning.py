@@ -23,9 +23,12 @@ from jaxtyping import Int
 from stca_jax.errors import UserError
 from stca_jax.input.dataset import RequestIndex
 from stca_jax.input.length import FixedLength, LengthConfig, Window, window_start
-from stca_jax.input.packing import chunk_starts, pack_rows, split_requests
+from stca_jax.input.packing import chunk_starts, group_starts, pack_rows, split_requests
 from stca_jax.input.records import SPLITS
 from stca_jax.input.request_building import uniform
+
+# Of the sequence of batches: raised whenever equal configs come to give another one.
+PLANNER_VERSION = 2
 
 _SAMPLE, _LENGTH, _PLACE, _SHUFFLE, _ROWS = range(5)  # separate streams of one seed
 
@@ -40,9 +43,9 @@ class InputConfig:
       targets_per_row: M, target slots of a row.
       rows_per_batch: G, rows of a global batch, over all processes.
       rows: "request": each request brings its own tokens.  "user": consecutive requests of a user
-        form a chunk, which draws one length and stores the tokens of its windows once.
-      targets_per_chunk: Most targets of a chunk, for rows="user"; None is a quarter of
-        `targets_per_row`.  Large chunks store fewer tokens, small ones mix more users in a row.
+        form a group, which draws one length and stores the tokens that its windows share once.
+      targets_per_chunk: Most targets of a group, for rows="user"; None is a quarter of
+        `targets_per_row`.  Large groups store fewer tokens, small ones mix more users in a row.
       window: Which events of the history are kept; rows="user" needs "suffix".
       split: "train", "validation" or "test".
       min_history: Requests with fewer earlier events are left out.
@@ -257,24 +260,24 @@ class Planner:
         def draw(stream: int, *more: np.ndarray) -> np.ndarray:
             return uniform(config.seed, stream, epoch, request_id, *more)
 
-        # A unit's place in the epoch is a hash of its first piece: known, for a curriculum's sake,
-        # before lengths are drawn and units are formed.
+        # A group's place in the epoch is a hash of its first piece: known, for a curriculum's sake,
+        # before its length is drawn.  What it is cut into keeps the place.
+        first_of_group = np.arange(len(end))
+        if config.rows == "user":
+            first_of_group = group_starts(
+                index.record[pieces.request],
+                pieces.num_targets,
+                config.targets_per_chunk or max(1, config.targets_per_row // 4),
+            )
         place = np.zeros(len(end))
         if config.shuffle:
             place = draw(_SHUFFLE, pieces.first_target)
-        length = config.length.lengths(draw(_LENGTH), epoch + place)
-        first = np.arange(len(end))
-        if config.rows == "user":
-            first = chunk_starts(
-                index.record[pieces.request],
-                end,
-                length,
-                pieces.num_targets,
-                max_tokens=config.row_length,
-                max_targets=config.targets_per_chunk or max(1, config.targets_per_row // 4),
-            )
+        length = config.length.lengths(draw(_LENGTH)[first_of_group], epoch + place[first_of_group])
+        group_size = np.diff(first_of_group, append=len(end))
+        length = np.repeat(length, group_size)
+        place = np.repeat(place[first_of_group], group_size)
+        first = chunk_starts(first_of_group, end, length, config.row_length)
         num_pieces = np.diff(first, append=len(end))
-        length = np.repeat(length[first], num_pieces)
         start = window_start(end, length, config.window, draw(_PLACE))
         stop = start + np.minimum(length, end)
         order = np.argsort(place[first], kind="stable")

@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from stca_jax.models.layers import Linear
 from stca_jax.models.sequence import SequenceConfig, SequenceCost, SequenceInput, SequenceOutput
 from stca_jax.ops.sharded import on_mesh
+from stca_jax.ranges import Ranges
 
 _BLOCK = 128  # tokens scored at once: M * _BLOCK * hidden_width activations
 
@@ -79,10 +80,9 @@ class Din(nnx.Module):
             score[:, 0],
             (self.query(x), by_target),
             inputs.tokens,
-            inputs.history_start,
-            inputs.history_end,
+            inputs.ranges,
         )
-        num_events = jnp.maximum(inputs.history_end - inputs.history_start, 1)
+        num_events = jnp.maximum(inputs.ranges.lengths, 1)
         pooled /= jnp.sqrt(num_events.astype(jnp.float32))[..., None]
         summary = self.output(jnp.concatenate([pooled.astype(x.dtype), x], -1))
         return SequenceOutput(summary, summary[..., :0])
@@ -92,8 +92,7 @@ def _weighted_sum(
     score_weight: Float[Array, " F"],
     per_target: tuple[Float[Array, "R M F"], Float[Array, "R M D F"]],
     tokens: Float[Array, "R L D"],
-    start: Int[Array, "R M"],
-    end: Int[Array, "R M"],
+    ranges: Ranges,
 ) -> Float[Array, "R M D"]:
     """Sum of score * token over each target's range, a block of tokens at a time, in float32."""
     query, by_target = per_target
@@ -105,12 +104,11 @@ def _weighted_sum(
     def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
         first, x = block
         hidden = jax.nn.swish(query[:, :, None] + jnp.einsum("rtd,rmdf->rmtf", x, by_target))
-        position = first + jnp.arange(_BLOCK)
-        in_range = (position >= start[..., None]) & (position < end[..., None])
+        in_range = ranges.contain(first + jnp.arange(_BLOCK))
         weight = jnp.where(in_range, hidden @ score_weight, 0)
         return total + jnp.einsum(
             "rmt,rtd->rmd", weight, x, preferred_element_type=jnp.float32
         ), None
 
-    zeros = jnp.zeros((*start.shape, D), jnp.float32)
+    zeros = jnp.zeros((*ranges.start.shape, D), jnp.float32)
     return lax.scan(add, zeros, (jnp.arange(len(blocks)) * _BLOCK, blocks))[0]

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from stca_jax.ops.encoder import gated_linear, layer_norm
+
 Initializer = Callable[[Array, tuple[int, ...]], Array]
 
 
@@ -34,6 +36,16 @@ def parameter(
     `stca_jax.training.sharding` maps the names to mesh axes; the model knows nothing of meshes.
     """
     return nnx.Param(init(rngs.params(), shape), logical_axes=logical_axes)
+
+
+def is_matrix(name: str, parameter: Any) -> bool:
+    """Whether a parameter multiplies activations: no scale, bias, sink, rate, or table.
+
+    Args:
+      name: Its attribute's; `rows` is a table, and what ends with `bias` is added.
+      parameter: Anything with a number of dimensions.
+    """
+    return parameter.ndim > 1 and name != "rows" and not name.endswith("bias")
 
 
 def zeros(key: Array, shape: tuple[int, ...]) -> Array:
@@ -82,14 +94,11 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """Maps the last axis."""
-        up, gate, out = (w[...].astype(x.dtype) for w in (self.up, self.gate, self.out))
-        return ((x @ up) * jax.nn.swish(x @ gate)) @ out
+        return gated_linear(x, self.up[...], self.gate[...]) @ self.out[...].astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
     """Normalises the last axis, with scale and bias; statistics in float32."""
-
-    epsilon = 1e-6
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.scale = parameter(rngs, (width,), ("embed",), ones)
@@ -97,7 +106,4 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         """Keeps shape and dtype."""
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...]).astype(x.dtype)

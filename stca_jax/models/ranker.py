@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from stca_jax.batch import RequestBatch, covered_tokens
+from stca_jax.batch import RequestBatch
 from stca_jax.errors import UserError
 from stca_jax.models.din import DinConfig
 from stca_jax.models.embedding import (
@@ -26,6 +26,7 @@ from stca_jax.models.sequence import SequenceInput
 from stca_jax.models.stca import StcaConfig, log_count
 from stca_jax.models.transformer import TransformerConfig
 from stca_jax.ops.match import match_statistics
+from stca_jax.ranges import Ranges
 from stca_jax.schema import Schema
 
 _SECONDS_PER_DAY = 86_400.0
@@ -62,7 +63,7 @@ class RankerConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a decay that is not positive."""
-        if self.match_decay_days <= 0:
+        if not self.match_decay_days > 0:
             raise ValueError(f"match_decay_days is {self.match_decay_days}; it must be positive")
 
     @property
@@ -103,6 +104,20 @@ def paper_config(sequence: StcaConfig | None = None) -> RankerConfig:
         embedding=EmbeddingConfig(time_delta=True, recency_index=True),
         match_channel=False,
     )
+
+
+class RankerOutput(NamedTuple):
+    """What the model makes of a batch.
+
+    Attributes:
+      logits: float32; padding slots hold finite numbers without meaning.
+      tokens: History tokens, zero where no range covers them.
+      targets: Target tokens x_t.
+    """
+
+    logits: Float[Array, "R M tasks"]
+    tokens: Float[Array, "R L D"]
+    targets: Float[Array, "R M D"]
 
 
 class Ranker(nnx.Module):
@@ -150,7 +165,15 @@ class Ranker(nnx.Module):
         batch: RequestBatch,
         embedded: Mapping[str, Mapping[str, Float[Array, "R N width"]]] | None = None,
     ) -> Float[Array, "R M tasks"]:
-        """Logits in float32; padding slots hold finite numbers without meaning.
+        """The logits of `forward`, with the same arguments."""
+        return self.forward(batch, embedded).logits
+
+    def forward(
+        self,
+        batch: RequestBatch,
+        embedded: Mapping[str, Mapping[str, Float[Array, "R N width"]]] | None = None,
+    ) -> RankerOutput:
+        """Logits and tokens.
 
         Args:
           batch: What to score.
@@ -176,6 +199,9 @@ class Ranker(nnx.Module):
         history_parts = self.embedding(batch.history, self.history_names, embedded.get("history"))
         fuse = recomputed(self.history_fusion, self.config.remat != "none")
         tokens = fuse(_cast(history_parts + self.time_features(batch), dtype))
+        # Row 0 of a table and a fusion with biases are not zero, though padding's features are.
+        covered = batch.ranges.covered(batch.row_length)
+        tokens = jnp.where(covered[..., None], tokens, 0)
         targets = self.target_fusion(_cast(target_parts, dtype))
         gathered = self.sequence(
             SequenceInput(
@@ -183,8 +209,7 @@ class Ranker(nnx.Module):
                 targets,
                 batch.history_time,
                 batch.request_time,
-                batch.history_start,
-                batch.history_end,
+                batch.ranges,
             )
         )
         numbers = [batch.target[n][..., None] for n in self.number_names]
@@ -199,8 +224,9 @@ class Ranker(nnx.Module):
             for name in self.token_names
         ]
         R, M, W = mixer_tokens[0].shape
-        mixed = self.backbone(jnp.stack(mixer_tokens).reshape(-1, R * M, W))
-        return self.head(mixed.reshape(R, M, W).astype(jnp.float32))
+        mixed = self.backbone(jnp.stack(mixer_tokens).reshape(len(mixer_tokens), R * M, W))
+        logits = self.head(mixed.reshape(R, M, W).astype(jnp.float32))
+        return RankerOutput(logits, tokens, targets)
 
     def _num_statistics(self) -> int:
         return len(self.schema.match_fields) + 2 if self.config.match_channel else 0
@@ -215,8 +241,7 @@ class Ranker(nnx.Module):
             {n: batch.history[n] for n in fields},
             batch.history_time,
             batch.request_time,
-            batch.history_start,
-            batch.history_end,
+            batch.ranges,
             decay_seconds=self.config.match_decay_days * _SECONDS_PER_DAY,
         )
         age_days = jnp.minimum(match.last_age / _SECONDS_PER_DAY, _AGE_OF_NO_MATCH)
@@ -236,14 +261,14 @@ def _cast(parts: list[Array], dtype: jnp.dtype) -> list[Array]:
 def _without_garbage(batch: RequestBatch) -> RequestBatch:
     """Zeroes whatever stands in padding, before it can meet a product."""
     mask = batch.target_mask
-    start, end = (jnp.where(mask, x, 0) for x in (batch.history_start, batch.history_end))
-    covered = covered_tokens(start, end, batch.row_length)
+    ranges = Ranges(*(jnp.where(mask, x, 0) for x in batch.ranges))
+    covered = ranges.covered(batch.row_length)
     return batch.replace(
         history=clear_padding(batch.history, covered),
         history_time=jnp.where(covered, batch.history_time, 0),
         target=clear_padding(batch.target, mask),
         request=clear_padding(batch.request, mask),
         request_time=jnp.where(mask, batch.request_time, 0),
-        history_start=start,
-        history_end=end,
+        history_start=ranges.start,
+        history_end=ranges.end,
     )

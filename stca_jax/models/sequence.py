@@ -14,6 +14,8 @@ from typing import NamedTuple
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from stca_jax.ranges import Ranges
+
 
 class SequenceInput(NamedTuple):
     """Tokens of a packed row and the targets that read it.
@@ -23,16 +25,14 @@ class SequenceInput(NamedTuple):
       targets: Target tokens x_t.
       history_time: Event times in seconds.
       request_time: Request times in seconds.
-      history_start: First token of each target's range.
-      history_end: One past its last token.
+      ranges: Tokens that each target reads.
     """
 
     tokens: Float[Array, "R L D"]
     targets: Float[Array, "R M D"]
     history_time: Int[Array, "R L"]
     request_time: Int[Array, "R M"]
-    history_start: Int[Array, "R M"]
-    history_end: Int[Array, "R M"]
+    ranges: Ranges
 
 
 class SequenceOutput(NamedTuple):

@@ -24,9 +24,14 @@ from stca_jax.models.sequence import (
     SequenceOutput,
     head_width,
 )
-from stca_jax.ops.attention import Implementation, cheaper_order, history_layer
+from stca_jax.ops.attention import (
+    AttentionOptions,
+    ImplementationName,
+    cheaper_order,
+    history_layer,
+)
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.reference import Order
+from stca_jax.ops.implementation import Order
 
 _SECONDS_PER_DAY = 86_400.0
 # Log-sum-exps and log counts over 10,000 events are of order 10; the tokens they join, of order 1.
@@ -65,7 +70,7 @@ class StcaConfig(SequenceConfig):
     attention_sink: bool = False
     recency_score: bool = False
     attention_order: Order | None = None
-    attention_implementation: Implementation | None = None
+    attention_implementation: ImplementationName | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for impossible shapes."""
@@ -202,11 +207,9 @@ class StcaLayer(nnx.Module):
             ),
             w_key,
             w_value,
-            inputs.history_start,
-            inputs.history_end,
+            inputs.ranges,
             history_score=history_score,
-            order=self.order,
-            implementation=self.implementation,
+            options=AttentionOptions(self.order, self.implementation),
         )
         heads, log_sum_exp = attended.output, attended.log_sum_exp - request_score
         if self.sink is not None:
@@ -234,7 +237,7 @@ class StcaLayer(nnx.Module):
 
 def _sharpness(inputs: SequenceInput, length: int) -> Float[Array, "R M"]:
     """log(1 + n) relative to that of a length."""
-    num_events = inputs.history_end - inputs.history_start
+    num_events = inputs.ranges.lengths
     return jnp.log1p(num_events.astype(jnp.float32)) / math.log1p(length)
 
 
@@ -257,7 +260,7 @@ class Stca(nnx.Module):
 
     def __call__(self, inputs: SequenceInput) -> SequenceOutput:
         """E1-E7 for every target of every row."""
-        num_events = inputs.history_end - inputs.history_start
+        num_events = inputs.ranges.lengths
         dtype = inputs.targets.dtype
         outputs: list[Array] = []
         counts: list[Array] = []

@@ -19,9 +19,8 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from stca_jax.batch import covered_tokens
 from stca_jax.models.layers import LayerNorm, Linear, SwiGLU, parameter, recomputed
 from stca_jax.models.sequence import (
     SequenceConfig,
@@ -30,11 +29,12 @@ from stca_jax.models.sequence import (
     SequenceOutput,
     head_width,
 )
-from stca_jax.ops.attention import target_to_history_attention
+from stca_jax.ops.attention import AttentionOptions, target_to_history_attention
 from stca_jax.ops.tiles import BlockSizes
+from stca_jax.ranges import Ranges
 
 # Neighbouring events have nearly equal ranges, so that their tiles may be large.
-_BLOCK_SIZES = BlockSizes(tokens=512, history=256, targets=128)
+_OPTIONS = AttentionOptions("projected", block_sizes=BlockSizes(512, history=256, targets=128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +95,7 @@ class Block(nnx.Module):
         self,
         readers: Float[Array, "R N D"],
         tokens: Float[Array, "R L D"],
-        start: Int[Array, "R N"],
-        end: Int[Array, "R N"],
+        ranges: Ranges,
     ) -> Float[Array, "R N D"]:
         """The readers' next state."""
         query = self.attention_norm(readers)
@@ -105,10 +104,8 @@ class Block(nnx.Module):
             self.attention_norm(tokens),
             self.w_key[...],
             self.w_value[...],
-            start,
-            end,
-            order="projected",
-            block_sizes=_BLOCK_SIZES,
+            ranges,
+            options=_OPTIONS,
         )
         x = readers + self.w_output(attended.output.reshape(readers.shape))
         return x + self.ffn(self.ffn_norm(x))
@@ -125,32 +122,28 @@ class Transformer(nnx.Module):
     def __call__(self, inputs: SequenceInput) -> SequenceOutput:
         """Encodes the history of every row and reads it for every target."""
         L = inputs.tokens.shape[1]
-        past_start, past_end = past_of_tokens(inputs.history_start, inputs.history_end, L)
-        start = jnp.concatenate([past_start, inputs.history_start], 1)
-        end = jnp.concatenate([past_end, inputs.history_end], 1)
+        past = past_of_tokens(inputs.ranges, L)
+        ranges = Ranges(*(jnp.concatenate(x, 1) for x in zip(past, inputs.ranges, strict=True)))
         x = jnp.concatenate([inputs.tokens, inputs.targets], 1)
         for block in self.blocks[:-1]:
-            x = recomputed(block, self.remat)(x, x[:, :L], start, end)
-        targets = recomputed(self.blocks[-1], self.remat)(
-            x[:, L:], x[:, :L], inputs.history_start, inputs.history_end
-        )
+            x = recomputed(block, self.remat)(x, x[:, :L], ranges)
+        targets = recomputed(self.blocks[-1], self.remat)(x[:, L:], x[:, :L], inputs.ranges)
         summary = self.output_norm(targets)
         return SequenceOutput(summary, summary[..., :0])
 
 
-def past_of_tokens(
-    history_start: Int[Array, "R M"], history_end: Int[Array, "R M"], row_length: int
-) -> tuple[Int[Array, "R L"], Int[Array, "R L"]]:
+def past_of_tokens(ranges: Ranges, row_length: int) -> Ranges:
     """Ranges of the tokens: from the start of the request's range to the token itself.
 
     Ranges of different requests must be disjoint, and those of one request equal.  Tokens that no
     range covers have an empty range.
     """
-    rows = jnp.arange(history_start.shape[0])[:, None]
-    place = jnp.where(history_end > history_start, history_start, row_length)
-    begun = jnp.zeros((history_start.shape[0], row_length + 1), jnp.int32)
-    begun = begun.at[rows, place].max(history_start)
+    num_rows = len(ranges.start)
+    rows = jnp.arange(num_rows)[:, None]
+    place = jnp.where(ranges.lengths > 0, ranges.start, row_length)
+    begun = jnp.zeros((num_rows, row_length + 1), jnp.int32)
+    begun = begun.at[rows, place].max(ranges.start)
     start = lax.cummax(begun, axis=1)[:, :-1]
-    covered = covered_tokens(history_start, history_end, row_length)
+    covered = ranges.covered(row_length)
     past_end = jnp.arange(1, row_length + 1)
-    return jnp.where(covered, start, 0), jnp.where(covered, past_end, 0)
+    return Ranges(jnp.where(covered, start, 0), jnp.where(covered, past_end, 0))

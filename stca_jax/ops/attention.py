@@ -14,27 +14,49 @@ Dimensions: R rows, L history tokens and M targets per row, H heads, K head widt
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from stca_jax.batch import covered_tokens
-from stca_jax.ops import pallas_tpu, pallas_triton
-from stca_jax.ops.encoder import HistoryEncoder, encode_history
-from stca_jax.ops.kernels import Kernels, kernel_attention
-from stca_jax.ops.reference import Order, reference_attention
+from stca_jax.ops.encoder import HistoryEncoder
+from stca_jax.ops.implementation import Implementation, Order, Tokens, Weights
+from stca_jax.ops.pallas_tpu import MosaicKernels
+from stca_jax.ops.pallas_triton import TritonKernels
+from stca_jax.ops.reference import Reference
 from stca_jax.ops.sharded import merge_softmax, on_mesh, platform
-from stca_jax.ops.tiled import Weights, tiled_attention
-from stca_jax.ops.tiles import BlockSizes, default_block_sizes
+from stca_jax.ops.tiled import Tiled
+from stca_jax.ops.tiles import BlockSizes
+from stca_jax.ranges import Ranges
 
-Implementation = Literal["reference", "xla", "mosaic_tpu", "triton"]
-_KERNELS: dict[str, Callable[[], Kernels]] = {
-    "mosaic_tpu": pallas_tpu.MosaicKernels,
-    "triton": pallas_triton.kernels_of_this_gpu,
+ImplementationName = Literal["reference", "xla", "mosaic_tpu", "triton"]
+IMPLEMENTATIONS: Mapping[str, type[Implementation]] = {
+    "reference": Reference,
+    "xla": Tiled,
+    "mosaic_tpu": MosaicKernels,
+    "triton": TritonKernels,
 }
+# The first that can run is taken.  The TPU's kernels are not among them: they are checked by
+# interpreter and compiler, but have not been seen running on a device.
+_PREFERRED: tuple[ImplementationName, ...] = ("triton", "xla")
+
+
+class AttentionOptions(NamedTuple):
+    """How the op is computed; nothing here changes its result.
+
+    Attributes:
+      order: "absorbed" or "projected"; None takes the one with fewer FLOPs if every target reads
+        the whole row. Where rows pack many requests, pass `cheaper_order` of one request's targets.
+      implementation: "reference" (einsums), "xla" (tiles that follow the ranges; anywhere),
+        "mosaic_tpu" or "triton" (Pallas kernels of TPUs and of NVIDIA GPUs; lowering them for
+        another platform raises ValueError), or one of your own. None: `best_implementation`.
+      block_sizes: Tile sizes, where the defaults do not suit.
+    """
+
+    order: Order | None = None
+    implementation: ImplementationName | Implementation | None = None
+    block_sizes: BlockSizes | None = None
 
 
 class AttentionOutput(NamedTuple):
@@ -50,18 +72,18 @@ class AttentionOutput(NamedTuple):
     log_sum_exp: Float[Array, "R M H"]
 
 
+_DEFAULT = AttentionOptions()
+
+
 def target_to_history_attention(
     query: Float[Array, "R M H K"],
     history: Float[Array, "R L D"],
     w_key: Float[Array, "D H K"],
     w_value: Float[Array, "D H K"],
-    history_start: Int[Array, "R M"],
-    history_end: Int[Array, "R M"],
+    ranges: Ranges,
     *,
     history_score: Float[Array, "R L H"] | None = None,
-    order: Order | None = None,
-    implementation: Implementation | Kernels | None = None,
-    block_sizes: BlockSizes | None = None,
+    options: AttentionOptions = _DEFAULT,
 ) -> AttentionOutput:
     """Softmax attention of each target over its own range of the row (E3, E4).
 
@@ -74,26 +96,19 @@ def target_to_history_attention(
       history: Encoded tokens X~ of E1.
       w_key: W_K of E3 for all heads.
       w_value: W_V of E4 for all heads.
-      history_start: First token of each target's range.
-      history_end: One past its last token; `start == end` is an empty history.
+      ranges: Tokens that each target reads.
       history_score: Optional additive score of each token and head, the same for every target.
-      order: "absorbed" or "projected"; None takes the one with fewer FLOPs if every target reads
-        the whole row. Where rows pack many requests, pass `cheaper_order` of one request's targets.
-      implementation: "reference" (einsums), "xla" (tiles that follow the ranges; anywhere),
-        "mosaic_tpu" or "triton" (Pallas kernels of TPUs and of NVIDIA GPUs; lowering them for
-        another platform raises ValueError), or kernels of your own. None: `best_implementation`.
-      block_sizes: Tile sizes, where the defaults do not suit.
+      options: How it is computed.
 
     Returns:
-      `AttentionOutput`; `output` has the dtype of `query`.
+      `AttentionOutput`; `output` has the dtype of `query`.  Rows without tokens are empty
+      histories, and without targets there is nothing to return: arrays of size zero.
 
     Raises:
-      ValueError: shapes that do not fit together, or an unknown `order` or `implementation`.
+      ValueError: shapes that do not fit together, or an unknown option.
     """
-    return _attention(
-        query, history, None, w_key, w_value, history_start, history_end,
-        history_score, order, implementation, block_sizes,
-    )  # fmt: skip
+    weights = Weights(None, w_key, w_value)
+    return _attention(query, Tokens(history, history_score), weights, ranges, options)
 
 
 def history_layer(
@@ -102,13 +117,10 @@ def history_layer(
     encoder: HistoryEncoder,
     w_key: Float[Array, "D H K"],
     w_value: Float[Array, "D H K"],
-    history_start: Int[Array, "R M"],
-    history_end: Int[Array, "R M"],
+    ranges: Ranges,
     *,
     history_score: Float[Array, "R L H"] | None = None,
-    order: Order | None = None,
-    implementation: Implementation | Kernels | None = None,
-    block_sizes: BlockSizes | None = None,
+    options: AttentionOptions = _DEFAULT,
 ) -> AttentionOutput:
     """The history path of a layer in one pass: encode the tokens (E1) and attend to them (E3, E4).
 
@@ -122,32 +134,27 @@ def history_layer(
       encoder: Weights of the history FFN and LayerNorm.
       w_key: W_K of E3 for all heads.
       w_value: W_V of E4 for all heads.
-      history_start: First token of each target's range.
-      history_end: One past its last token; `start == end` is an empty history.
+      ranges: Tokens that each target reads.
       history_score: Optional additive score of each token and head, the same for every target.
-      order: See `target_to_history_attention`.
-      implementation: See `target_to_history_attention`.
-      block_sizes: See `target_to_history_attention`.
+      options: How it is computed.
 
     Returns:
-      `AttentionOutput`; `output` has the dtype of `query`.
+      See `target_to_history_attention`.
 
     Raises:
-      ValueError: shapes that do not fit together, or an unknown `order` or `implementation`.
+      ValueError: shapes that do not fit together, or an unknown option.
     """
-    return _attention(
-        query, tokens, encoder, w_key, w_value, history_start, history_end,
-        history_score, order, implementation, block_sizes,
-    )  # fmt: skip
+    weights = Weights(encoder, w_key, w_value)
+    return _attention(query, Tokens(tokens, history_score), weights, ranges, options)
 
 
-def best_implementation() -> Implementation:
+def best_implementation() -> ImplementationName:
     """What `implementation=None` takes on the devices of the mesh, or else of this process.
 
-    "triton" on NVIDIA GPUs that have it; "xla" elsewhere, on TPUs as well: its kernels are checked
-    by interpreter and compiler, but have not been seen running on a device.
+    "triton" on NVIDIA GPUs that have it; "xla" elsewhere.
     """
-    return "triton" if platform() == "gpu" and pallas_triton.gpu_is_supported() else "xla"
+    here = platform()
+    return next(n for n in _PREFERRED if IMPLEMENTATIONS[n].here().unavailable(here) is None)
 
 
 def cheaper_order(num_targets: int, num_heads: int, width: int) -> Order:
@@ -156,125 +163,65 @@ def cheaper_order(num_targets: int, num_heads: int, width: int) -> Order:
 
 
 def _attention(
-    query: Array,
-    tokens: Array,
-    encoder: HistoryEncoder | None,
-    w_key: Array,
-    w_value: Array,
-    history_start: Array,
-    history_end: Array,
-    history_score: Array | None,
-    order: Order | None,
-    implementation: Implementation | Kernels | None,
-    block_sizes: BlockSizes | None,
+    query: Array, tokens: Tokens, weights: Weights, ranges: Ranges, options: AttentionOptions
 ) -> AttentionOutput:
-    """Both public functions: `encoder` is None where the tokens are encoded already."""
-    _check(query, tokens, w_key, w_value, history_start, history_end, history_score,
-           order, implementation)  # fmt: skip
-    order = order or cheaper_order(query.shape[1], query.shape[2], tokens.shape[-1])
-    implementation = implementation or best_implementation()
-    weights = (encoder, w_key.astype(query.dtype), w_value.astype(query.dtype))
-    if implementation == "reference":
-        single_device = functools.partial(_reference, order=order)
-    else:
-        grouped = _grouped_attention(implementation, query.shape[1], block_sizes)
-        single_device = functools.partial(_grouped, order=order, attend=grouped)
+    _check_options(options)
+    _check_shapes(query, tokens, weights, ranges)
+    if 0 in (*query.shape[:2], tokens.value.shape[1]):
+        return AttentionOutput(
+            jnp.zeros_like(query), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+        )
+    order = options.order or cheaper_order(query.shape[1], query.shape[2], tokens.value.shape[-1])
+    implementation = options.implementation or best_implementation()
+    if isinstance(implementation, str):
+        implementation = IMPLEMENTATIONS[implementation].here()
+    _, w_key, w_value = weights
+
+    def on_device(
+        weights: Weights, query: Array, tokens: Tokens, ranges: Ranges
+    ) -> tuple[Array, Array]:
+        return implementation.attend(query, tokens, weights, ranges, order, options.block_sizes)
+
     output, log_sum_exp = on_mesh(
-        single_device, merge_softmax, weights, query, (tokens, history_score),
-        history_start, history_end,
-    )  # fmt: skip
+        on_device,
+        merge_softmax,
+        weights._replace(w_key=w_key.astype(query.dtype), w_value=w_value.astype(query.dtype)),
+        query,
+        tokens,
+        ranges,
+    )
     return AttentionOutput(output.astype(query.dtype), log_sum_exp)
 
 
-_Weights = tuple[HistoryEncoder | None, Array, Array]
-_Tokens = tuple[Array, Array | None]
-
-
-def _reference(
-    weights: _Weights, query: Array, per_token: _Tokens, start: Array, end: Array,
-    *, order: Order,
-) -> tuple[Array, Array]:  # fmt: skip
-    encoder, w_key, w_value = weights
-    history, history_score = per_token
-    covered = covered_tokens(start, end, history.shape[1])[..., None]
-    history = jnp.where(covered, history, 0)
-    if history_score is not None:
-        history_score = jnp.where(covered, history_score, 0)
-    if encoder is not None:
-        history = encode_history(encoder, history)
-    return reference_attention(query, history, w_key, w_value, start, end, history_score, order)
-
-
-def _grouped_attention(
-    implementation: Implementation | Kernels, num_targets: int, block_sizes: BlockSizes | None
-) -> Callable[..., tuple[Array, Array]]:
-    """`tiled_attention` or its equivalent by kernels, with block sizes."""
-    if implementation == "xla":
-        sizes = block_sizes or default_block_sizes(num_targets, platform())
-        return functools.partial(tiled_attention, sizes=sizes)
-    kernels = _KERNELS[implementation]() if isinstance(implementation, str) else implementation
-    return functools.partial(kernel_attention, kernels, sizes=block_sizes)
-
-
-def _grouped(
-    weights: _Weights, query: Array, per_token: _Tokens, start: Array, end: Array,
-    *, order: Order, attend: Callable[..., tuple[Array, Array]],
-) -> tuple[Array, Array]:  # fmt: skip
-    """Brings an order into the form of grouped attention, see `stca_jax.ops.tiled`."""
-    encoder, w_key, w_value = weights
-    tokens, history_score = per_token
-    covered = covered_tokens(start, end, tokens.shape[1])
-    scaled = query.astype(jnp.float32) / jnp.sqrt(jnp.float32(query.shape[-1]))
-    if order == "projected":
-        grouped, tile_weights = scaled[:, :, :, None], Weights(encoder, w_key, w_value)
-    else:
-        grouped = jnp.einsum("rmhk,dhk->rmhd", scaled, w_key)[:, :, None]
-        tile_weights = Weights(encoder, None, None)
-    output, log_sum_exp = attend(
-        grouped.astype(tokens.dtype), tokens, tile_weights, covered, start, end, history_score
-    )
-    if order == "projected":
-        output = output[:, :, :, 0]
-    else:
-        output = jnp.einsum("rmhd,dhk->rmhk", output[:, :, 0], w_value)
-    return output, log_sum_exp.reshape(query.shape[:3])
-
-
-def _check(
-    query: Array,
-    tokens: Array,
-    w_key: Array,
-    w_value: Array,
-    history_start: Array,
-    history_end: Array,
-    history_score: Array | None,
-    order: Order | None,
-    implementation: Implementation | Kernels | None,
-) -> None:
-    if query.ndim != 4 or tokens.ndim != 3:
+def _check_shapes(query: Array, tokens: Tokens, weights: Weights, ranges: Ranges) -> None:
+    if query.ndim != 4 or tokens.value.ndim != 3:
         raise ValueError(
-            f"query has shape {query.shape} and tokens {tokens.shape}; expected [R, M, H, K] and "
-            "[R, L, D]"
+            f"query has shape {query.shape} and tokens {tokens.value.shape}; expected "
+            "[R, M, H, K] and [R, L, D]"
         )
     R, M, H, K = query.shape
-    L, D = tokens.shape[1:]
+    L, D = tokens.value.shape[1:]
     expected: dict[str, tuple[Array | None, tuple[int, ...]]] = {
-        "tokens": (tokens, (R, L, D)),
-        "w_key": (w_key, (D, H, K)),
-        "w_value": (w_value, (D, H, K)),
-        "history_start": (history_start, (R, M)),
-        "history_end": (history_end, (R, M)),
-        "history_score": (history_score, (R, L, H)),
+        "tokens": (tokens.value, (R, L, D)),
+        "w_key": (weights.w_key, (D, H, K)),
+        "w_value": (weights.w_value, (D, H, K)),
+        "ranges.start": (ranges.start, (R, M)),
+        "ranges.end": (ranges.end, (R, M)),
+        "history_score": (tokens.score, (R, L, H)),
     }
     for name, (value, shape) in expected.items():
         if value is not None and value.shape != shape:
             raise ValueError(
                 f"{name} has shape {value.shape}, expected {shape} beside query {query.shape} and "
-                f"tokens {tokens.shape}"
+                f"tokens {tokens.value.shape}"
             )
-    for name, choice, choices in (
-        ("order", order, get_args(Order)),
-        ("implementation", implementation, get_args(Implementation)),
+
+
+def _check_options(options: AttentionOptions) -> None:
+    for name, choices in (
+        ("order", get_args(Order)),
+        ("implementation", get_args(ImplementationName)),
     ):
+        choice = getattr(options, name)
         if isinstance(choice, str) and choice not in choices:
             raise ValueError(f"{name} is {choice!r}; it must be one of {choices} or None")

@@ -1,8 +1,11 @@
-"""E1: the history encoder, as a function of plain arrays, so that tiles can call it."""
+"""E1: the history encoder, and what it is made of, as functions of plain arrays.
+
+`stca_jax.models.layers` has the same two layers as modules, which call these functions.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +14,29 @@ from jaxtyping import Array, Float
 LAYER_NORM_EPSILON = 1e-6
 
 
-class HistoryEncoder(NamedTuple):
+def gated_linear(
+    x: Float[Array, "... D"], up: Float[Array, "D F"], gate: Float[Array, "D F"]
+) -> Float[Array, "... F"]:
+    """(x W_u) * swish(x W_v), the hidden units of a SwiGLU, in the dtype of x."""
+    return (x @ up.astype(x.dtype)) * jax.nn.swish(x @ gate.astype(x.dtype))
+
+
+def layer_norm(
+    x: Float[Array, "... D"], scale: Float[Array, " D"], bias: Float[Array, " D"]
+) -> Float[Array, "... D"]:
+    """Normalises the last axis, in float32."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + LAYER_NORM_EPSILON)
+    return y * scale + bias
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HistoryEncoder:
     """Weights of a layer's history FFN (SwiGLU without biases) and LayerNorm.
+
+    Every implementation of the op encodes tokens by `encode_history` or `encode_transposed`.
 
     Attributes:
       up: W_u.
@@ -36,7 +60,7 @@ def encode_history(encoder: HistoryEncoder, tokens: Float[Array, "... D"]) -> Fl
 
 def transpose_out(encoder: HistoryEncoder) -> HistoryEncoder:
     """The same weights with `out` stored as [D, F], as `encode_transposed` reads them."""
-    return encoder._replace(out=encoder.out.T)
+    return dataclasses.replace(encoder, out=encoder.out.T)
 
 
 def encode_transposed(
@@ -47,9 +71,6 @@ def encode_transposed(
     The gradient of W_o is then a [D, F] product, which XLA's CPU GEMMs do half again as fast as a
     [F, D] one; in a loop over blocks it must be accumulated in that layout too.
     """
-    up, gate, out = (w.astype(tokens.dtype) for w in encoder[:3])
-    hidden = (tokens @ up) * jax.nn.swish(tokens @ gate)
-    y = jnp.einsum("...f,df->...d", hidden, out).astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + LAYER_NORM_EPSILON)
-    return (y * encoder.scale + encoder.bias).astype(tokens.dtype)
+    hidden = gated_linear(tokens, encoder.up, encoder.gate)
+    y = jnp.einsum("...f,df->...d", hidden, encoder.out.astype(tokens.dtype))
+    return layer_norm(y, encoder.scale, encoder.bias).astype(tokens.dtype)

@@ -11,10 +11,11 @@ Encoded tokens are arrays of the whole row here; scores never are.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,10 @@ from jax.interpreters import mlir
 from jaxtyping import Array, Bool, Float, Int
 
 from stca_jax.ops.encoder import encode_history
-from stca_jax.ops.tiled import NO_SCORE, Weights
+from stca_jax.ops.implementation import GroupedImplementation, Tokens, TokenWeights
+from stca_jax.ops.tiled import NO_SCORE
 from stca_jax.ops.tiles import BlockSizes, Tiling, make_tiling, tile_targets, untile_targets
+from stca_jax.ranges import Ranges
 
 _SCORE_COLUMNS = 3
 
@@ -52,77 +55,97 @@ class Inputs(NamedTuple):
     last: Int[Array, " J"]
 
 
-class Kernels(Protocol):
+class Kernels(GroupedImplementation):
     """Forward and backward of one kind of device."""
 
     @property
+    @abc.abstractmethod
     def platform(self) -> str | None:
-        """The one platform they can be lowered for, as JAX names it; None for any."""
+        """The one platform they can be lowered for, as `jax.lax` names it; None for any."""
 
+    def unavailable(self, platform: str) -> str | None:
+        """See `Implementation`."""
+        if self.platform in (None, platform, {"gpu": "cuda"}.get(platform)):
+            return None
+        return (
+            f"{type(self).__name__} run on platform {self.platform!r} only, and the program is "
+            'lowered for another. Use implementation="xla", which runs anywhere'
+        )
+
+    @abc.abstractmethod
     def default_block_sizes(self, heads_per_group: int, width: int, dtype: Any) -> BlockSizes:
         """Block sizes for keys of that width and dtype."""
 
+    @abc.abstractmethod
     def padded_sizes(self, width: int, columns: int, history: int) -> tuple[int, int, int]:
         """Least E, C and history tile that the kernels take, not below those given."""
 
+    @abc.abstractmethod
     def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
         """Weighted sums [J, G, E, C] and log-sum-exps [J, G, 1, C], 0 where empty."""
 
+    @abc.abstractmethod
     def backward(
         self, tiling: Tiling, inputs: Inputs, d_output: Array, log_sum_exp: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
         """Gradients of query, key and value."""
 
+    def attend_grouped(
+        self,
+        query: Float[Array, "R M G A E"],
+        tokens: Tokens,
+        weights: TokenWeights,
+        ranges: Ranges,
+        block_sizes: BlockSizes | None,
+    ) -> tuple[Float[Array, "R M G A E"], Float[Array, "R M G A"]]:
+        """See `GroupedImplementation`."""
+        R, M, _, A, E = query.shape
+        length = tokens.value.shape[1]
+        width = E if tokens.score is None else E + _SCORE_COLUMNS * A
+        sizes = block_sizes or self.default_block_sizes(A, width, tokens.value.dtype)
+        tiling = make_tiling(R, length, M, sizes)
+        width, columns, tile = self.padded_sizes(width, A * tiling.targets, tiling.history)
+        tiling = dataclasses.replace(tiling, history=tile, tiles_per_row=-(-length // tile))
+        covered = ranges.covered(length)[..., None]
+        key, value = _keys_and_values(tokens.value, weights, covered, tiling)
+        if tokens.score is not None:
+            score = jnp.where(covered, tokens.score, 0).astype(jnp.float32)
+            score = _pad_to(score, R, key.shape[2], score.shape[-1])
+            query, key = _with_score(query, key, score)
+        key, value = (_pad_to(x, *x.shape[:3], width) for x in (key, value))
+        stacked = tile_targets(query, tiling).transpose(0, 2, 4, 3, 1)  # [J, G, E, A, m]
+        stacked = stacked.reshape(*stacked.shape[:3], -1)
+        stacked = _pad_to(stacked, *stacked.shape[:2], width, columns)
+        start, end = (
+            _pad_to(jnp.tile(tile_targets(x, tiling), A)[:, None], len(stacked), 1, columns)
+            for x in ranges
+        )
+        inputs = Inputs(stacked, key, value, start, end, *_bands(ranges, tiling))
+        output, log_sum_exp = _attend(self, tiling, inputs)
 
-def kernel_attention(
-    kernels: Kernels,
-    query: Float[Array, "R M G A E"],
-    tokens: Float[Array, "R L D"],
-    weights: Weights,
-    covered: Bool[Array, "R L"],
-    history_start: Int[Array, "R M"],
-    history_end: Int[Array, "R M"],
-    history_score: Float[Array, "R L H"] | None,
-    sizes: BlockSizes | None,
-) -> tuple[Float[Array, "R M G A E"], Float[Array, "R M G A"]]:
-    """`tiled_attention` by kernels; same arguments and results, and None for default `sizes`."""
-    R, M, _, A, E = query.shape
-    width = E if history_score is None else E + _SCORE_COLUMNS * A
-    sizes = sizes or kernels.default_block_sizes(A, width, tokens.dtype)
-    tiling = make_tiling(R, tokens.shape[1], M, sizes)
-    width, columns, tile = kernels.padded_sizes(width, A * tiling.targets, tiling.history)
-    tiling = dataclasses.replace(tiling, history=tile, tiles_per_row=-(-tokens.shape[1] // tile))
-    length = tiling.tiles_per_row * tile
-    x = jnp.where(covered[..., None], tokens, 0)
+        def unstack(x: Float[Array, "J G e C"]) -> Float[Array, "R M G A e"]:
+            x = x[..., : A * tiling.targets]
+            x = x.reshape(*x.shape[:3], A, tiling.targets).transpose(0, 4, 1, 3, 2)
+            return untile_targets(x, tiling, M)
+
+        return unstack(output)[..., :E], unstack(log_sum_exp)[..., 0]
+
+
+def _keys_and_values(
+    tokens: Float[Array, "R n D"],
+    weights: TokenWeights,
+    covered: Bool[Array, "R n 1"],
+    tiling: Tiling,
+) -> tuple[Float[Array, "R G L E"], Float[Array, "R G L E"]]:
+    """Of whole rows, padded to whole history tiles."""
+    x = jnp.where(covered, tokens, 0)
     if weights.encoder is not None:
         x = encode_history(weights.encoder, x)
-    x = _pad_to(x, R, length, x.shape[-1])
+    x = _pad_to(x, len(x), tiling.tiles_per_row * tiling.history, x.shape[-1])
     if weights.w_key is None or weights.w_value is None:
-        key = value = x[:, None]
-    else:
-        key, value = (jnp.einsum("rld,dgk->rglk", x, w) for w in (weights.w_key, weights.w_value))
-    if history_score is not None:
-        score = jnp.where(covered[..., None], history_score, 0).astype(jnp.float32)
-        query, key = _with_score(query, key, _pad_to(score, R, length, score.shape[-1]))
-    key, value = (_pad_to(x, *x.shape[:3], width) for x in (key, value))
-    stacked = tile_targets(query, tiling).transpose(0, 2, 4, 3, 1)  # [J, G, E, A, m]
-    stacked = stacked.reshape(*stacked.shape[:3], -1)
-    stacked = _pad_to(stacked, *stacked.shape[:2], width, columns)
-    start, end = (
-        _pad_to(jnp.tile(tile_targets(x, tiling), A)[:, None], len(stacked), 1, columns)
-        for x in (history_start, history_end)
-    )
-    first, last = _bands(history_start, history_end, tiling)
-    output, log_sum_exp = _attend(
-        kernels, tiling, Inputs(stacked, key, value, start, end, first, last)
-    )
-
-    def unstack(x: Float[Array, "J G e C"]) -> Float[Array, "R M G A e"]:
-        x = x[..., : A * tiling.targets]
-        x = x.reshape(*x.shape[:3], A, tiling.targets).transpose(0, 4, 1, 3, 2)
-        return untile_targets(x, tiling, M)
-
-    return unstack(output)[..., :E], unstack(log_sum_exp)[..., 0]
+        return x[:, None], x[:, None]
+    key, value = (jnp.einsum("rld,dgk->rglk", x, w) for w in (weights.w_key, weights.w_value))
+    return key, value
 
 
 def _pad_to(x: Array, *shape: int) -> Array:
@@ -148,7 +171,8 @@ def _with_score(
     return jnp.concatenate([query, ones], -1), jnp.concatenate([key, columns], -1)
 
 
-def _bands(start: Array, end: Array, tiling: Tiling) -> tuple[Int[Array, " J"], Int[Array, " J"]]:
+def _bands(ranges: Ranges, tiling: Tiling) -> tuple[Int[Array, " J"], Int[Array, " J"]]:
+    start, end = ranges
     nonempty = end > start
     first = tile_targets(jnp.where(nonempty, start, jnp.iinfo(jnp.int32).max - 1), tiling)
     padded = tile_targets(nonempty, tiling)
@@ -235,10 +259,7 @@ def _lowered_for(kernels: Kernels, call: Callable[..., Any], *arguments: Any) ->
     """
     if kernels.platform is None:
         return call(*arguments)
-    message = (
-        f"{type(kernels).__name__} run on platform {kernels.platform!r} only, and the program is "
-        'lowered for another. Use implementation="xla", which runs anywhere'
-    )
+    message = kernels.unavailable("any other")
     shapes = jax.eval_shape(call, *arguments)
 
     def refuse(*_: Any) -> Any:

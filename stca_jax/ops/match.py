@@ -24,6 +24,7 @@ from stca_jax.ops.tiles import (
     touched_pairs,
     untile_targets,
 )
+from stca_jax.ranges import Ranges
 
 # Nothing is encoded here, so a block is one tile; comparisons are cheap, so tiles are large.
 _BLOCK_SIZES = BlockSizes(tokens=1, history=512, targets=64)
@@ -52,8 +53,7 @@ def match_statistics(
     history_ids: Mapping[str, Int[Array, "R L"]],
     history_time: Int[Array, "R L"],
     request_time: Int[Array, "R M"],
-    history_start: Int[Array, "R M"],
-    history_end: Int[Array, "R M"],
+    ranges: Ranges,
     *,
     decay_seconds: float,
     implementation: Implementation | None = None,
@@ -67,8 +67,7 @@ def match_statistics(
       history_ids: The same fields of the events.
       history_time: Seconds.
       request_time: Seconds; ages are relative to it.
-      history_start: First token of each target's range.
-      history_end: One past its last token.
+      ranges: Of each target.
       decay_seconds: Time constant of the decayed count.
       implementation: "tiled" compares within the tiles that ranges touch, so the cost follows the
         ranges; "dense" compares every target with every token of its row.  None takes "dense" on
@@ -84,8 +83,7 @@ def match_statistics(
         (),
         (jnp.stack([target_ids[f] for f in fields], -1), request_time),
         (jnp.stack([history_ids[f] for f in fields], -1), history_time),
-        history_start,
-        history_end,
+        ranges,
     )
     return jax.tree.map(lax.stop_gradient, found)
 
@@ -99,16 +97,14 @@ def _dense_statistics(
     weights: tuple[()],
     per_target: _Targets,
     per_token: _Tokens,
-    history_start: Int[Array, "R M"],
-    history_end: Int[Array, "R M"],
+    ranges: Ranges,
     *,
     decay_seconds: float,
 ) -> MatchStatistics:
     """In one pass over M x L on a GPU; XLA stores only `in_range` of it, a byte each."""
     del weights  # nothing is learned
     (target_ids, now), (token_ids, time) = per_target, per_token
-    position = jnp.arange(time.shape[1])
-    in_range = (position >= history_start[..., None]) & (position < history_end[..., None])
+    in_range = ranges.contain(jnp.arange(time.shape[1]))
     hits = [
         in_range & (token_ids[:, None, :, field] == target_ids[:, :, None, field])
         for field in range(target_ids.shape[-1])
@@ -125,18 +121,17 @@ def _tiled_statistics(
     weights: tuple[()],
     per_target: _Targets,
     per_token: _Tokens,
-    history_start: Int[Array, "R M"],
-    history_end: Int[Array, "R M"],
+    ranges: Ranges,
     *,
     decay_seconds: float,
 ) -> MatchStatistics:
     del weights  # nothing is learned
-    R, M = history_start.shape
+    R, M = ranges.start.shape
     tiling = make_tiling(R, per_token[1].shape[1], M, _BLOCK_SIZES)
-    pairs = touched_pairs(history_start, history_end, tiling)
+    pairs = touched_pairs(ranges, tiling)
     target_ids, now = (tile_targets(x, tiling) for x in per_target)
     token_ids, time = (tile_tokens(x, tiling) for x in per_token)
-    start, end = (tile_targets(x, tiling) for x in (history_start, history_end))
+    start, end = (tile_targets(x, tiling) for x in ranges)
 
     def block_step(i: Array, state: MatchStatistics) -> MatchStatistics:
         block = pairs.blocks[i]

@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from stca_jax.ops.kernels import (
     Inputs,
+    Kernels,
     dot,
     mask_scores,
     score_gradients,
@@ -31,7 +32,7 @@ _SUBLANES = 16  # of a bfloat16 register
 
 
 @dataclasses.dataclass(frozen=True)
-class MosaicKernels:
+class MosaicKernels(Kernels):
     """`Kernels` of the TPU.
 
     Attributes:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Int
 
 from stca_jax.ops.kernels import (
     Inputs,
+    Kernels,
     dot,
     mask_scores,
     score_gradients,
@@ -59,7 +60,7 @@ _OTHER_GPU = Gpu(shared_memory=101_376, multiprocessors=108, columns=32)
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonKernels:
+class TritonKernels(Kernels):
     """`Kernels` of NVIDIA GPUs from Ampere (A100) on.
 
     Attributes:
@@ -70,10 +71,31 @@ class TritonKernels:
     gpu: Gpu = GPUS["8.0"]
     interpret: bool = False
 
+    @classmethod
+    def here(cls) -> TritonKernels:
+        """For this process's GPU; without one, for an A100, to be compiled elsewhere."""
+        if jax.default_backend() != "gpu":
+            return cls()
+        return cls(GPUS.get(_compute_capability(), _OTHER_GPU))
+
     @property
     def platform(self) -> str | None:
         """See `Kernels`."""
         return None if self.interpret else "cuda"
+
+    def unavailable(self, platform: str) -> str | None:
+        """See `Implementation`; a GPU that is not in this process is taken for a recent one."""
+        reason = super().unavailable(platform)
+        if reason or self.interpret or jax.default_backend() != "gpu":
+            return reason
+        capability = _compute_capability()
+        major = capability.split(".")[0]  # other makers' are no numbers
+        if major.isdigit() and int(major) >= 8:
+            return None
+        return (
+            'implementation="triton" needs an NVIDIA GPU of compute capability 8.0 or more; this '
+            f'one has {capability}. Use implementation="xla"'
+        )
 
     def default_block_sizes(self, heads_per_group: int, width: int, dtype: Any) -> BlockSizes:
         """See `Kernels`."""
@@ -98,6 +120,8 @@ class TritonKernels:
 
     def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
         """See `Kernels`."""
+        if reason := self.unavailable("gpu"):
+            raise ValueError(reason)
         J, G, E, C = inputs.query.shape
         self._check_shared_memory(tiling, inputs)
         splits = self._splits(tiling, J * G)
@@ -165,31 +189,6 @@ class TritonKernels:
         width = options["in_specs"][-1].block_shape[-1]
         params = plgpu.CompilerParams(num_warps=4 if width <= 128 else 8, num_stages=2)
         return pl.pallas_call(kernel, compiler_params=params, interpret=self.interpret, **options)
-
-
-def kernels_of_this_gpu() -> TritonKernels:
-    """The kernels for this process's GPU; without one, for an A100, to be compiled elsewhere.
-
-    Raises:
-      ValueError: the GPU is older than an A100.
-    """
-    if jax.default_backend() != "gpu":
-        return TritonKernels()
-    capability = _compute_capability()
-    if not gpu_is_supported():
-        raise ValueError(
-            'implementation="triton" needs an NVIDIA GPU of compute capability 8.0 or more; this '
-            f'one has {capability}. Use implementation="xla"'
-        )
-    return TritonKernels(GPUS.get(capability, _OTHER_GPU))
-
-
-def gpu_is_supported() -> bool:
-    """Whether the kernels run on this process's GPU; without one, whether they can be compiled."""
-    if jax.default_backend() != "gpu":
-        return True
-    major = _compute_capability().split(".")[0]  # other makers' are no numbers
-    return major.isdigit() and int(major) >= 8
 
 
 def _compute_capability() -> str:

@@ -2,76 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-Order = Literal["absorbed", "projected"]
+from stca_jax.ops.encoder import encode_history
+from stca_jax.ops.implementation import Implementation, Order, Tokens, Weights
+from stca_jax.ops.tiles import BlockSizes
+from stca_jax.ranges import Ranges
 
 
-def reference_attention(
-    query: Float[Array, "R M H K"],
-    history: Float[Array, "R L D"],
-    w_key: Float[Array, "D H K"],
-    w_value: Float[Array, "D H K"],
-    history_start: Int[Array, "R M"],
-    history_end: Int[Array, "R M"],
-    history_score: Float[Array, "R L H"] | None,
-    order: Order,
-) -> tuple[Float[Array, "R M H K"], Float[Array, "R M H"]]:
-    """E3 and E4 over each target's range.
+class Reference(Implementation):
+    """The einsums, anywhere."""
 
-    Args:
-      query: Queries after W_Q, not yet scaled.
-      history: Encoded tokens X~ of E1, finite everywhere.
-      w_key: W_K of E3 for all heads.
-      w_value: W_V of E4 for all heads.
-      history_start: First token of each target's range.
-      history_end: One past its last token.
-      history_score: Additive score of each token and head, finite everywhere.
-      order: Which algebra.
-
-    Returns:
-      float32 weighted sums of the values and log-sum-exps; 0 and -inf for an empty range.
-    """
-    weight, log_sum_exp = attention_weights(
-        query, history, w_key, history_start, history_end, history_score, order
-    )
-    return _weighted_values(weight, history, w_value, order), log_sum_exp
+    def attend(
+        self,
+        query: Float[Array, "R M H K"],
+        tokens: Tokens,
+        weights: Weights,
+        ranges: Ranges,
+        order: Order,
+        block_sizes: BlockSizes | None,
+    ) -> tuple[Float[Array, "R M H K"], Float[Array, "R M H"]]:
+        """See `Implementation`; it has no tiles."""
+        del block_sizes
+        covered = ranges.covered(tokens.value.shape[1])[..., None]
+        history = jnp.where(covered, tokens.value, 0)
+        score = None if tokens.score is None else jnp.where(covered, tokens.score, 0)
+        if weights.encoder is not None:
+            history = encode_history(weights.encoder, history)
+        weight, log_sum_exp = attention_weights(query, history, weights.w_key, ranges, score, order)
+        return _weighted_values(weight, history, weights.w_value, order), log_sum_exp
 
 
 def attention_weights(
     query: Float[Array, "R M H K"],
     history: Float[Array, "R L D"],
     w_key: Float[Array, "D H K"],
-    history_start: Int[Array, "R M"],
-    history_end: Int[Array, "R M"],
+    ranges: Ranges,
     history_score: Float[Array, "R L H"] | None = None,
     order: Order = "absorbed",
 ) -> tuple[Float[Array, "R M L H"], Float[Array, "R M H"]]:
     """E3: how much of its attention each target gives to each token, to be looked at.
 
     Args:
-      query: As for `reference_attention`, like all others.
-      history: Encoded tokens.
-      w_key: W_K.
-      history_start: First token of each target's range.
-      history_end: One past its last token.
-      history_score: Additive score.
+      query: Queries after W_Q, not yet scaled.
+      history: Encoded tokens X~ of E1, finite everywhere.
+      w_key: W_K for all heads.
+      ranges: Of each target.
+      history_score: Additive score of each token and head, finite everywhere.
       order: Which algebra.
 
     Returns:
       float32 weights, which sum to 1 over a range that is not empty and are 0 outside, and the
       log-sum-exps of the scores.
     """
-    position = jnp.arange(history.shape[1])
-    in_range = (position >= history_start[..., None]) & (position < history_end[..., None])
     score = _scores(query, history, w_key, order) / jnp.sqrt(jnp.float32(query.shape[-1]))
     if history_score is not None:
         score += history_score.astype(jnp.float32)[:, None]
-    return _masked_softmax(score, in_range)
+    return _masked_softmax(score, ranges.contain(jnp.arange(history.shape[1])))
 
 
 def _scores(query: Array, history: Array, w_key: Array, order: Order) -> Float[Array, "R M L H"]:

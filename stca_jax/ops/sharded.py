@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from stca_jax.ranges import Ranges
 
 DATA = "data"
 SEQUENCE = "sequence"
@@ -33,10 +35,9 @@ def on_mesh(
     weights: Any,
     per_target: Any,
     per_token: Any,
-    history_start: Int[Array, "R M"],
-    history_end: Int[Array, "R M"],
+    ranges: Ranges,
 ) -> Any:
-    """Runs `local(weights, per_target, per_token, start, end)` on every device's part of the rows.
+    """Runs `local(weights, per_target, per_token, ranges)` on every device's part of the rows.
 
     Args:
       local: The op on one device; returns arrays [R, M, ...].
@@ -44,8 +45,7 @@ def on_mesh(
       weights: Arrays that every device needs in full.
       per_target: Arrays [R, M, ...].
       per_token: Arrays [R, L, ...].
-      history_start: First token of each target's range.
-      history_end: One past its last token.
+      ranges: Of each target.
 
     Returns:
       What `local` returns, merged.
@@ -60,9 +60,9 @@ def on_mesh(
         if name in (DATA, SEQUENCE) and kind != AxisType.Manual
     }
     if math.prod(free.values()) == 1:
-        return local(weights, per_target, per_token, history_start, history_end)
+        return local(weights, per_target, per_token, ranges)
     length = jax.tree.leaves(per_token)[0].shape[1]
-    for axis, name, size in ((DATA, "rows", history_start.shape[0]), (SEQUENCE, "length", length)):
+    for axis, name, size in ((DATA, "rows", ranges.start.shape[0]), (SEQUENCE, "length", length)):
         if size % free.get(axis, 1):
             raise ValueError(
                 f"{name} {size} does not divide over mesh axis {axis!r} of size {free[axis]}; "
@@ -71,22 +71,22 @@ def on_mesh(
     data = DATA if DATA in free else None
     sequence = SEQUENCE if SEQUENCE in free else None
 
-    def on_device(weights: Any, per_target: Any, per_token: Any, start: Array, end: Array) -> Any:
+    def on_device(weights: Any, per_target: Any, per_token: Any, ranges: Ranges) -> Any:
         if sequence is None:
-            return local(weights, per_target, per_token, start, end)
+            return local(weights, per_target, per_token, ranges)
         tokens_here = length // free[SEQUENCE]
         offset = lax.axis_index(sequence) * tokens_here
-        start, end = (jnp.clip(x - offset, 0, tokens_here) for x in (start, end))
-        return merge(local(weights, per_target, per_token, start, end), sequence)
+        ranges = Ranges(*(jnp.clip(x - offset, 0, tokens_here) for x in ranges))
+        return merge(local(weights, per_target, per_token, ranges), sequence)
 
     rows, tokens = PartitionSpec(data), PartitionSpec(data, sequence)
     return jax.shard_map(
         on_device,
-        in_specs=(PartitionSpec(), rows, tokens, rows, rows),
+        in_specs=(PartitionSpec(), rows, tokens, rows),
         out_specs=rows,
         axis_names=set(free),
         check_vma=False,  # loops and kernels start from constants, which vary over no axis
-    )(weights, per_target, per_token, history_start, history_end)
+    )(weights, per_target, per_token, ranges)
 
 
 def merge_softmax(

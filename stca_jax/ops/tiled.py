@@ -4,10 +4,6 @@ Each block of tokens is encoded (history FFN and LayerNorm, if fused; keys and v
 projected), used by every target tile that touches it, and forgotten.  Softmax is computed online;
 the backward pass recomputes the block and the scores.  Neither scores nor encoded tokens of a whole
 row are ever stored, and blocks and pairs that no range touches cost nothing.
-
-Both orders of the algebra are grouped attention: G groups of A heads that share keys and values.
-Projected has G = H groups of one head; absorbed has one group of H heads, whose keys and values are
-the encoded tokens themselves.
 """
 
 from __future__ import annotations
@@ -21,36 +17,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from stca_jax.ops.encoder import HistoryEncoder, encode_transposed, transpose_out
+from stca_jax.ops.encoder import encode_transposed, transpose_out
+from stca_jax.ops.implementation import GroupedImplementation, Tokens, TokenWeights
+from stca_jax.ops.sharded import platform
 from stca_jax.ops.tiles import (
     BlockSizes,
     PairList,
     Tiling,
+    default_block_sizes,
     make_tiling,
     tile_targets,
     tile_tokens,
     touched_pairs,
     untile_targets,
 )
+from stca_jax.ranges import Ranges
 
 # Finite, so that an empty range never computes inf - inf; the lowest peak is far above it, so that
 # exp(NO_SCORE - peak) is zero without another mask.
 NO_SCORE = -1e30
 LOWEST_PEAK = -1e20
-
-
-class Weights(NamedTuple):
-    """What turns a block of tokens into keys and values.
-
-    Attributes:
-      encoder: History FFN and LayerNorm; None if the tokens are encoded already.
-      w_key: W_K of E3; None in the absorbed order.
-      w_value: W_V of E4; None in the absorbed order.
-    """
-
-    encoder: HistoryEncoder | None
-    w_key: Float[Array, "D G K"] | None
-    w_value: Float[Array, "D G K"] | None
 
 
 class _Blocks(NamedTuple):
@@ -69,63 +55,49 @@ class _Ranges(NamedTuple):
     pairs: PairList
 
 
-def tiled_attention(
-    query: Float[Array, "R M G A E"],
-    tokens: Float[Array, "R L D"],
-    weights: Weights,
-    covered: Bool[Array, "R L"],
-    history_start: Int[Array, "R M"],
-    history_end: Int[Array, "R M"],
-    history_score: Float[Array, "R L H"] | None,
-    sizes: BlockSizes,
-) -> tuple[Float[Array, "R M G A E"], Float[Array, "R M G A"]]:
-    """Grouped attention of each target over its range.
+class Tiled(GroupedImplementation):
+    """The tiled implementation, anywhere."""
 
-    Args:
-      query: Scaled queries, in the space of the keys.
-      tokens: Tokens of the rows, encoded or not, see `Weights.encoder`.
-      weights: What turns tokens into keys and values.
-      covered: Tokens that some range covers; the others may hold anything.
-      history_start: First token of each target's range.
-      history_end: One past its last token.
-      history_score: Additive score of each token and head.
-      sizes: Block sizes.
+    def attend_grouped(
+        self,
+        query: Float[Array, "R M G A E"],
+        tokens: Tokens,
+        weights: TokenWeights,
+        ranges: Ranges,
+        block_sizes: BlockSizes | None,
+    ) -> tuple[Float[Array, "R M G A E"], Float[Array, "R M G A"]]:
+        """See `GroupedImplementation`."""
+        R, M, G, A, E = query.shape
+        length = tokens.value.shape[1]
+        if weights.encoder is not None:
+            weights = weights._replace(encoder=transpose_out(weights.encoder))
+        tiling = make_tiling(R, length, M, block_sizes or default_block_sizes(M, platform()))
+        tiled = _Ranges(
+            covered=tile_tokens(ranges.covered(length), tiling),
+            start=jnp.tile(tile_targets(ranges.start, tiling), A),
+            end=jnp.tile(tile_targets(ranges.end, tiling), A),
+            pairs=touched_pairs(ranges, tiling),
+        )
+        score = None if tokens.score is None else tile_tokens(tokens.score, tiling)
+        blocks = _Blocks(tile_tokens(tokens.value, tiling), score)
+        # [tiles, m, G, A, E] -> [tiles, G, A m, E]: a head's targets are neighbours.
+        stacked = tile_targets(query, tiling).transpose(0, 2, 3, 1, 4)
+        output, log_sum_exp = _attend(
+            tiling, stacked.reshape(tiling.num_target_tiles, G, -1, E), weights, blocks, tiled
+        )
 
-    Returns:
-      float32 weighted sums of the values and log-sum-exps; 0 and -inf for an empty range.
-    """
-    R, M, G, A, E = query.shape
-    if weights.encoder is not None:
-        weights = weights._replace(encoder=transpose_out(weights.encoder))
-    tiling = make_tiling(R, tokens.shape[1], M, sizes)
-    ranges = _Ranges(
-        covered=tile_tokens(covered, tiling),
-        start=jnp.tile(tile_targets(history_start, tiling), A),
-        end=jnp.tile(tile_targets(history_end, tiling), A),
-        pairs=touched_pairs(history_start, history_end, tiling),
-    )
-    blocks = _Blocks(
-        tile_tokens(tokens, tiling),
-        None if history_score is None else tile_tokens(history_score, tiling),
-    )
-    # [tiles, m, G, A, E] -> [tiles, G, A m, E]: a head's targets are neighbours.
-    stacked = tile_targets(query, tiling).transpose(0, 2, 3, 1, 4)
-    output, log_sum_exp = _attend(
-        tiling, stacked.reshape(tiling.num_target_tiles, G, -1, E), weights, blocks, ranges
-    )
+        def unstack(x: Array) -> Array:
+            x = x.reshape(tiling.num_target_tiles, G, A, tiling.targets, *x.shape[3:])
+            return untile_targets(jnp.moveaxis(x, 3, 1), tiling, M)
 
-    def unstack(x: Array) -> Array:
-        x = x.reshape(tiling.num_target_tiles, G, A, tiling.targets, *x.shape[3:])
-        return untile_targets(jnp.moveaxis(x, 3, 1), tiling, M)
-
-    return unstack(output), unstack(log_sum_exp)
+        return unstack(output), unstack(log_sum_exp)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
     tiling: Tiling,
     query: Float[Array, "tiles G C E"],
-    weights: Weights,
+    weights: TokenWeights,
     blocks: _Blocks,
     ranges: _Ranges,
 ) -> tuple[Float[Array, "tiles G C E"], Float[Array, "tiles G C"]]:
@@ -140,7 +112,7 @@ class _Softmax(NamedTuple):
     summed: Float[Array, "tiles G C E"]
 
 
-def _forward(tiling: Tiling, query: Array, weights: Weights, blocks: _Blocks, ranges: _Ranges):
+def _forward(tiling: Tiling, query: Array, weights: TokenWeights, blocks: _Blocks, ranges: _Ranges):
     def block_step(i: Array, state: _Softmax) -> _Softmax:
         block = ranges.pairs.blocks[i]
         keys, values = _first_and_last(
@@ -252,7 +224,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _keys_and_values(
-    weights: Weights, tokens: Float[Array, "T D"], covered: Bool[Array, " T"]
+    weights: TokenWeights, tokens: Float[Array, "T D"], covered: Bool[Array, " T"]
 ) -> tuple[Float[Array, "G T E"], ...]:
     """Keys and values of a block; one array that is both in the absorbed order."""
     x = jnp.where(covered[:, None], tokens, 0)

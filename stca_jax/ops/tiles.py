@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from stca_jax.ranges import Ranges
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
@@ -153,14 +155,14 @@ class PairList:
 jax.tree_util.register_dataclass(PairList)
 
 
-def touched_pairs(start: Int[Array, "R M"], end: Int[Array, "R M"], tiling: Tiling) -> PairList:
+def touched_pairs(ranges: Ranges, tiling: Tiling) -> PairList:
     """Lists the pairs of history tile and target tile that have work.
 
     Args:
-      start: First token of each target's range.
-      end: One past its last token.
+      ranges: Of each target.
       tiling: How the batch is cut.
     """
+    start, end = ranges
     first = jnp.arange(tiling.tiles_per_row) * tiling.history
     nonempty = (end > start)[..., None]
     hit = nonempty & (start[..., None] < first + tiling.history) & (end[..., None] > first)

@@ -29,7 +29,7 @@ from orbax.checkpoint import checkpoint_managers
 from stca_jax.errors import UserError
 from stca_jax.files import write_json
 from stca_jax.training.distributed import is_main_process, on_all_processes
-from stca_jax.training.train_step import TrainState
+from stca_jax.training.state import TrainState
 
 _BEST = "best.json"
 _METADATA_BYTES = 1 << 20  # what writing a checkpoint takes besides its arrays

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from flax import nnx
 
+from stca_jax.models.layers import is_matrix
 from stca_jax.models.ranker import Ranker, RankerConfig
 from stca_jax.schema import Schema
 
@@ -98,8 +99,8 @@ def model_flops(config: RankerConfig, schema: Schema, targets_per_row: int) -> M
     ranker = nnx.eval_shape(lambda: Ranker(config, schema, rngs=nnx.Rngs(0)))
     for path, weight in nnx.to_flat_state(nnx.state(ranker, nnx.Param)):
         module, name = str(path[0]), str(path[-1])
-        if module == "sequence" or weight.ndim < 2 or name == "rows" or name.endswith("bias"):
-            continue  # counted above; scales, tables and biases multiply nothing
+        if module == "sequence" or not is_matrix(name, weight):
+            continue  # counted above, or multiplies nothing
         if module == "history_fusion":
             per_token += 2 * math.prod(weight.shape)
         else:

@@ -1,13 +1,16 @@
-"""Binary cross-entropy of request-level batches (E10)."""
+"""What a step minimises: a weighted sum of losses, first of all cross-entropy (E10)."""
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from stca_jax.batch import RequestBatch
+from stca_jax.models.ranker import Ranker, RankerOutput
 
 LossWeighting = Literal["target", "request"]
 
@@ -51,3 +54,66 @@ def binary_cross_entropy(
     weights = target_weights(batch, weighting)
     total_weight = weights.sum() if total_weight is None else total_weight
     return (losses * weights).sum() / jnp.maximum(total_weight, jnp.finfo(jnp.float32).tiny)
+
+
+class LossInputs(NamedTuple):
+    """What a loss may look at: a batch or a micro-batch, and what the model made of it.
+
+    Attributes:
+      ranker: With the parameters of this step.  A table that is divided over devices has only the
+        rows that the batch touches, in an order of their own: its embeddings are in `embedded`.
+      batch: Padding may hold anything.
+      output: Logits, history tokens and target tokens.
+      embedded: Embeddings of divided tables, by level and feature.
+      key: For random choices; another one for each step and each micro-batch.
+    """
+
+    ranker: Ranker
+    batch: RequestBatch
+    output: RankerOutput
+    embedded: Mapping[str, Mapping[str, Float[Array, "R N width"]]]
+    key: Key[Array, ""]
+
+
+class Loss(Protocol):
+    """Something that a step minimises; every gradient of `inputs` counts.
+
+    A frozen dataclass, for instance, whose fields are its settings.
+    """
+
+    @property
+    def name(self) -> str:
+        """By which its value is reported, as `train/loss/NAME`."""
+
+    @property
+    def weight(self) -> float:
+        """What its value is multiplied by in the sum that is minimised."""
+
+    def total_weight(self, batch: RequestBatch) -> Float[Array, ""]:
+        """What the mean of a whole batch is divided by, before it is cut into micro-batches."""
+
+    def __call__(self, inputs: LossInputs, total_weight: Float[Array, ""]) -> Float[Array, ""]:
+        """The loss, or a micro-batch's share of it: the shares add up to the batch's loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelLoss:
+    """`binary_cross_entropy` of the logits.
+
+    Attributes:
+      weighting: See `target_weights`.
+    """
+
+    weighting: LossWeighting = "target"
+    name: str = dataclasses.field(default="label", init=False)
+    weight: float = dataclasses.field(default=1.0, init=False)
+
+    def total_weight(self, batch: RequestBatch) -> Float[Array, ""]:
+        """Sum of the targets' weights."""
+        return target_weights(batch, self.weighting).sum()
+
+    def __call__(self, inputs: LossInputs, total_weight: Float[Array, ""]) -> Float[Array, ""]:
+        """E10."""
+        return binary_cross_entropy(
+            inputs.output.logits, inputs.batch, self.weighting, total_weight
+        )

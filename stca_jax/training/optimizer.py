@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
+
+from stca_jax.models.layers import is_matrix
 
 RowSlots = dict[str, Array]  # what an optimizer remembers of each row; first axes are rows
 
@@ -25,7 +27,7 @@ class OptimizerConfig:
     Attributes:
       dense: Optimizer of everything but the tables.
       learning_rate: Its peak learning rate.
-      weight_decay: Decoupled weight decay of the dense parameters.
+      weight_decay: Decoupled weight decay of the matrices: see `is_matrix`.
       clip_norm: The dense gradient is scaled down to at most this global norm.
       tables: Optimizer of the embedding tables, row by row. Adagrad keeps one number per row,
         Adam a first moment as wide as the row, and two numbers.
@@ -48,10 +50,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for values outside their range."""
         for name in ("learning_rate", "clip_norm", "table_learning_rate", "table_accumulator"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("weight_decay", "warmup_steps", "final_fraction"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
 
 
@@ -74,15 +76,25 @@ def dense_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTr
     def learning_rate(step: Array) -> Array:
         return config.learning_rate * fraction(step)
 
-    if config.dense == "adamw":
-        update = optax.adamw(learning_rate, weight_decay=config.weight_decay)
-    else:
-        update = optax.chain(
-            optax.scale_by_rms(),
-            optax.add_decayed_weights(config.weight_decay),
-            optax.scale_by_learning_rate(learning_rate),
-        )
+    update = optax.chain(
+        optax.scale_by_adam() if config.dense == "adamw" else optax.scale_by_rms(),
+        _decay_matrices(config.weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _decay_matrices(weight_decay: float) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` of matrices; its mask would change the state's structure."""
+
+    def update(updates: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
+        def decayed(path: tuple[Any, ...], update: Array, parameter: Array) -> Array:
+            name = jax.tree_util.keystr(path[-1:], simple=True)
+            return update + weight_decay * parameter if is_matrix(name, parameter) else update
+
+        return jax.tree_util.tree_map_with_path(decayed, updates, parameters), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 class RowOptimizer(NamedTuple):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -128,6 +129,42 @@ class ShardingRules:
     def partition_spec(self, logical_axes: tuple[str | None, ...]) -> PartitionSpec:
         """Spec of an array whose axes have those names."""
         return PartitionSpec(*(a and getattr(self, a) for a in logical_axes))
+
+
+def parameter_shardings(
+    module: nnx.Module, mesh: Mesh, rules: ShardingRules
+) -> dict[str, NamedSharding]:
+    """Sharding of every parameter of a module, by its path, such as "head/weight".
+
+    Raises:
+      UserError: see `parameter_sharding`.
+    """
+    named = {
+        "/".join(map(str, path)): parameter
+        for path, parameter in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    }
+    return {path: parameter_sharding(path, p, mesh, rules) for path, p in named.items()}
+
+
+def shardings_like_parameters(tree: Any, by_path: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
+    """Shardings of a tree such as an optimizer's state: what is of a parameter lies like it.
+
+    Args:
+      tree: Its leaves' paths end with the path of a parameter, or are replicated.
+      by_path: From `parameter_shardings`.
+      mesh: Of the devices.
+    """
+
+    def sharding_of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        rest = jax.tree_util.keystr(path, simple=True, separator="/")
+        while rest:
+            found = by_path.get(rest)
+            if found is not None and len(found.spec) == leaf.ndim:
+                return found
+            rest = rest.partition("/")[2]
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def parameter_sharding(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
-from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -22,50 +21,67 @@ from stca_jax.models.ranker import Ranker, RankerConfig
 from stca_jax.schema import Schema
 from stca_jax.training import table_rows
 from stca_jax.training.averaging import with_average
-from stca_jax.training.loss import LossWeighting, binary_cross_entropy, target_weights
+from stca_jax.training.loss import LabelLoss, Loss, LossInputs, LossWeighting
 from stca_jax.training.optimizer import (
     OptimizerConfig,
-    RowSlots,
+    RowOptimizer,
     dense_optimizer,
     row_optimizer,
     schedule,
 )
-from stca_jax.training.sharding import ShardingRules, batch_shardings, parameter_sharding
-
-# Left to itself, a TPU stores tables narrower than 128 column by column, and turns them every step.
-_ROW_BY_ROW = Layout((0, 1))
+from stca_jax.training.sharding import ShardingRules, batch_shardings
+from stca_jax.training.state import TrainState, merge_ranker, split_ranker, state_shardings
+from stca_jax.training.table_rows import Tables, TouchedRows
 
 OnDivergence = Literal["stop", "skip"]
-Tables = dict[str, Float[Array, "V W"]]
+Gradients = tuple[dict[str, Any], dict[str, Array]]  # of dense parameters, of touched rows
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that a step changes.
+class TrainingConfig:
+    """How long to train, and what to report.
 
     Attributes:
-      step: Steps taken.
-      dense: Parameters other than tables, nested by module.
-      tables: Rows of each embedding table, in the order of `stca_jax.training.table_rows`.
-      optimizer: optax state of the dense parameters.
-      table_optimizer: What the row-wise optimizer remembers, by table.
+      num_epochs: Passes over the training requests.
+      max_steps: Stop earlier, after this many steps; the schedule ends there too.
+      loss_weighting: "target" is the per-impression objective; see `stca_jax.training.loss`.
+      accumulate_steps: Micro-batches that a batch is cut into, one after the other in the memory of
+        one; the update is that of the whole batch.
+      on_divergence: What to do about a step that is not finite, or exceeds `max_gradient_norm`:
+        "stop" the run, or "skip" the update and count it. Fifty such steps in a row stop the run in
+        any case.
+      max_gradient_norm: Largest norm of the dense gradient that is not taken for a spike.
+      ema_decay: Evaluate an exponential moving average of the dense parameters; 0 keeps none.
+        Tables are not averaged: a step would have to touch every row.
+      log_every_steps: Steps whose mean is one line of the metrics file.
     """
 
-    step: Int[Array, ""]
-    dense: dict[str, Any]
-    tables: Tables
-    optimizer: Any
-    table_optimizer: dict[str, RowSlots]
+    num_epochs: int = 1
+    max_steps: int | None = None
+    loss_weighting: LossWeighting = "target"
+    accumulate_steps: int = 1
+    on_divergence: OnDivergence = "stop"
+    max_gradient_norm: float | None = None
+    ema_decay: float = 0.0
+    log_every_steps: int = 50
 
-
-jax.tree_util.register_dataclass(TrainState)
+    def __post_init__(self) -> None:
+        """Raises ValueError for values outside their range."""
+        for name in ("num_epochs", "max_steps", "accumulate_steps", "log_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
+            raise ValueError(f"max_gradient_norm is {self.max_gradient_norm}; it must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
 
 
 class StepMetrics(NamedTuple):
     """Scalars of one step, on the device.
 
     Attributes:
-      loss: Of the batch, before the update.
+      loss: Of the batch, before the update: the weighted sum of `losses`.
       gradient_norm: Global norm of the dense gradient, before clipping.
       table_gradient_norm: Global norm of the tables' gradient.
       parameter_norm: Global norm of the dense parameters, after the update.
@@ -73,6 +89,7 @@ class StepMetrics(NamedTuple):
       diverged: The loss, a norm or an updated parameter is not finite, or the dense gradient is too
         large. If the step was skipped, the other metrics are of the update that was not made, but
         for the tables' gradient, which is zero then.
+      losses: Each loss by its name, without its weight.
     """
 
     loss: Float[Array, ""]
@@ -81,6 +98,14 @@ class StepMetrics(NamedTuple):
     parameter_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     diverged: Bool[Array, ""]
+    losses: dict[str, Float[Array, ""]]
+
+    def scalars(self) -> dict[str, Float[Array, ""]]:
+        """What is reported by name; each loss too, as `loss/NAME`, if there are several."""
+        numbers = {n: v for n, v in self._asdict().items() if n not in ("diverged", "losses")}
+        if len(self.losses) > 1:
+            numbers |= {f"loss/{name}": value for name, value in self.losses.items()}
+        return numbers
 
 
 class Predictions(NamedTuple):
@@ -101,238 +126,261 @@ class Predictions(NamedTuple):
     request_id: Int[Any, "R M"]
 
 
-class Program(NamedTuple):
-    """The compiled functions of one model on one mesh.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """The compiled functions of one model on one mesh; nothing runs before it is called.
+
+    `initialize()`, `train_step(state, batch)` and `predict(state, batch)` are compiled.  What they
+    compute is in `initial_state`, `step` and `predictions`, for subclasses to change.
 
     Attributes:
-      initialize: () -> TrainState, created sharded on the devices.
-      abstract_state: Shapes, dtypes and shardings of the state, for restoring.
-      train_step: (state, batch) -> (state, metrics); the state is donated.
-      predict: (state, batch) -> `Predictions`, replicated.
-      batch_shardings: Of the batches that both take.
-    """
-
-    initialize: Callable[[], TrainState]
-    abstract_state: TrainState
-    train_step: Callable[[TrainState, RequestBatch], tuple[TrainState, StepMetrics]]
-    predict: Callable[[TrainState, RequestBatch], Predictions]
-    batch_shardings: RequestBatch
-
-
-def split_ranker(ranker: Ranker) -> tuple[nnx.GraphDef, dict[str, Any], Tables]:
-    """Structure, dense parameters as nested dicts, and table rows by vocabulary."""
-    graph, params = nnx.split(ranker, nnx.Param)
-    dense = nnx.to_pure_dict(params)
-    tables = {name: t["rows"] for name, t in dense["embedding"].pop("tables").items()}
-    if not dense["embedding"]:
-        del dense["embedding"]
-    return graph, dense, tables
-
-
-def merge_ranker(
-    graph: nnx.GraphDef, dense: Mapping[str, Any], tables: Mapping[str, Array]
-) -> Ranker:
-    """The inverse of `split_ranker`; tables that are not read may have any rows."""
-    rows = {"tables": {name: {"rows": rows} for name, rows in tables.items()}}
-    return nnx.merge(graph, nnx.State({**dense, "embedding": rows}))
-
-
-def make_program(
-    model: RankerConfig,
-    schema: Schema,
-    optimizer: OptimizerConfig,
-    mesh: Mesh,
-    batch: RequestBatch,
-    *,
-    num_steps: int,
-    seed: int,
-    loss_weighting: LossWeighting = "target",
-    accumulate_steps: int = 1,
-    on_divergence: OnDivergence = "stop",
-    max_gradient_norm: float | None = None,
-    ema_decay: float = 0.0,
-    rules: ShardingRules | None = None,
-) -> Program:
-    """Builds the functions of a training run; nothing is compiled or allocated yet.
-
-    Args:
       model: The model.
       schema: What its batches contain.
       optimizer: How it learns.
+      training: How a step is computed; how long a run is says `num_steps`.
       mesh: Where it runs.
       batch: A batch, or its abstract shapes.
       num_steps: Length of the learning-rate schedule.
-      seed: Of the initial parameters.
-      loss_weighting: See `stca_jax.training.loss`.
-      accumulate_steps: Micro-batches that a batch is cut into, one after the other in the memory of
-        one; the update is that of the whole batch.
-      on_divergence: What a step does whose `StepMetrics.diverged` is set: "stop" leaves it to the
-        caller to stop, "skip" leaves parameters and optimizer as they are.
-      max_gradient_norm: A larger dense gradient counts as divergence; None is no limit.
-      ema_decay: Predict with an average of the dense parameters, see `stca_jax.training.averaging`;
-        0 keeps none.  Tables are not averaged: a step would have to touch every row.
-      rules: Which mesh axis each parameter axis lies along.
+      seed: Of the initial parameters, and of the keys that losses get.
+      auxiliary_losses: What is minimised beside the label loss.
 
     Raises:
       UserError: a parameter or the batch cannot be divided by the mesh, or the dataset lacks a
         feature that the model is to read.
     """
-    rows_per_unit = mesh.shape["data"] * accumulate_steps
-    if batch.num_rows % rows_per_unit:
-        raise UserError(
-            f"a batch of {batch.num_rows} rows cannot be divided over mesh axis 'data' of size "
-            f"{mesh.shape['data']} and {accumulate_steps} micro-batches: set "
-            f"--config.input.rows_per_batch={-(-batch.num_rows // rows_per_unit) * rows_per_unit} "
-            f"or another multiple of {rows_per_unit}, or change mesh.data or "
-            "training.accumulate_steps"
-        )
-    transform = dense_optimizer(optimizer, num_steps)
-    if ema_decay:
-        transform = with_average(transform, ema_decay)
-    table_transform = row_optimizer(optimizer)
-    fraction = schedule(optimizer, num_steps)
-    stored = table_rows.stored_schema(model.read_schema(schema), model.embedding.replicated_rows)
-    divided = {
-        name: size
-        for name, size in stored.vocabularies.items()
-        if size > model.embedding.replicated_rows
-    }
 
-    def new_ranker() -> Ranker:
-        return Ranker(model, stored, rngs=nnx.Rngs(seed))
+    model: RankerConfig
+    schema: Schema
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    mesh: Mesh
+    batch: RequestBatch
+    num_steps: int
+    seed: int
+    auxiliary_losses: tuple[Loss, ...] = ()
 
-    abstract_ranker = nnx.eval_shape(new_ranker)
-    graph, _, _ = split_ranker(abstract_ranker)
+    rules: ClassVar[ShardingRules] = ShardingRules()
 
-    def initialize() -> TrainState:
-        _, dense, tables = split_ranker(new_ranker())
+    def __post_init__(self) -> None:
+        """Raises UserError for what cannot be compiled."""
+        _check_rows(self.batch.num_rows, self.mesh.shape["data"], self.training.accumulate_steps)
+        names = [loss.name for loss in self.losses]
+        if len(set(names)) < len(names):
+            raise UserError(f"losses are called {', '.join(names)}: give each a name of its own")
+        _ = self._state_shardings  # names parameters that cannot be divided
+
+    @functools.cached_property
+    def losses(self) -> tuple[Loss, ...]:
+        """What is minimised: their weighted sum."""
+        return LabelLoss(self.training.loss_weighting), *self.auxiliary_losses
+
+    def new_ranker(self) -> Ranker:
+        """The model with initial parameters, tables at the sizes at which they are stored."""
+        return Ranker(self.model, self._stored, rngs=nnx.Rngs(self.seed))
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step."""
+        _, dense, tables = split_ranker(self.new_ranker())
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             dense=dense,
             tables=tables,
-            optimizer=transform.init(dense),
+            optimizer=self._transform.init(dense),
             table_optimizer={
-                name: table_transform.init(*rows.shape) for name, rows in tables.items()
+                name: self._table_transform.init(*rows.shape) for name, rows in tables.items()
             },
         )
 
-    def loss_and_gradients(
-        dense: dict[str, Any],
-        rows: Tables,
-        batch: RequestBatch,
-        touched: dict[str, table_rows.TouchedRows],
-    ) -> tuple[Array, tuple[dict[str, Any], Tables]]:
-        total_weight = target_weights(batch, loss_weighting).sum()
-        places = {name: t.places for name, t in touched.items()}
-
-        def loss_of(
-            dense: dict[str, Any], rows: Tables, batch: RequestBatch, places: dict[str, Any]
-        ) -> Array:
-            here = {name: t._replace(places=places[name]) for name, t in touched.items()}
-            embedded = table_rows.embed(rows, here, batch, mesh)
-            logits = merge_ranker(graph, dense, rows)(batch, embedded)
-            return binary_cross_entropy(logits, batch, loss_weighting, total_weight)
-
-        of_batch = jax.value_and_grad(loss_of, argnums=(0, 1))
-        if accumulate_steps == 1:
-            return of_batch(dense, rows, batch, places)
-
-        def micro_batches(x: Array) -> Array:
-            # Every k-th row, so that each device cuts its own rows and none travels.
-            return x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1)
-
-        def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, of_batch(dense, rows, *micro_batch)), None
-
-        zeros = jax.tree.map(jnp.zeros_like, (total_weight, (dense, rows)))
-        return lax.scan(add, zeros, jax.tree.map(micro_batches, (batch, places)))[0]
-
-    def train_step(state: TrainState, batch: RequestBatch) -> tuple[TrainState, StepMetrics]:
-        touched = table_rows.touch(batch, divided, mesh)
-        rows = table_rows.fetch(state.tables, touched, mesh)
-        loss, (dense_gradient, row_gradients) = loss_and_gradients(
-            state.dense, rows, batch, touched
-        )
-        updates, optimizer_state = transform.update(dense_gradient, state.optimizer, state.dense)
+    def step(self, state: TrainState, batch: RequestBatch) -> tuple[TrainState, StepMetrics]:
+        """Gradients of the losses, and one update of everything."""
+        touched = table_rows.touch(batch, self._divided, self.mesh)
+        rows = table_rows.fetch(state.tables, touched, self.mesh)
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        (loss, losses), gradients = self.loss_and_gradients(state.dense, rows, touched, batch, key)
+        dense_gradient, row_gradients = gradients
+        updates, optimizer = self._transform.update(dense_gradient, state.optimizer, state.dense)
         dense = optax.apply_updates(state.dense, updates)
         gradient_norm, row_norm, parameter_norm = map(
             optax.tree.norm, (dense_gradient, row_gradients, dense)
         )
         diverged = ~jnp.isfinite(loss + gradient_norm + row_norm + parameter_norm)
-        if max_gradient_norm is not None:
-            diverged |= gradient_norm > max_gradient_norm
-        if on_divergence == "skip":
-            dense, optimizer_state = jax.tree.map(
+        if self.training.max_gradient_norm is not None:
+            diverged |= gradient_norm > self.training.max_gradient_norm
+        if self.training.on_divergence == "skip":
+            dense, optimizer = jax.tree.map(
                 lambda old, new: jnp.where(diverged, old, new),
                 (state.dense, state.optimizer),
-                (dense, optimizer_state),
+                (dense, optimizer),
             )
             # Rows without a gradient stay as they are.
             row_gradients = jax.tree.map(lambda g: jnp.where(diverged, 0, g), row_gradients)
-        scale = fraction(state.step)
-        tables, table_optimizer, table_square = table_rows.update(
-            state.tables,
-            state.table_optimizer,
-            touched,
-            row_gradients,
-            table_transform,
-            optimizer.table_learning_rate * scale,
-            mesh,
+        scale = schedule(self.optimizer, self.num_steps)(state.step)
+        table_step = table_rows.TableStep(
+            self._table_transform, self.optimizer.table_learning_rate * scale, self.mesh
         )
-        metrics = StepMetrics(
+        tables, table_optimizer, table_square = table_rows.update(
+            state.tables, state.table_optimizer, touched, row_gradients, table_step
+        )
+        is_skipping = self.training.on_divergence == "skip"
+        return TrainState(
+            # The learning rates follow it; a skipped step has not happened to either.
+            step=state.step + (jnp.where(diverged, 0, 1) if is_skipping else 1),
+            dense=dense,
+            tables=tables,
+            optimizer=optimizer,
+            table_optimizer=table_optimizer,
+        ), StepMetrics(
             loss=loss,
             gradient_norm=gradient_norm,
             table_gradient_norm=jnp.sqrt(table_square),
             parameter_norm=parameter_norm,
-            learning_rate=optimizer.learning_rate * scale,
+            learning_rate=self.optimizer.learning_rate * scale,
             diverged=diverged,
+            losses=losses,
         )
-        new_state = TrainState(
-            # The learning rates follow it; a skipped step has not happened to either.
-            step=state.step + (jnp.where(diverged, 0, 1) if on_divergence == "skip" else 1),
-            dense=dense,
-            tables=tables,
-            optimizer=optimizer_state,
-            table_optimizer=table_optimizer,
-        )
-        return new_state, metrics
 
-    def predict(state: TrainState, batch: RequestBatch) -> Predictions:
-        touched = table_rows.touch(batch, divided, mesh)
-        rows = table_rows.fetch(state.tables, touched, mesh)
-        embedded = table_rows.embed(rows, touched, batch, mesh)
-        dense = state.optimizer.average if ema_decay else state.dense
-        logit = merge_ranker(graph, dense, rows)(batch, embedded)
+    def loss_and_gradients(
+        self,
+        dense: dict[str, Any],
+        rows: dict[str, Array],
+        touched: Mapping[str, TouchedRows],
+        batch: RequestBatch,
+        key: Array,
+    ) -> tuple[tuple[Array, dict[str, Array]], Gradients]:
+        """Of a batch, one micro-batch after the other.
+
+        Args:
+          dense: Dense parameters.
+          rows: Touched rows of divided tables, and other tables whole.
+          touched: Where the batch's ids are among those rows.
+          batch: What to learn from.
+          key: Of this step.
+
+        Returns:
+          The loss and its parts, and the gradients of parameters and rows.
+        """
+        total_weights = {loss.name: loss.total_weight(batch) for loss in self.losses}
+
+        def loss_of(
+            dense: dict[str, Any], rows: Tables, batch: RequestBatch, places: Any, key: Array
+        ) -> tuple[Array, dict[str, Array]]:
+            here = {name: t._replace(places=places[name]) for name, t in touched.items()}
+            embedded = table_rows.embed(rows, here, batch, self.mesh)
+            ranker = merge_ranker(self._graph, dense, rows)
+            inputs = LossInputs(ranker, batch, ranker.forward(batch, embedded), embedded, key)
+            losses = {loss.name: loss(inputs, total_weights[loss.name]) for loss in self.losses}
+            weighted = [loss.weight * losses[loss.name] for loss in self.losses]
+            return functools.reduce(jnp.add, weighted), losses
+
+        of_batch = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+        places = {name: t.places for name, t in touched.items()}
+        num_parts = self.training.accumulate_steps
+        if num_parts == 1:
+            return of_batch(dense, rows, batch, places, key)
+
+        def cut(x: Array) -> Array:
+            # Every k-th row, so that each device cuts its own rows and none travels.
+            return x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of_batch(dense, rows, *part)), None
+
+        parts = (*jax.tree.map(cut, (batch, places)), jax.random.split(key, num_parts))
+        loss = jnp.zeros(())
+        zeros = jax.tree.map(jnp.zeros_like, ((loss, dict.fromkeys(total_weights, loss)),
+                                              (dense, rows)))  # fmt: skip
+        return lax.scan(add, zeros, parts)[0]
+
+    def predictions(self, state: TrainState, batch: RequestBatch) -> Predictions:
+        """Logits of a batch, by the averaged parameters if there are any."""
+        touched = table_rows.touch(batch, self._divided, self.mesh)
+        rows = table_rows.fetch(state.tables, touched, self.mesh)
+        embedded = table_rows.embed(rows, touched, batch, self.mesh)
+        dense = state.optimizer.average if self.training.ema_decay else state.dense
+        logit = merge_ranker(self._graph, dense, rows)(batch, embedded)
         return Predictions(logit, batch.label, batch.target_mask, batch.user_id, batch.request_id)
 
-    replicated = NamedSharding(mesh, PartitionSpec())
-    state_shardings = _state_shardings(
-        jax.eval_shape(initialize), abstract_ranker, mesh, rules or ShardingRules()
-    )
-    of_batch = batch_shardings(mesh, batch)
-    abstract_state = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        jax.eval_shape(initialize),
-        state_shardings,
-    )
-    return Program(
-        initialize=jax.jit(initialize, out_shardings=state_shardings),
-        abstract_state=abstract_state,
-        train_step=_on_mesh(
-            mesh,
-            jax.jit(
-                train_step,
-                donate_argnums=0,
-                in_shardings=(state_shardings, of_batch),
-                out_shardings=(state_shardings, replicated),
-            ),
-        ),
-        predict=_on_mesh(
-            mesh,
-            jax.jit(predict, in_shardings=(state_shardings, of_batch), out_shardings=replicated),
-        ),
-        batch_shardings=of_batch,
-    )
+    @functools.cached_property
+    def initialize(self) -> Callable[[], TrainState]:
+        """() -> TrainState, created sharded on the devices."""
+        return jax.jit(self.initial_state, out_shardings=self._state_shardings)
+
+    @functools.cached_property
+    def train_step(self) -> Callable[[TrainState, RequestBatch], tuple[TrainState, StepMetrics]]:
+        """(state, batch) -> (state, metrics); the state is donated."""
+        shardings = (self._state_shardings, self.batch_shardings)
+        out = (self._state_shardings, NamedSharding(self.mesh, PartitionSpec()))
+        step = jax.jit(self.step, donate_argnums=0, in_shardings=shardings, out_shardings=out)
+        return _on_mesh(self.mesh, step)
+
+    @functools.cached_property
+    def predict(self) -> Callable[[TrainState, RequestBatch], Predictions]:
+        """(state, batch) -> `Predictions`, replicated."""
+        shardings = (self._state_shardings, self.batch_shardings)
+        out = NamedSharding(self.mesh, PartitionSpec())
+        return _on_mesh(
+            self.mesh, jax.jit(self.predictions, in_shardings=shardings, out_shardings=out)
+        )
+
+    @functools.cached_property
+    def batch_shardings(self) -> RequestBatch:
+        """Of the batches that `train_step` and `predict` take."""
+        return batch_shardings(self.mesh, self.batch)
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, for restoring."""
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            jax.eval_shape(self.initial_state),
+            self._state_shardings,
+        )
+
+    @functools.cached_property
+    def _stored(self) -> Schema:
+        schema = self.model.read_schema(self.schema)
+        return table_rows.stored_schema(schema, self.model.embedding.replicated_rows)
+
+    @functools.cached_property
+    def _divided(self) -> dict[str, int]:
+        """Stored rows of the tables that are divided over devices."""
+        most = self.model.embedding.replicated_rows
+        return {name: size for name, size in self._stored.vocabularies.items() if size > most}
+
+    @functools.cached_property
+    def _abstract_ranker(self) -> Ranker:
+        return nnx.eval_shape(self.new_ranker)
+
+    @functools.cached_property
+    def _graph(self) -> nnx.GraphDef:
+        return split_ranker(self._abstract_ranker)[0]
+
+    @functools.cached_property
+    def _transform(self) -> optax.GradientTransformation:
+        transform = dense_optimizer(self.optimizer, self.num_steps)
+        decay = self.training.ema_decay
+        return with_average(transform, decay) if decay else transform
+
+    @functools.cached_property
+    def _table_transform(self) -> RowOptimizer:
+        return row_optimizer(self.optimizer)
+
+    @functools.cached_property
+    def _state_shardings(self) -> Any:
+        abstract_state = jax.eval_shape(self.initial_state)
+        return state_shardings(abstract_state, self._abstract_ranker, self.mesh, self.rules)
+
+
+def _check_rows(num_rows: int, data: int, accumulate_steps: int) -> None:
+    """Raises UserError for a batch that cannot be divided."""
+    unit = data * accumulate_steps
+    if num_rows % unit:
+        raise UserError(
+            f"a batch of {num_rows} rows cannot be divided over mesh axis 'data' of size {data} "
+            f"and {accumulate_steps} micro-batches: set --config.input.rows_per_batch="
+            f"{-(-num_rows // unit) * unit} or another multiple of {unit}, or change mesh.data or "
+            "training.accumulate_steps"
+        )
 
 
 def _on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -344,47 +392,3 @@ def _on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return wrapped
-
-
-def _state_shardings(
-    abstract_state: TrainState, ranker: Ranker, mesh: Mesh, rules: ShardingRules
-) -> Any:
-    """Shardings of the state, and layouts of tables.
-
-    An optimizer slot lies like its parameter; the rest is replicated.
-    """
-    replicated = NamedSharding(mesh, PartitionSpec())
-    named = nnx.to_flat_state(nnx.state(ranker, nnx.Param))
-    by_path = {
-        tuple(map(str, path)): parameter_sharding("/".join(map(str, path)), p, mesh, rules)
-        for path, p in named
-    }
-
-    def sharding_of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        keys = tuple(
-            str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", "")))) for k in path
-        )
-        for start in range(len(keys)):
-            found = by_path.get(keys[start:])
-            if found is not None and len(found.spec) == leaf.ndim:
-                return found
-        return replicated
-
-    def rows_of(table: str, array: Array) -> NamedSharding | Format:
-        """Of a table or its slots; first axes are rows."""
-        sharding = by_path["embedding", "tables", table, "rows"]
-        if array.ndim == 1:
-            return NamedSharding(mesh, PartitionSpec(*sharding.spec[:1]))
-        return Format(_ROW_BY_ROW, sharding)
-
-    shardings: dict[str, Any] = dict(
-        step=replicated,
-        dense=jax.tree_util.tree_map_with_path(sharding_of, abstract_state.dense),
-        tables={name: rows_of(name, table) for name, table in abstract_state.tables.items()},
-        optimizer=jax.tree_util.tree_map_with_path(sharding_of, abstract_state.optimizer),
-        table_optimizer={
-            name: {key: rows_of(name, slot) for key, slot in slots.items()}
-            for name, slots in abstract_state.table_optimizer.items()
-        },
-    )
-    return TrainState(**shardings)

@@ -20,7 +20,7 @@ from stca_jax.batch import empty_batch
 from stca_jax.errors import UserError
 from stca_jax.evaluation.evaluator import evaluate_split, metric_rows
 from stca_jax.evaluation.tables import read_json_lines
-from stca_jax.experiment import FREE_TO_CHANGE, ExperimentConfig, TrainingConfig
+from stca_jax.experiment import FREE_TO_CHANGE, ExperimentConfig
 from stca_jax.files import write_json
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import InputElement, count_batches, make_input
@@ -31,7 +31,7 @@ from stca_jax.training.flops import chip_of, model_flops
 from stca_jax.training.metrics_writer import MetricsWriter
 from stca_jax.training.monitoring import PhaseClock, Profiler, device_memory
 from stca_jax.training.sharding import MeshConfig, device_batch, input_share, make_mesh
-from stca_jax.training.train_step import Program, StepMetrics, TrainState, make_program
+from stca_jax.training.train_step import Program, StepMetrics, TrainingConfig, TrainState
 
 _MOST_SKIPPED = 50  # steps in a row; a run that skips more learns nothing
 _log = logging.getLogger(__name__)
@@ -225,19 +225,15 @@ def experiment_program(
         config.input.targets_per_row,
         shared_history=config.input.rows == "user",
     )
-    return make_program(
+    return Program(
         config.model,
         schema,
         config.optimizer,
+        config.training,
         mesh or make_mesh(config.mesh),
         shapes,
         num_steps=num_steps,
         seed=config.seed,
-        loss_weighting=config.training.loss_weighting,
-        accumulate_steps=config.training.accumulate_steps,
-        on_divergence=config.training.on_divergence,
-        max_gradient_norm=config.training.max_gradient_norm,
-        ema_decay=config.training.ema_decay,
     )
 
 
@@ -393,8 +389,8 @@ class _RecentSteps:
                     _describe_divergence(step, metrics, self._training, self._num_skipped)
                 )
         kept = [m for m in fetched if not m.diverged]
-        names = [n for n in StepMetrics._fields if n != "diverged"] if kept else []
-        columns = {n: [getattr(m, n) for m in kept] for n in names}
+        scalars = [m.scalars() for m in kept]
+        columns = {n: [s[n] for s in scalars] for n in (scalars[0] if scalars else ())}
         fills = [s.element.fill.metrics() for s in window]
         columns |= {n: [f[n] for f in fills] for n in fills[0]}
         summary = {f"train/{name}": float(np.mean(values)) for name, values in columns.items()}

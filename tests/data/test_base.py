@@ -15,7 +15,7 @@ import small_dataset
 from array_record.python import array_record_module
 from small_dataset import USERS, USERS_PER_FILE, Builder
 
-from data.preparation import make_builder
+from stca_jax.data.preparation import make_builder
 from stca_jax.schema import Schema
 
 

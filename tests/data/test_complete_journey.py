@@ -11,8 +11,8 @@ import pytest
 import tensorflow_datasets as tfds
 from fake_complete_journey import FIRST_UNLISTED, make_tables, write_tables
 
-from data.complete_journey import complete_journey_dataset_builder as journey
-from data.complete_journey import source
+from stca_jax.data.complete_journey import complete_journey_dataset_builder as journey
+from stca_jax.data.complete_journey import source
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.records import UserRecord
 

@@ -18,11 +18,11 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from data import preparation
-from data.interaction_log import source
-from data.interaction_log.events import LogSource, read_side_table
-from data.interaction_log.interaction_log_dataset_builder import make_builder
-from data.interaction_log.log_config import Column, LogConfig, split_list
+from stca_jax.data import preparation
+from stca_jax.data.interaction_log import source
+from stca_jax.data.interaction_log.events import LogSource, read_side_table
+from stca_jax.data.interaction_log.interaction_log_dataset_builder import make_builder
+from stca_jax.data.interaction_log.log_config import Column, LogConfig, split_list
 from stca_jax.errors import UserError
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.schema import Schema
@@ -475,11 +475,11 @@ def test_a_nested_column_is_named(tmp_path):
 # Prepares the log given as argument, in many small steps, each of which takes a while.
 SCRIPT = """
 import sys, time, pathlib
-from data import preparation, running
-from data.interaction_log import source, staging
-from data.interaction_log.interaction_log_dataset_builder import make_builder
-from data.interaction_log.log_config import LogConfig
-from data.record_files import RecordFiles
+from stca_jax.data import preparation, running
+from stca_jax.data.interaction_log import source, staging
+from stca_jax.data.interaction_log.interaction_log_dataset_builder import make_builder
+from stca_jax.data.interaction_log.log_config import LogConfig
+from stca_jax.data.record_files import RecordFiles
 source._EVENTS_PER_SHARD, source._ROWS_PER_PART, source._ROWS_PER_BLOCK = 150, 100, 30
 for cls, name in ((staging.Staging, "read_part"), (staging.Staging, "sort_shard"),
                   (staging.Staging, "count_values"), (RecordFiles, "write")):

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data.preparation import prepare
+from stca_jax.data.preparation import prepare
 from stca_jax.input.dataset import RequestDataset
 
 LOG_HEADER = (

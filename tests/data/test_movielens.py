@@ -10,7 +10,7 @@ import re
 import pyarrow.parquet as pq
 import pytest
 
-from data.preparation import prepare
+from stca_jax.data.preparation import prepare
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.records import SPLITS
 

@@ -10,8 +10,8 @@ import time
 import pytest
 import small_dataset
 
-from data import preparation
-from data.base import STAGING
+from stca_jax.data import preparation
+from stca_jax.data.base import STAGING
 from stca_jax.errors import UserError
 from stca_jax.input.dataset import RequestDataset
 
@@ -19,7 +19,7 @@ TESTS = pathlib.Path(small_dataset.__file__).parent
 # Prepares the small dataset, slowly, into the folder given as argument.
 SCRIPT = """
 import sys
-from data import preparation
+from stca_jax.data import preparation
 from small_dataset import Builder
 Builder.seconds_per_user = float(sys.argv[2])
 preparation.make_builder = lambda name, data_dir: Builder(data_dir=data_dir)

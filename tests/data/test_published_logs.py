@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.preparation import prepare
+from stca_jax.data.preparation import prepare
 from stca_jax.input.dataset import RequestDataset
 
 LOG_HEADER = (

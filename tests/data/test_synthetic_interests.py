@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from data.synthetic_interests import generator
-from data.synthetic_interests.generator import CONFIGS, GeneratorConfig
-from data.synthetic_interests.synthetic_interests_dataset_builder import (
+from stca_jax.data.synthetic_interests import generator
+from stca_jax.data.synthetic_interests.generator import CONFIGS, GeneratorConfig
+from stca_jax.data.synthetic_interests.synthetic_interests_dataset_builder import (
     Builder,
     SyntheticInterestsConfig,
 )
-from data.synthetic_interests.truth import reference_rows
+from stca_jax.data.synthetic_interests.truth import reference_rows
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.records import SPLITS, validate_record
 

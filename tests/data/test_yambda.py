@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.preparation import prepare
+from stca_jax.data.preparation import prepare
 from stca_jax.input.dataset import RequestDataset
 
 # The columns of multi_event.parquet, in their order, and what the source's README says of them.

@@ -79,6 +79,49 @@ def test_order_of_targets_does_not_matter(targets, random):
     np.testing.assert_allclose(row(shuffled), row(targets), rtol=1e-12)
 
 
+def delong_error(label, score):
+    """DeLong's formula, pair by pair."""
+    wins = np.sign(score[label == 1][:, None] - score[label == 0]) / 2 + 0.5
+    variances = wins.mean(1).var(ddof=1) / wins.shape[0], wins.mean(0).var(ddof=1) / wins.shape[1]
+    return np.sqrt(sum(variances))
+
+
+def test_standard_error_without_groups_is_delong_s():
+    label, logit, _ = random_predictions(400)
+    for score in (logit, np.round(logit)):  # without and with ties
+        error = metrics.auc_standard_error(label, score, np.arange(400))
+        assert error == pytest.approx(delong_error(label, score), rel=0.003)  # n / (n - 1)
+
+
+def test_standard_error_is_the_spread_of_samples_of_users():
+    """Users whose targets agree: the bootstrap of users has it, that of targets half of it."""
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(200), 10)
+    rate, taste = rng.normal(size=(2, 200)).repeat(10, 1)
+    label = (rng.random(2000) < 1 / (1 + np.exp(-2 * rate - taste))).astype(int)
+    score = (rate + rng.normal(size=2000)).astype(np.float32)
+    samples = []
+    for _ in range(400):
+        chosen = (rng.integers(0, 200, 200)[:, None] * 10 + np.arange(10)).ravel()
+        samples.append(sk.roc_auc_score(label[chosen], score[chosen]))
+    error = metrics.auc_standard_error(label, score, user)
+    assert error == pytest.approx(np.std(samples), rel=0.15)  # 400 samples: within 3.5 %, one sd
+    assert error > 1.5 * metrics.auc_standard_error(label, score, np.arange(2000))
+
+
+def test_standard_error_needs_two_users_of_each_class():
+    label, score = np.array([1, 0, 0, 1]), np.array([4, 3, 2, 1], np.float32)
+    assert np.isnan(metrics.auc_standard_error(label, score, np.array([0, 0, 1, 0])))
+    assert metrics.auc_standard_error(label, score, np.array([0, 0, 1, 1])) > 0
+
+
+@pytest.mark.parametrize("name", ["calibration", "auc_se", "num_targets", "acu"])
+@pytest.mark.parametrize("larger", [True, False])
+def test_what_ranks_no_models_chooses_no_checkpoint(name, larger):
+    with pytest.raises(ValueError, match=rf"metric is '{name}'.* must be one of auc, gauc_user"):
+        metrics.check_choice(name, larger_is_better=larger)
+
+
 @settings(max_examples=50, deadline=None)
 @given(TARGETS)
 def test_auc_of_the_opposite_is_the_complement(targets):
@@ -177,6 +220,7 @@ def test_ranking_metrics_row():
     by_request = metrics.grouped_auc(label, logit, request)
     assert row == {
         "auc": metrics.auc(label, logit),
+        "auc_se": metrics.auc_standard_error(label, logit, user),
         "gauc_user": metrics.grouped_auc(label, logit, user).value,
         "gauc_request": by_request.value,
         "log_loss": metrics.log_loss(label, logit),

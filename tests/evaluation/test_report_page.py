@@ -7,10 +7,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments.configs import tiny
 from stca_jax import config as config_lib
 from stca_jax.errors import UserError
-from stca_jax.evaluation import report
+from stca_jax.evaluation.report.charts import Line, lines_by_length, lines_by_step, training_charts
+from stca_jax.evaluation.report.page import write_report
+from stca_jax.evaluation.report.runs import Selection, best_selection, load_run
+from stca_jax.experiments.configs import tiny
 
 VALIDATION = {"split": "validation", "min_history": 0, "max_requests": None}
 TEST = VALIDATION | {"split": "test"}
@@ -84,8 +86,8 @@ class Page(html.parser.HTMLParser):
 
 
 def test_page_loads_nothing_and_holds_the_numbers(tmp_path):
-    run = report.load_run(write_run(tmp_path / "run"), "my <run>")
-    written = report.write_report([run], tmp_path / "out" / "page.html")
+    run = load_run(write_run(tmp_path / "run"), "my <run>")
+    written = write_report([run], tmp_path / "out" / "page.html")
     assert written[0] == tmp_path / "out" / "page.html"
     names = sorted(path.name for path in written[1:])
     assert names == [
@@ -113,8 +115,8 @@ def test_page_loads_nothing_and_holds_the_numbers(tmp_path):
 
 
 def test_charts_are_images_with_something_on_them(tmp_path):
-    run = report.load_run(write_run(tmp_path / "run"), "run")
-    for path in report.write_report([run], tmp_path / "page.html")[1:]:
+    run = load_run(write_run(tmp_path / "run"), "run")
+    for path in write_report([run], tmp_path / "page.html")[1:]:
         image = matplotlib.image.imread(path)
         assert image.shape[1] > 800
         blue = np.array([0x00, 0x72, 0xB2]) / 255  # Okabe and Ito's, of the first line
@@ -123,10 +125,8 @@ def test_charts_are_images_with_something_on_them(tmp_path):
 
 
 def test_marked_checkpoint_is_shown_by_length(tmp_path):
-    run = report.load_run(write_run(tmp_path / "run", best=20), "run")
-    line, counting = report.lines_by_length(
-        [run], report.Selection("validation", 0, None), None, "auc"
-    )
+    run = load_run(write_run(tmp_path / "run", best=20), "run")
+    line, counting = lines_by_length([run], Selection("validation", 0, None), None, "auc")
     assert line.label == "run, step 20"
     assert line.x == list(LENGTHS)
     assert line.y == [auc(20, n) for n in LENGTHS]
@@ -134,13 +134,13 @@ def test_marked_checkpoint_is_shown_by_length(tmp_path):
 
 
 def test_lines_by_step_and_by_cost(tmp_path):
-    runs = [report.load_run(write_run(tmp_path / n), n) for n in ("a", "b")]
-    selection = report.Selection("validation", 0, None)
-    one = report.lines_by_step(runs[:1], selection, None, "auc", in_minutes=False)
+    runs = [load_run(write_run(tmp_path / n), n) for n in ("a", "b")]
+    selection = Selection("validation", 0, None)
+    one = lines_by_step(runs[:1], selection, None, "auc", in_minutes=False)
     assert [line.label for line in one] == ["256 events", "64 events", "16 events"]
     assert one[0].x == [20, 40]
     assert one[0].y == [auc(20, 256), auc(40, 256)]
-    both = report.lines_by_step(runs, selection, None, "auc", in_minutes=True)
+    both = lines_by_step(runs, selection, None, "auc", in_minutes=True)
     assert [line.label for line in both] == ["a, 256 events", "b, 256 events"]
     assert both[1].x == pytest.approx([20 / 4 / 60, 40 / 4 / 60])
 
@@ -149,18 +149,18 @@ def test_seeds_are_one_line_with_bars(tmp_path):
     runs = []
     for seed, best in ((0, 20), (1, 40), (2, 40)):
         workdir = write_run(tmp_path / f"long/seed-{seed}", seed=seed, best=best)
-        runs.append(report.load_run(workdir, f"long/seed-{seed}"))
-    runs.append(report.load_run(tmp_path / "long/seed-0", "again"))
-    selection = report.Selection("validation", 0, None)
-    mean, again, _ = report.lines_by_length(runs, selection, None, "auc")
+        runs.append(load_run(workdir, f"long/seed-{seed}"))
+    runs.append(load_run(tmp_path / "long/seed-0", "again"))
+    selection = Selection("validation", 0, None)
+    mean, again, _ = lines_by_length(runs, selection, None, "auc")
     values = np.array([[auc(step, n) for n in LENGTHS] for step in (20, 40, 40)])
     assert (mean.label, again.label) == ("long, 3 seeds", "again, step 20")
     np.testing.assert_allclose(mean.y, values.mean(0))
     np.testing.assert_allclose(mean.error, values.std(0, ddof=1))
     assert again.error is None
-    by_step = report.lines_by_step(runs[:3], selection, None, "auc", in_minutes=False)
+    by_step = lines_by_step(runs[:3], selection, None, "auc", in_minutes=False)
     assert [line.label for line in by_step] == ["256 events", "64 events", "16 events"]
-    report.write_report(runs, tmp_path / "page.html")
+    write_report(runs, tmp_path / "page.html")
     cells = Page((tmp_path / "page.html").read_text()).tables[0][1]
     assert cells[:2] == ["long, 3 seeds", "0.5349 ± 0.0115"]
 
@@ -169,24 +169,41 @@ def test_test_split_is_shown_by_length_and_what_has_most_steps_by_step(tmp_path)
     workdir = write_run(tmp_path / "run")
     rows = [{**TEST, "step": 40, "length": n, "model": "stca", "auc": 0.6} for n in LENGTHS]
     write_lines(workdir / "evaluation" / "test-40.jsonl", rows)
-    run = report.load_run(workdir, "run")
-    assert report.best_selection([run], None).split == "test"
-    assert report.best_selection([run], None, across_steps=True).split == "validation"
+    run = load_run(workdir, "run")
+    assert best_selection([run], None).split == "test"
+    assert best_selection([run], None, across_steps=True).split == "validation"
+
+
+def test_every_validation_point_is_drawn_beside_one_table_of_many_lengths(tmp_path):
+    workdir = write_run(tmp_path / "run")
+    (workdir / "evaluation" / "checkpoints.jsonl").unlink()
+    rows = [{**TEST, "step": 40, "length": n, "model": "stca", "auc": 0.6} for n in LENGTHS]
+    write_lines(workdir / "evaluation" / "test-40.jsonl", rows)
+    write_lines(
+        workdir / "metrics.jsonl",
+        [{"step": s, "train/loss": 1 / s, "validation/auc": 0.7} for s in (20, 40)],
+    )
+    run = load_run(workdir, "run")
+    selection = best_selection([run], None, across_steps=True)
+    (line,) = lines_by_step([run], selection, None, "auc", in_minutes=False)
+    assert (line.x, line.y) == ([20, 40], [0.7, 0.7])
+    (loss,) = training_charts([run])
+    assert loss.lines == [Line("run", [20, 40], [1 / 20, 1 / 40])]
 
 
 def test_training_s_own_validation_stands_in(tmp_path):
     workdir = write_run(tmp_path / "run")
     (workdir / "evaluation" / "checkpoints.jsonl").unlink()
-    run = report.load_run(workdir, "run")
-    selection = report.best_selection([run], None, across_steps=True)
-    assert selection == report.Selection("validation", 0, 2_000)
-    (line,) = report.lines_by_step([run], selection, None, "auc", in_minutes=False)
-    assert line == report.Line("256 events", [20, 40], [0.7, 0.7])
+    run = load_run(workdir, "run")
+    selection = best_selection([run], None, across_steps=True)
+    assert selection == Selection("validation", 0, 2_000)
+    (line,) = lines_by_step([run], selection, None, "auc", in_minutes=False)
+    assert line == Line("256 events", [20, 40], [0.7, 0.7])
 
 
 def test_several_runs_show_what_differs_first(tmp_path):
-    runs = [report.load_run(write_run(tmp_path / str(k), seed=k), f"run {k}") for k in (3, 4)]
-    report.write_report(runs, tmp_path / "page.html")
+    runs = [load_run(write_run(tmp_path / str(k), seed=k), f"run {k}") for k in (3, 4)]
+    write_report(runs, tmp_path / "page.html")
     config = Page((tmp_path / "page.html").read_text()).tables[-1]
     assert config[0] == ["value", "run 3", "run 4"]
     assert config[1] == ["seed", "3", "4"]
@@ -202,7 +219,7 @@ def test_tasks_have_charts_of_their_own(tmp_path):
     ]
     write_lines(workdir / "evaluation" / "checkpoints.jsonl", rows)
     write_lines(workdir / "metrics.jsonl", [])
-    written = report.write_report([report.load_run(workdir, "run")], tmp_path / "page.html")
+    written = write_report([load_run(workdir, "run")], tmp_path / "page.html")
     names = {path.name for path in written}
     assert {"auc_by_length_click.png", "auc_by_length_buy.png"} <= names
     assert not any("cost" in name or "throughput" in name for name in names)  # nothing was timed
@@ -210,12 +227,12 @@ def test_tasks_have_charts_of_their_own(tmp_path):
 
 def test_mistakes_are_explained(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
-        report.load_run(tmp_path, "run")
+        load_run(tmp_path, "run")
     workdir = write_run(tmp_path / "run")
-    run = report.load_run(workdir, "run")
+    run = load_run(workdir, "run")
     with pytest.raises(UserError, match=r"expected \.html"):
-        report.write_report([run], tmp_path / "page.pdf")
+        write_report([run], tmp_path / "page.pdf")
     write_lines(workdir / "evaluation" / "checkpoints.jsonl", [])
     write_lines(workdir / "metrics.jsonl", [])
     with pytest.raises(UserError, match="no evaluation of run yet"):
-        report.write_report([report.load_run(workdir, "run")], tmp_path / "page.html")
+        write_report([load_run(workdir, "run")], tmp_path / "page.html")

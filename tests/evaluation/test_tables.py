@@ -28,6 +28,15 @@ def test_format_table():
     ]
 
 
+def test_added_rows_replace_their_own_only(tmp_path):
+    path, keys = tmp_path / "t.jsonl", ("length", "min_history", "task")
+    first = [{"length": n, "min_history": 0, "auc": 0.5} for n in (16, 64)]
+    assert tables.add_rows(path, first, keys) == first
+    second = [{"length": n, "min_history": h, "auc": 0.6} for n, h in ((64, 0), (64, 9))]
+    assert tables.add_rows(path, second, keys) == [first[0], *second]
+    assert tables.read_json_lines(path) == [first[0], *second]
+
+
 def test_no_rows(tmp_path):
     assert tables.format_table([]) == ""
     for name in ("t.csv", "t.jsonl", "t.md"):

@@ -8,14 +8,14 @@ import jax
 import pytest
 from flax import nnx
 
-import experiments.configs
-from experiments.plan import _abstract_batch
 from stca_jax.config import apply_overrides, validate
+from stca_jax.device_plan import abstract_batch
+from stca_jax.experiments import configs
 from stca_jax.models.ranker import Ranker
-from stca_jax.training.train_step import split_ranker
+from stca_jax.training.state import split_ranker
 from stca_jax.training.trainer import experiment_program
 
-FOLDER = pathlib.Path(experiments.configs.__file__).parent
+FOLDER = pathlib.Path(configs.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 # Run by tests of the launchers and of the README; three differ from those in numbers only.
 RUN = {
@@ -31,7 +31,7 @@ PLANNED = {"paper_6m": 6e6, "paper_23m": 23e6, "paper_133m": 133e6}
 
 
 def config_module(name):
-    return importlib.import_module(f"experiments.configs.{name}")
+    return importlib.import_module(f"stca_jax.experiments.configs.{name}")
 
 
 def test_every_config_is_run_or_planned():
@@ -67,7 +67,7 @@ def test_train_step_compiles(name):
     config = apply_overrides(module.get_config(), {"input.rows_per_batch": 1, "mesh.data": 1})
     mesh = jax.sharding.Mesh([[jax.devices()[:1]]], ("data", "sequence", "model"))
     program = experiment_program(config, module.get_schema(), 1, mesh)
-    batch = _abstract_batch(config, module.get_schema(), program)
+    batch = abstract_batch(config, module.get_schema(), program)
     with jax.set_mesh(mesh):
         lowered = program.train_step.__wrapped__.lower(program.abstract_state, batch)
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import diagnose
+from stca_jax.experiments import diagnose
 
 
 def test_a_logit_that_is_a_term_has_weight_one_there_and_none_elsewhere():

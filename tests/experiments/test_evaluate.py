@@ -13,7 +13,7 @@ import pytest
 from processes import REPOSITORY, run, start, wait_until
 from sklearn.metrics import roc_auc_score
 
-from data.synthetic_interests import generator
+from stca_jax.data.synthetic_interests import generator
 from stca_jax.evaluation.evaluator import evaluate_split, metric_rows
 from stca_jax.input.records import SPLITS
 from stca_jax.training.checkpointing import Checkpointer, read_best
@@ -70,6 +70,19 @@ def test_truth_is_the_true_function_of_the_window(workdir, data_dir, tiny_datase
         expected = roc_auc_score(np.concatenate(labels), np.concatenate(logits))
         assert auc == pytest.approx(expected, abs=1e-5)  # float32 makes a few ties
     assert set(truth) == {16, 300}
+
+
+def test_other_settings_keep_their_rows(workdir, data_dir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(copy / "evaluation", ignore_errors=True)
+    arguments = ["--step=6", "--split=validation"]
+    assert evaluate(copy, data_dir, *arguments, "--noreferences", "--lengths=16")[0] == 0
+    assert evaluate(copy, data_dir, *arguments, "--noreferences", "--lengths=64")[0] == 0
+    filtered = ["--min_history=40", "--noreferences", "--lengths=64"]
+    assert evaluate(copy, data_dir, *arguments, *filtered)[0] == 0
+    rows = read_rows(copy / "evaluation" / "validation-6.jsonl")
+    assert [(r["length"], r["min_history"]) for r in rows] == [(16, 0), (64, 0), (64, 40)]
+    assert rows[2]["num_requests"] < rows[1]["num_requests"]  # the filter filters
 
 
 def read_rows(path):

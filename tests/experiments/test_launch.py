@@ -11,9 +11,9 @@ import time
 import pytest
 from processes import REPOSITORY, run_forked, start_forked
 
-from experiments import launch
-from experiments.configs import tiny
 from stca_jax import config as config_lib
+from stca_jax.experiments import launch
+from stca_jax.experiments.configs import tiny
 
 LAUNCHERS = [
     "experiments." + ".".join(path.relative_to(REPOSITORY / "experiments").with_suffix("").parts)

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from processes import run_forked, start_forked
 
-from experiments import length_study, study
-from experiments.configs import tiny
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
+from stca_jax.experiments import length_study
+from stca_jax.experiments.configs import tiny
+from stca_jax.length_study import figures, power_law, results
+from stca_jax.length_study.points import choose_points, make_points
 
 LENGTH = {"input.length": "BetaLength", "input.length.minimum": 8, "input.length.maximum": 256,
           "input.length.average": 64, "input.length.alpha": 0.25}  # fmt: skip
@@ -48,8 +50,8 @@ def test_killed_study_goes_on_and_repeats_no_run(tmp_path, data_dir):
         time.sleep(0.01)
     job.kill()
     job.join()
-    assert study.is_scored(first)
-    assert not study.is_scored(second)
+    assert results.is_scored(first)
+    assert not results.is_scored(second)
     finished = times(first)
     status, output = run_forked(*arguments)
     assert status == 0, output
@@ -72,7 +74,7 @@ def test_killed_study_goes_on_and_repeats_no_run(tmp_path, data_dir):
 
 
 def test_points_are_configs(base):
-    points = study.make_points(base)
+    points = make_points(base)
     configs = {p.name: apply_overrides(base, p.overrides).input for p in points}
     assert len(configs) == len(points)
     at = np.linspace(0, 1, 2000, endpoint=False)
@@ -84,12 +86,12 @@ def test_points_are_configs(base):
     assert {c.window for n, c in configs.items() if n.startswith("window")} == {
         "suffix", "random", "prefix",
     }  # fmt: skip
-    chosen = study.choose_points(points, ["window", "fixed-16"])
+    chosen = choose_points(points, ["window", "fixed-16"])
     assert [p.name for p in chosen] == [
         "fixed-16", "window-suffix", "window-random", "window-prefix",
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"no point 'fixed-17'; --points takes length"):
-        study.choose_points(points, ["fixed-17"])
+        choose_points(points, ["fixed-17"])
 
 
 def test_points_scored_otherwise_do_not_mix(base, tmp_path):
@@ -101,7 +103,7 @@ def test_points_scored_otherwise_do_not_mix(base, tmp_path):
 
 
 def test_points_are_scored_in_shared_rows_if_their_tokens_can_be_shared(base):
-    points = {p.name: p.overrides for p in study.make_points(base)}
+    points = {p.name: p.overrides for p in make_points(base)}
     rows = {
         name: length_study.scored_config(apply_overrides(base, points[name]), base).input.rows
         for name in ("window-suffix", "request-recency-score", "request-time-delta")
@@ -131,8 +133,8 @@ def test_gain_is_relative_to_training_and_serving_short(base, tiny_dataset):
     rows += rows_of("request-fixed-16", 0, 0.6, {16: 0.50, 64: 0.65, 256: 0.66})
     rows += rows_of("request-fixed-256", 0, 0.7, {16: 0.55, 64: 0.65, 256: 0.90})
     rows += rows_of("request-beta-0.02", 0, 0.7, {16: 0.55, 64: 0.65, 256: 0.80})
-    points = study.make_points(base)
-    summary = {r["point"]: r for r in study.summary_rows(points, rows, base, tiny_dataset)}
+    points = make_points(base)
+    summary = {r["point"]: r for r in results.summary_rows(points, rows, base, tiny_dataset)}
     assert summary["request-beta-0.02"]["gain_kept"] == pytest.approx(0.3 / 0.4)
     kept = np.array([(0.69 - 0.60) / (0.70 - 0.60), (0.69 - 0.62) / (0.72 - 0.62)])
     assert summary["beta-0.25"]["gain_kept"] == pytest.approx(kept.mean())
@@ -144,7 +146,7 @@ def test_gain_is_relative_to_training_and_serving_short(base, tiny_dataset):
         for model, auc in (("counting", 0.5), ("logistic", 0.64))
         for n in (16, 64, 256)
     ]
-    charts = study.charts(points, rows, list(summary.values()), references)
+    charts = figures.charts(points, rows, list(summary.values()), references)
     quality = next(chart for chart in charts if chart.name == "length_auc")
     # Of the stochastic ones, what is best on validation, not on test.
     labels = [line.label for line in quality.lines]
@@ -158,15 +160,15 @@ def test_gain_is_relative_to_training_and_serving_short(base, tiny_dataset):
 def test_power_law_is_found_with_its_error():
     width, length = np.repeat([32, 64, 128], 9), np.tile(np.repeat([256, 816, 4096], 3), 3)
     exact = 3.0 * width**-0.05 * length**-0.1
-    law = study.fit_power_law(width, length, exact)
+    law = power_law.fit_power_law(width, length, exact)
     np.testing.assert_allclose(law, (3, -0.05, 0, -0.1, 0), atol=1e-9)
     rng = np.random.default_rng(0)
     laws = [
-        study.fit_power_law(width, length, exact * np.exp(rng.normal(0, 0.01, 27)))
+        power_law.fit_power_law(width, length, exact * np.exp(rng.normal(0, 0.01, 27)))
         for _ in range(400)
     ]
     for exponent, error in (("width_exponent", "width_error"), ("length_exponent", "length_error")):
         spread = np.std([getattr(law, exponent) for law in laws])
         assert spread == pytest.approx(np.mean([getattr(law, error) for law in laws]), rel=0.15)
     with pytest.raises(ValueError, match="do not determine"):
-        study.fit_power_law([64] * 9, length[:9], exact[:9])
+        power_law.fit_power_law([64] * 9, length[:9], exact[:9])

@@ -8,12 +8,14 @@ import pytest
 from flax import nnx
 from processes import run
 
-from experiments import plan as planner
-from experiments.configs import paper_133m, tiny
+from stca_jax import device_plan
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
+from stca_jax.experiments.configs import paper_133m, tiny
+from stca_jax.experiments.plan import config_schema
 from stca_jax.models.ranker import Ranker
-from stca_jax.training.train_step import split_ranker
+from stca_jax.training import cross_compile
+from stca_jax.training.state import split_ranker
 from stca_jax.training.trainer import experiment_program
 
 PAPER = "experiments/configs/paper_133m.py"
@@ -47,7 +49,7 @@ ENTRY %main.9 (x: f32[8]) -> f32[8] {
 
 
 def test_collectives_are_counted_by_kind_and_place():
-    assert planner.collectives(HLO) == [
+    assert cross_compile.collectives(HLO) == [
         ("all-gather", False, 1, 128),
         ("all-gather", True, 1, 64),
         ("all-reduce", False, 2, 4 * (64 * 128 + 1) + 20),
@@ -56,17 +58,17 @@ def test_collectives_are_counted_by_kind_and_place():
 
 
 def test_vocabularies_are_set_by_name():
-    schema = planner.with_vocabulary(paper_133m.get_schema(), ["item=7", "hour=3"])
+    schema = device_plan.with_vocabulary(paper_133m.get_schema(), ["item=7", "hour=3"])
     assert (schema.vocabularies["item"], schema.vocabularies["hour"]) == (7, 3)
     for text in ("itme=7", "item", "item=-1", "item=0"):
         with pytest.raises(UserError, match="give NAME=ROWS, with a name of item, author"):
-            planner.with_vocabulary(schema, [text])
+            device_plan.with_vocabulary(schema, [text])
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v5e:", "v5e:2by4", "tpu:2x4", "h100:x"])
 def test_topology_that_is_none_is_refused(topology):
     with pytest.raises(UserError, match="give a TPU slice such as v5e:2x4"):
-        planner.topology_devices(topology)
+        cross_compile.topology_devices(topology)
 
 
 def test_paper_config_has_the_size_it_says():
@@ -74,15 +76,15 @@ def test_paper_config_has_the_size_it_says():
     ranker = nnx.eval_shape(lambda: Ranker(config.model, schema, rngs=nnx.Rngs(0)))
     _, dense, _ = split_ranker(ranker)
     assert sum(x.size for x in jax.tree.leaves(dense)) == pytest.approx(133e6, rel=0.01)
-    assert planner.config_schema(PAPER, config) == schema
+    assert config_schema(PAPER, config) == schema
 
 
 def advice(capacity: int, **memory: int) -> str:
     mesh = {"data": 2, "sequence": 1, "model": 1}
     memory = {"dense": 0, "tables": 0, "table optimizer": 0, "activations": 0} | memory
-    plan = planner.Plan("v5e:1x2", mesh, {}, memory, capacity, [], 1.0, {}, [])
+    plan = device_plan.Plan("v5e:1x2", mesh, {}, memory, capacity, [], 1.0, {}, [])
     config = apply_overrides(tiny.get_config(), {"input.rows_per_batch": 32})  # 16 a device
-    return planner.advise(plan, config)[0]
+    return device_plan.advise(plan, config)[0]
 
 
 def test_advice_is_the_least_that_fits():

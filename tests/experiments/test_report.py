@@ -4,8 +4,8 @@ import json
 
 from processes import run
 
-from experiments.configs import tiny
 from stca_jax import config as config_lib
+from stca_jax.experiments.configs import tiny
 
 
 def write_run(workdir):

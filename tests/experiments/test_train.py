@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from processes import run, start, start_forked, wait_until
 
-from experiments.configs import tiny
 from stca_jax.config import apply_overrides
+from stca_jax.experiments.configs import tiny
 from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.training.trainer import restore_for_evaluation
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from stca_jax.input.packing import (
     balanced_order,
     chunk_starts,
+    group_starts,
     pack_rows,
     ragged_arange,
     split_requests,
@@ -33,35 +34,44 @@ requests_of_a_user = st.lists(
 )
 
 
-def greedy_chunks(user, end, length, targets, max_tokens, max_targets):
-    """Starts of chunks, one piece after the other, with the chunk's tokens as a set."""
-    starts, tokens, total, chunk_length = [], set(), 0, 0
+def greedy_groups(user, targets, max_targets):
+    """Starts of groups, one piece after the other."""
+    starts, total = [], 0
     for i in range(len(user)):
-        window = set(range(max(0, end[i] - chunk_length), end[i]))
-        stored = tokens | window
+        total += targets[i]
+        if not starts or user[i] != user[i - 1] or total > max_targets:
+            starts.append(i)
+            total = targets[i]
+    return starts
+
+
+def greedy_chunks(groups, end, length, max_tokens):
+    """Starts of chunks, one piece after the other, with the chunk's tokens as a set."""
+    starts, tokens = [], set()
+    for i in range(len(end)):
+        window = set(range(max(0, end[i] - length[i]), end[i]))
         fits = (
-            starts
-            and user[i] == user[i - 1]
-            and total + targets[i] <= max_targets
-            and len(stored) <= max_tokens
+            i not in groups
+            and len(tokens | window) <= max_tokens
             # Windows meet: the union has no gap and the new tokens are not all the chunk adds.
             and (end[i] == end[i - 1] or tokens & window)
         )
         if not fits:
             starts.append(i)
-            total, chunk_length = 0, length[i]
-            stored = set(range(max(0, end[i] - chunk_length), end[i]))
-        tokens, total = stored, total + targets[i]
+            tokens = set()
+        tokens |= window
     return starts
 
 
 @given(st.lists(requests_of_a_user, max_size=5), st.integers(30, 60), st.integers(5, 30))
-def test_chunks_are_the_greedy_ones(users, max_tokens, max_targets):
+def test_groups_and_chunks_are_the_greedy_ones(users, max_tokens, max_targets):
     rows = [(u, *request) for u, requests in enumerate(users) for request in sorted(requests)]
     user, end, length, targets = np.array(rows, int).reshape(-1, 4).T
-    found = chunk_starts(user, end, length, targets, max_tokens=max_tokens, max_targets=max_targets)
-    expected = greedy_chunks(user, end, length, targets, max_tokens, max_targets)
-    assert found.tolist() == expected
+    groups = group_starts(user, targets, max_targets)
+    assert groups.tolist() == greedy_groups(user, targets, max_targets)
+    length = np.repeat(length[groups], np.diff(groups, append=len(user)))
+    found = chunk_starts(groups, end, length, max_tokens)
+    assert found.tolist() == greedy_chunks(set(groups.tolist()), end, length, max_tokens)
 
 
 @given(

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from in_memory_dataset import SCHEMA, make_dataset, random_dataset
 
 from stca_jax.batch import validate_batch
+from stca_jax.errors import UserError
 from stca_jax.input.length import BetaLength, FixedLength, UniformLength
 from stca_jax.input.pipeline import InputConfig, count_batches, epoch_fill, make_input
+from stca_jax.input.planning import Planner
 from stca_jax.input.records import SPLITS
 from stca_jax.models.ranker import Ranker, RankerConfig
 from stca_jax.models.rankmixer import RankMixerConfig
@@ -176,12 +178,96 @@ def test_ranges_hold_the_right_events_of_the_right_user(rows, window):
     assert seen > 500
 
 
+LAWS = {
+    "beta-0.02": BetaLength(8, 256, 56, 0.02),
+    "beta-0.25": BetaLength(8, 256, 56, 0.25),
+    "beta-1": BetaLength(8, 256, 128, 1.0),
+    "uniform": UniformLength(16, 256),
+}
+
+
+@pytest.fixture(scope="module")
+def busy_users():
+    """Users whose 24 requests, of 1 to 15 targets, all follow more events than any window has."""
+    rng = np.random.default_rng(4)
+    users = [
+        (900, rng.integers(300, 900, 24).tolist(), rng.integers(1, 16, 24).tolist())
+        for _ in range(300)
+    ]
+    dataset = make_dataset(users)
+    dataset.index.split[:] = 0
+    return dataset
+
+
+def independent_draws(index, config):
+    """Effective number of draws: requests of one group, up to a budget of targets, read one."""
+    sizes, total = [], 0
+    for i, targets in enumerate(index.num_targets):
+        total += targets
+        starts = config.rows == "request" or i == 0 or index.record[i] != index.record[i - 1]
+        if starts or total > config.targets_per_chunk:
+            sizes.append(0)
+            total = targets
+        sizes[-1] += 1
+    return np.sum(sizes) ** 2 / np.sum(np.square(sizes))
+
+
+def planned_lengths(dataset, config):
+    """Events that each request reads, by request id."""
+    planner = Planner(dataset.index, config)
+    units = planner.units(0)
+    request_id = planner.index.request_id[units.piece_request]
+    return dict(zip(request_id.tolist(), units.piece_stop - units.piece_start, strict=True))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(
+    ("rows", "window", "row_length", "budget"),
+    [
+        ("request", "suffix", 256, 1),
+        ("request", "random", 512, 1),
+        ("request", "prefix", 512, 1),
+        ("user", "suffix", 256, 12),
+        ("user", "suffix", 512, 48),
+    ],
+)
+def test_requests_read_the_lengths_that_the_sampler_draws(
+    busy_users, rows, window, row_length, budget, law, seed
+):
+    """Whatever shares tokens with whatever, and however often rows are too short for a group."""
+    config = config_of(
+        length=LAWS[law], rows=rows, window=window, row_length=row_length, targets_per_row=48,
+        targets_per_chunk=budget, epochs=1, seed=seed,
+    )  # fmt: skip
+    found = np.sort([*planned_lengths(busy_users, config).values()])
+    assert len(found) == len(busy_users.index)
+    expected = np.sort(LAWS[law].lengths(np.arange(0.5, 20_000) / 20_000))
+    grid = np.unique(expected)
+    ours, theirs = (np.searchsorted(x, grid, "right") / len(x) for x in (found, expected))
+    # A deviation beyond 2.2 / sqrt(draws) has a chance of 1 in 10,000.
+    draws = independent_draws(busy_users.index, config)
+    assert np.abs(ours - theirs).max() < 2.2 / np.sqrt(draws)
+
+
+@ROWS
+def test_batches_hold_the_planned_lengths(rows):
+    dataset = dataset_of()
+    config = config_of(rows=rows, epochs=1)
+    found = {}
+    for batch, _, _ in make_input(dataset, config):
+        mask = batch.target_mask
+        length = batch.history_end - batch.history_start
+        found |= dict(zip(batch.request_id[mask].tolist(), length[mask].tolist(), strict=True))
+    assert found == planned_lengths(dataset, config)
+
+
 def test_users_share_tokens_and_store_no_uncovered_one():
     dataset = make_dataset([(400, [100, 102, 104, 300, 301], [3] * 5)])
     dataset.index.split[:] = 0
-    config = config_of(rows="user", length=FixedLength(16), epochs=1, targets_per_chunk=12)
+    config = config_of(rows="user", length=FixedLength(16), epochs=1, targets_per_chunk=15)
     (element,) = make_input(dataset, config)
-    # Two groups of overlapping windows, 16 + 2 + 2 and 16 + 1 tokens; the gap is not stored.
+    # Two chunks of overlapping windows, 16 + 2 + 2 and 16 + 1 tokens; the gap is not stored.
     assert element.fill.tokens == 20 + 17
     assert epoch_fill(dataset, dataclasses.replace(config, rows="request")).tokens == 5 * 16
 
@@ -441,6 +527,17 @@ def test_a_changed_dataset_or_config_is_named():
     with pytest.raises(ValueError, match=r"another input config \(row_length: 128 -> 256"):
         make_input(dataset, config_of(row_length=256)).set_state(state)
     make_input(dataset, config_of(num_threads=1, prefetch=5, epochs=9)).set_state(state)
+
+
+@pytest.mark.parametrize("planner", [None, 1, 99])
+def test_a_position_of_another_planner_is_refused(planner):
+    iterator = make_input(dataset_of(), CONFIG)
+    state = {k: v for k, v in next(iterator).state.items() if k != "planner"}
+    if planner is not None:
+        state["planner"] = planner
+    message = rf"version {planner or 1} of the input planner.*train anew in another --workdir"
+    with pytest.raises(UserError, match=message):
+        iterator.set_state(state)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from strategies import SCHEMA, request_batches, spoil_padding
 from tiny_ranker import compile_fast, random_params, with_params
 
-from stca_jax.batch import covered_tokens
 from stca_jax.models.embedding import (
     EmbeddingConfig,
     FeatureEmbedding,
@@ -62,7 +61,7 @@ def test_time_features_belong_to_the_request_that_reads_the_token(batch):
 @settings(deadline=None, max_examples=30)
 @given(request_batches(shared=True))
 def test_clear_padding_keeps_what_ranges_cover(batch):
-    covered = np.asarray(covered_tokens(batch.history_start, batch.history_end, batch.row_length))
+    covered = np.asarray(batch.ranges.covered(batch.row_length))
     cleared = clear_padding(spoil_padding(batch).history, covered)
     for name, column in batch.history.items():
         np.testing.assert_array_equal(cleared[name], np.where(covered, column, 0))

@@ -17,6 +17,7 @@ from stca_jax.models.din import DinConfig
 from stca_jax.models.ranker import Ranker, RankerConfig
 from stca_jax.models.sequence import SequenceInput
 from stca_jax.models.transformer import TransformerConfig
+from stca_jax.ranges import Ranges
 
 D, L = 8, 12
 CONFIGS = {
@@ -84,8 +85,7 @@ def make_inputs(name, seed=0):
         targets=rng.normal(size=(1, 5, D)).astype(np.float32),
         history_time=np.zeros((1, L), np.int32),
         request_time=np.zeros((1, 5), np.int32),
-        history_start=start,
-        history_end=end,
+        ranges=Ranges(start, end),
     )
 
 

@@ -12,6 +12,7 @@ from tiny_ranker import compile_fast, random_params, with_params
 
 from stca_jax.models.sequence import SequenceInput
 from stca_jax.models.stca import Stca, StcaConfig
+from stca_jax.ranges import Ranges
 
 DAY = 86_400
 CONFIG = StcaConfig(
@@ -49,15 +50,14 @@ def make_inputs(seed=0):
         targets=rng.normal(size=(1, 5, 8)).astype(np.float32),
         history_time=np.sort(rng.integers(0, 100 * DAY, (1, 12))).astype(np.int32),
         request_time=rng.integers(100 * DAY, 130 * DAY, (1, 5)).astype(np.int32),
-        history_start=np.array(START, np.int32),
-        history_end=np.array(END, np.int32),
+        ranges=Ranges(np.array(START, np.int32), np.array(END, np.int32)),
     )
 
 
 def windows(inputs):
     """Tokens, target and ages in days, in float64, of each target."""
     for m in range(inputs.targets.shape[1]):
-        window = slice(inputs.history_start[0, m], inputs.history_end[0, m])
+        window = slice(inputs.ranges.start[0, m], inputs.ranges.end[0, m])
         age = inputs.request_time[0, m] - inputs.history_time[0, window].astype(np.int64)
         yield inputs.tokens[0, window].astype(float), inputs.targets[0, m].astype(float), age / DAY
 

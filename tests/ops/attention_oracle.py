@@ -9,8 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stca_jax.ops.attention import history_layer, target_to_history_attention
+from stca_jax.ops.attention import (
+    AttentionOptions,
+    history_layer,
+    target_to_history_attention,
+)
 from stca_jax.ops.encoder import HistoryEncoder
+from stca_jax.ranges import Ranges
 
 
 class Problem(NamedTuple):
@@ -32,6 +37,10 @@ class Case(NamedTuple):
     end: np.ndarray
     d_output: np.ndarray
     d_log_sum_exp: np.ndarray
+
+    @property
+    def ranges(self) -> Ranges:
+        return Ranges(self.start, self.end)
 
 
 def make_case(
@@ -114,14 +123,14 @@ def run(case: Case, dtype: Any = jnp.float32, **options: Any):
 @functools.partial(jax.jit, static_argnames="options")
 def _run(case: Case, options: tuple[tuple[str, Any], ...]):
     def loss(p: Problem):
-        shared = {"history_score": p.history_score, **dict(options)}
-        ranges = (case.start, case.end)
+        shared: Any = {
+            "history_score": p.history_score, "options": AttentionOptions(**dict(options))
+        }  # fmt: skip
+        weights = (p.w_key, p.w_value, case.ranges)
         if p.encoder is None:
-            out = target_to_history_attention(
-                p.query, p.tokens, p.w_key, p.w_value, *ranges, **shared
-            )
+            out = target_to_history_attention(p.query, p.tokens, *weights, **shared)
         else:
-            out = history_layer(p.query, p.tokens, p.encoder, p.w_key, p.w_value, *ranges, **shared)
+            out = history_layer(p.query, p.tokens, p.encoder, *weights, **shared)
         counts = jnp.where(jnp.isfinite(out.log_sum_exp), out.log_sum_exp, 0)
         total = (out.output.astype(jnp.float32) * case.d_output).sum()
         return total + (counts * case.d_log_sum_exp).sum(), out

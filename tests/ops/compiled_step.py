@@ -16,8 +16,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stca_jax.ops.attention import history_layer, target_to_history_attention
+from stca_jax.ops.attention import (
+    AttentionOptions,
+    history_layer,
+    target_to_history_attention,
+)
 from stca_jax.ops.encoder import HistoryEncoder
+from stca_jax.ranges import Ranges
 
 # No multiple of a tile.
 R, L, M, H, D = 8, 10_000, 16, 8, 256
@@ -54,14 +59,15 @@ def compiled_step(
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, P(*spec)))
 
     def loss(query, tokens, encoder, w_key, w_value, history_score, start, end):
-        options = {
-            "order": order, "implementation": implementation, "block_sizes": sizes,
+        options: Any = {
+            "options": AttentionOptions(order, implementation, sizes),
             "history_score": history_score if score else None,
         }  # fmt: skip
+        ranges = Ranges(start, end)
         if fused:
-            out = history_layer(query, tokens, encoder, w_key, w_value, start, end, **options)
+            out = history_layer(query, tokens, encoder, w_key, w_value, ranges, **options)
         else:
-            out = target_to_history_attention(query, tokens, w_key, w_value, start, end, **options)
+            out = target_to_history_attention(query, tokens, w_key, w_value, ranges, **options)
         return out.output.astype(jnp.float32).sum() + jnp.tanh(out.log_sum_exp).sum()
 
     heads = (D, H, D // H)

@@ -10,8 +10,14 @@ from attention_oracle import Case, assert_matches_oracle, make_case, random_rang
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stca_jax.ops.attention import cheaper_order, target_to_history_attention
+from stca_jax.ops.attention import (
+    AttentionOptions,
+    cheaper_order,
+    history_layer,
+    target_to_history_attention,
+)
 from stca_jax.ops.tiles import BlockSizes
+from stca_jax.ranges import Ranges
 
 SMALL = BlockSizes(tokens=16, history=8, targets=4)
 IMPLEMENTATIONS = ("reference", "xla")
@@ -85,8 +91,9 @@ def test_infinite_cotangent_of_an_empty_range_stays_there():
 
     def loss(tokens):
         out = target_to_history_attention(
-            p.query, tokens, p.w_key, p.w_value, case.start, case.end, block_sizes=SMALL
-        )
+            p.query, tokens, p.w_key, p.w_value, case.ranges,
+            options=AttentionOptions(block_sizes=SMALL),
+        )  # fmt: skip
         return jnp.exp(-out.log_sum_exp).sum()  # exp(inf) where empty
 
     assert np.isfinite(jax.grad(loss)(p.tokens)).all()
@@ -161,15 +168,13 @@ def test_scores_and_encoded_tokens_are_never_stored():
     case = make_case(np.zeros((R, M)), np.full((R, M), L), L, D=D, fused=True)
     problem = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), case.problem)
 
-    def loss(p, start, end):
-        from stca_jax.ops.attention import history_layer
-
+    def loss(p, ranges):
         return history_layer(
-            p.query, p.tokens, p.encoder, p.w_key, p.w_value, start, end,
-            implementation="xla", block_sizes=BlockSizes(),
+            p.query, p.tokens, p.encoder, p.w_key, p.w_value, ranges,
+            options=AttentionOptions(implementation="xla", block_sizes=BlockSizes()),
         ).output.sum()  # fmt: skip
 
-    step = jax.jit(jax.grad(loss)).lower(problem, case.start, case.end).compile()
+    step = jax.jit(jax.grad(loss)).lower(problem, case.ranges).compile()
     stored = step.memory_analysis().temp_size_in_bytes
     tokens = 4 * L * D
     assert stored < 3 * tokens + 8e6
@@ -190,7 +195,11 @@ def test_unknown_choice_is_named(change, message):
 
 def test_wrong_shape_is_named():
     p = ragged_case().problem
-    with pytest.raises(ValueError, match=r"history_end has shape \(2, 3\), expected \(2, 7\)"):
+    with pytest.raises(ValueError, match=r"ranges.end has shape \(2, 3\), expected \(2, 7\)"):
         target_to_history_attention(
-            p.query, p.tokens, p.w_key, p.w_value, np.zeros((2, 7), int), np.zeros((2, 3), int)
+            p.query,
+            p.tokens,
+            p.w_key,
+            p.w_value,
+            Ranges(np.zeros((2, 7), int), np.zeros((2, 3), int)),
         )

@@ -12,6 +12,7 @@ from compiled_step import D, L, R, compiled_step, in_process_of_its_own, stores_
 from stca_jax.ops.match import match_statistics
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 from stca_jax.ops.tiles import BlockSizes
+from stca_jax.ranges import Ranges
 
 pytest.importorskip(
     "jax_plugins.xla_cuda13", reason="pip install -e .[test] has the CUDA plugin on Linux"
@@ -111,9 +112,9 @@ def check_match() -> None:
     per_token = {name: ids(R, L) for name in per_target}
     with jax.set_mesh(mesh):
         step = jax.jit(functools.partial(match_statistics, decay_seconds=60.0))
-        compiled = step.lower(
-            per_target, per_token, ids(R, L), *[ids(R, targets)] * 3
-        ).compile()  # fmt: skip
+        ranges = Ranges(ids(R, targets), ids(R, targets))
+        lowered = step.lower(per_target, per_token, ids(R, L), ids(R, targets), ranges)
+        compiled = lowered.compile()
     assert " while(" not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * R * targets * L
 

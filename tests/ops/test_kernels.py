@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from test_attention import ORDERS, ragged_case
 
 from stca_jax.ops import pallas_triton
-from stca_jax.ops.attention import target_to_history_attention
+from stca_jax.ops.attention import AttentionOptions, target_to_history_attention
 from stca_jax.ops.pallas_tpu import MosaicKernels
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 from stca_jax.ops.tiles import BlockSizes
@@ -183,8 +183,8 @@ def test_other_platforms_are_refused(implementation, platform, jit):
 
     def attend(query):
         return target_to_history_attention(
-            query, p.tokens, p.w_key, p.w_value, case.start, case.end,
-            implementation=implementation,
+            query, p.tokens, p.w_key, p.w_value, case.ranges,
+            options=AttentionOptions(implementation=implementation),
         )  # fmt: skip
 
     with pytest.raises(ValueError, match=rf"on platform '{platform}' only.*implementation=\"xla\""):

@@ -7,6 +7,7 @@ import pytest
 from attention_oracle import random_ranges
 
 from stca_jax.ops.match import match_statistics
+from stca_jax.ranges import Ranges
 
 DECAY = 1000.0
 
@@ -37,10 +38,10 @@ def test_matches_counting(R, M, L, implementation):
     target = {n: rng.integers(0, 7, (R, M)) for n in names}
     time = np.sort(rng.integers(0, 5000, (R, L)), 1)
     now = np.full((R, M), 6000)
-    arguments = (target, history, time, now, start, end)
-    expected = oracle(*arguments)
+    arguments = (target, history, time, now)
+    expected = oracle(*arguments, start, end)
     options = {"decay_seconds": DECAY, "implementation": implementation}
-    found = jax.jit(lambda: match_statistics(*arguments, **options))()
+    found = jax.jit(lambda: match_statistics(*arguments, Ranges(start, end), **options))()
     np.testing.assert_array_equal(found.matches, expected[0])
     np.testing.assert_allclose(found.decayed_matches, expected[1], rtol=1e-5)
     np.testing.assert_array_equal(found.last_age, expected[2])
@@ -54,7 +55,7 @@ def test_padding_never_matches(implementation):
     time = np.array([[10, 20, np.iinfo(np.int32).min, 30, np.iinfo(np.int32).max]])
     targets = {"item": np.array([[5, 5, 6]])}
     found = match_statistics(
-        targets, ids, time, np.full((1, 3), 40), start, end,
+        targets, ids, time, np.full((1, 3), 40), Ranges(start, end),
         decay_seconds=10, implementation=implementation,
     )  # fmt: skip
     np.testing.assert_array_equal(found.matches[..., 0], [[2, 0, 0]])
@@ -66,6 +67,6 @@ def test_inside_a_differentiated_function():
     """Nothing flows through it, and differentiating around it works."""
     ids = {"item": np.array([[1, 2, 1]])}
     arguments = ({"item": np.array([[1]])}, ids, np.array([[0, 1, 2]]), np.array([[9]]),
-                 np.array([[0]]), np.array([[3]]))  # fmt: skip
+                 Ranges(np.array([[0]]), np.array([[3]])))  # fmt: skip
     gradient = jax.grad(lambda w: (w * match_statistics(*arguments, decay_seconds=5).matches).sum())
     assert gradient(jnp.float32(3)) == 2

@@ -8,7 +8,7 @@ from attention_oracle import make_case, run
 from test_attention import ragged_case
 
 from stca_jax.ops.attention import best_implementation
-from stca_jax.ops.pallas_triton import GPUS, TritonKernels, kernels_of_this_gpu
+from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 from stca_jax.ops.tiles import BlockSizes
 
 
@@ -26,9 +26,9 @@ def gpu(monkeypatch):
 
 def test_limits_are_those_of_this_gpu(gpu):
     gpu("9.0")
-    assert kernels_of_this_gpu().gpu == GPUS["9.0"]
+    assert TritonKernels.here().gpu == GPUS["9.0"]
     gpu("12.0")  # unknown: no more than what every GPU since Ampere has
-    assert kernels_of_this_gpu().gpu.shared_memory == 99 * 1024
+    assert TritonKernels.here().gpu.shared_memory == 99 * 1024
 
 
 def test_older_gpus_are_refused(gpu):

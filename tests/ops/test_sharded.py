@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stca_jax.ranges import Ranges
+
 DEVICES = 8
 
 
@@ -35,21 +37,22 @@ def inputs(fused: bool):
 
 
 def step(fused: bool, order: str, case):
-    from stca_jax.ops.attention import history_layer, target_to_history_attention
+    from stca_jax.ops.attention import (
+        AttentionOptions,
+        history_layer,
+        target_to_history_attention,
+    )
     from stca_jax.ops.tiles import BlockSizes
 
-    options = {"order": order, "block_sizes": BlockSizes(16, 8, 4)}
+    options = AttentionOptions(order, block_sizes=BlockSizes(16, 8, 4))
 
     def loss(p, start, end):
-        options["history_score"] = p.history_score
+        weights = (p.w_key, p.w_value, Ranges(start, end))
+        shared = {"history_score": p.history_score, "options": options}
         if fused:
-            out = history_layer(
-                p.query, p.tokens, p.encoder, p.w_key, p.w_value, start, end, **options
-            )
+            out = history_layer(p.query, p.tokens, p.encoder, *weights, **shared)
         else:
-            out = target_to_history_attention(
-                p.query, p.tokens, p.w_key, p.w_value, start, end, **options
-            )
+            out = target_to_history_attention(p.query, p.tokens, *weights, **shared)
         counts = jnp.where(jnp.isfinite(out.log_sum_exp), out.log_sum_exp, 0)
         return (out.output * case.d_output).sum() + (counts * case.d_log_sum_exp).sum(), out
 
@@ -108,7 +111,7 @@ def check_match():
     targets, now = {"item": rng.integers(0, 5, (4, 6))}, np.full((4, 6), 100)
 
     def statistics():
-        return match_statistics(targets, ids, time, now, start, end, decay_seconds=30.0)
+        return match_statistics(targets, ids, time, now, Ranges(start, end), decay_seconds=30.0)
 
     expected = jax.jit(statistics)()
     with jax.set_mesh(make_mesh(2, 4)):

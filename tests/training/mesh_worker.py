@@ -12,15 +12,15 @@ import unittest.mock
 import jax
 import numpy as np
 
-from experiments.configs import tiny
 from stca_jax.batch import empty_batch
 from stca_jax.config import apply_overrides
+from stca_jax.experiments.configs import tiny
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import make_input
 from stca_jax.training import sharding
 from stca_jax.training.sharding import MeshConfig, device_batch, make_mesh
 from stca_jax.training.table_rows import rows_by_id
-from stca_jax.training.train_step import make_program
+from stca_jax.training.train_step import Program
 
 STEPS = 20
 
@@ -57,8 +57,8 @@ def main(directory: str) -> None:
 
 
 def run(model, dataset, config, mesh, shapes, elements) -> dict[str, list[float]]:
-    program = make_program(
-        model, dataset.schema, config.optimizer, mesh, shapes, num_steps=STEPS, seed=0
+    program = Program(
+        model, dataset.schema, config.optimizer, config.training, mesh, shapes, STEPS, seed=0
     )
     state = program.initialize()
     losses = []

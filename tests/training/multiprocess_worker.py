@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.configs import tiny
 from stca_jax.config import apply_overrides
+from stca_jax.experiments.configs import tiny
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import make_input
 from stca_jax.training import distributed

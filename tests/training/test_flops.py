@@ -19,6 +19,7 @@ from stca_jax.models.sequence import SequenceInput
 from stca_jax.models.stca import StcaConfig
 from stca_jax.models.transformer import TransformerConfig
 from stca_jax.ops.attention import target_to_history_attention
+from stca_jax.ranges import Ranges
 from stca_jax.schema import Schema
 from stca_jax.training.flops import CHIPS, chip_of, model_flops, step_traffic
 
@@ -68,13 +69,18 @@ def test_counts_every_matrix_product(name, order):
 @pytest.mark.parametrize("config", [DinConfig(width=8), TransformerConfig(width=8, num_layers=3)])
 def test_counts_every_matrix_product_of_rivals(config, monkeypatch):
     """Here every reader multiplies every token of its row: no range, and no order of events."""
-    reference = functools.partial(target_to_history_attention, implementation="reference")
+
+    def reference(*arguments, options):
+        options = options._replace(implementation="reference")
+        return target_to_history_attention(*arguments, options=options)
+
     monkeypatch.setattr(transformer, "target_to_history_attention", reference)
     length = 128  # one block of DIN
     inputs = SequenceInput(
         np.zeros((R, length, 8), np.float32),
         np.zeros((R, M, 8), np.float32),
-        *(np.zeros(shape, np.int32) for shape in ((R, length), (R, M), (R, M), (R, M))),
+        *(np.zeros(shape, np.int32) for shape in ((R, length), (R, M))),
+        Ranges(np.zeros((R, M), np.int32), np.zeros((R, M), np.int32)),
     )
     module = config.make(remat=False, rngs=nnx.Rngs(0))
     cost = config.cost(M)

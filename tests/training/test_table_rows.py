@@ -11,7 +11,7 @@ import pytest
 
 from stca_jax.batch import empty_batch
 from stca_jax.schema import Schema
-from stca_jax.training import table_rows
+from stca_jax.training import exchange, table_rows
 from stca_jax.training.optimizer import OptimizerConfig, row_optimizer
 from stca_jax.training.sharding import MeshConfig, batch_shardings, device_batch, make_mesh
 from stca_jax.training.table_rows import rows_by_id, stored_row, stored_schema
@@ -106,7 +106,11 @@ def check(mesh, optimizer: str, kinds) -> None:
         embedded = table_rows.embed(rows, touched, batch, mesh)
         gradient = jax.grad(loss)(rows)
         return embedded, *table_rows.update(
-            tables, slots, touched, gradient, transform, jnp.float32(0.1), mesh
+            tables,
+            slots,
+            touched,
+            gradient,
+            table_rows.TableStep(transform, jnp.float32(0.1), mesh),
         )
 
     for kind in kinds:
@@ -151,7 +155,7 @@ def test_one_device(optimizer):
 def check_on_eight_devices() -> None:
     check(make_mesh(MeshConfig(2, 2, 2)), "adam", KINDS)
     check(make_mesh(MeshConfig(8, 1, 1)), "adagrad", KINDS)
-    table_rows._MOST_DEVICES_IN_ONE_HOP = 4  # as if they were many
+    exchange._MOST_DEVICES_IN_ONE_HOP = 4  # as if they were many
     check(make_mesh(MeshConfig(1, 4, 2)), "adagrad", ("skewed", "one owner"))
 
 

@@ -33,7 +33,7 @@ def compiled_step(num_items: int, devices, sizes=(2, 2, 2), tables: str = "adagr
     from stca_jax.schema import Schema
     from stca_jax.training.optimizer import OptimizerConfig
     from stca_jax.training.sharding import MeshConfig, make_mesh
-    from stca_jax.training.train_step import make_program
+    from stca_jax.training.train_step import Program, TrainingConfig
 
     schema = Schema(
         history=("item", "author"), target=("item", "author"), request=(),
@@ -46,9 +46,9 @@ def compiled_step(num_items: int, devices, sizes=(2, 2, 2), tables: str = "adagr
         match_channel=False,
     )
     batch = empty_batch(schema, ROWS, LENGTH, TARGETS, shared_history=True)
-    program = make_program(
-        model, schema, OptimizerConfig(tables=tables), make_mesh(MeshConfig(*sizes), devices),
-        batch, num_steps=10, seed=0,
+    program = Program(
+        model, schema, OptimizerConfig(tables=tables), TrainingConfig(),
+        make_mesh(MeshConfig(*sizes), devices), batch, num_steps=10, seed=0,
     )  # fmt: skip
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -11,17 +11,17 @@ from jax.sharding import Mesh
 from strategies import SCHEMA, RequestLayout, UserLayout, make_batch
 from tiny_ranker import CONFIGS, TinyRanker, tiny_ranker
 
-from experiments.configs import tiny
 from stca_jax.batch import empty_batch
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
+from stca_jax.experiments.configs import tiny
 from stca_jax.input.pipeline import make_input
 from stca_jax.models.ranker import Ranker
-from stca_jax.training import train_step
+from stca_jax.training import state as state_module
 from stca_jax.training.checkpointing import CheckpointConfig, Checkpointer
 from stca_jax.training.optimizer import OptimizerConfig
 from stca_jax.training.sharding import MESH_AXES, device_batch
-from stca_jax.training.train_step import make_program
+from stca_jax.training.train_step import Program, TrainingConfig
 
 # Divides the table of items over devices, and keeps the others whole.
 CONFIG = apply_overrides(
@@ -54,9 +54,9 @@ def build_program(schema, model=CONFIG.model, **options):
         schema, CONFIG.input.rows_per_batch, CONFIG.input.row_length, CONFIG.input.targets_per_row,
         shared_history=True,
     )  # fmt: skip
-    return make_program(
-        model, schema, OptimizerConfig(warmup_steps=0), MESH, shapes,
-        num_steps=20, seed=0, **options,
+    return Program(
+        model, schema, OptimizerConfig(warmup_steps=0), TrainingConfig(**options), MESH, shapes,
+        num_steps=20, seed=0,
     )  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def test_options_that_are_off_add_nothing_to_the_state(tiny_dataset, plain, guar
 def test_layout_of_tables_survives_a_checkpoint(tiny_dataset, batches, tmp_path, monkeypatch):
     """On TPUs tables do not lie as arrays lie by default; here, with the other order, neither."""
     column_by_column = Layout((1, 0))
-    monkeypatch.setattr(train_step, "_ROW_BY_ROW", column_by_column)
+    monkeypatch.setattr(state_module, "_ROW_BY_ROW", column_by_column)
     program = build_program(tiny_dataset.schema)
     batch = device_batch(batches[0], program.batch_shardings)
     state, _ = program.train_step(program.initialize(), batch)

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.configs import tiny
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
 from stca_jax.evaluation.evaluator import evaluate_split, rows_that_fit
 from stca_jax.evaluation.tables import read_json_lines
+from stca_jax.experiments.configs import tiny
 from stca_jax.training import trainer
 from stca_jax.training.checkpointing import Checkpointer, mark_best, read_best
 from stca_jax.training.trainer import restore_for_evaluation, train
@@ -27,11 +27,11 @@ def finished(tmp_path_factory, tiny_dataset):
     config = short(tiny.get_config())
     workdir = tmp_path_factory.mktemp("finished")
     programs = []
-    original = trainer.make_program
+    original = trainer.Program
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             trainer,
-            "make_program",
+            "Program",
             lambda *a, **k: programs.append(original(*a, **k)) or programs[0],
         )
         result = train(config, tiny_dataset, workdir)

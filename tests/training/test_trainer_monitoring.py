@@ -13,6 +13,7 @@ from stca_jax.errors import UserError
 from stca_jax.input.pipeline import make_input
 from stca_jax.training import flops, trainer
 from stca_jax.training.checkpointing import Checkpointer
+from stca_jax.training.loss import LabelLoss
 from stca_jax.training.monitoring import PhaseClock, ProfileConfig, device_memory
 from stca_jax.training.trainer import train
 
@@ -77,14 +78,18 @@ def test_stop_names_the_spike(config, tiny_dataset, tmp_path):
         train(config, tiny_dataset, tmp_path)
 
 
-def test_options_reach_the_train_step(config, tiny_dataset, monkeypatch):
-    monkeypatch.setattr(trainer, "make_program", lambda *_, **options: options)
+def test_options_reach_the_train_step(config, tiny_dataset):
+    """Every value of the config that decides what a step computes."""
     values = {
         "accumulate_steps": 4, "on_divergence": "skip", "max_gradient_norm": 2.0, "ema_decay": 0.9,
+        "loss_weighting": "request",
     }  # fmt: skip
-    config = apply_overrides(config, {f"training.{name}": v for name, v in values.items()})
-    options = trainer.experiment_program(config, tiny_dataset.schema, num_steps=1)
-    assert options.items() >= values.items()
+    values = {f"training.{name}": v for name, v in values.items()}
+    config = apply_overrides(config, values | {"seed": 7})
+    program = trainer.experiment_program(config, tiny_dataset.schema, num_steps=1)
+    assert program.training == config.training
+    assert program.seed == config.seed == 7
+    assert program.losses == (LabelLoss("request"),)
 
 
 @pytest.mark.parametrize(

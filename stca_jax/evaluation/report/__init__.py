@@ -1,0 +1,1 @@
+"""One page about one or more runs: runs (what they hold), charts, drawing, page."""

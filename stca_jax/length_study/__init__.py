@@ -1,0 +1,1 @@
+"""The length study: its points, and the tables and figures that its runs make."""
