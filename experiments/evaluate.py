@@ -3,12 +3,14 @@
 One checkpoint:
 
     python -m experiments.evaluate --workdir=/path/to/run --lengths=128,512,1024,2048,4096
-        [--split=test] [--step=best|last|N] [--min_history=N] [--noreferences] [--data_dir=DIR]
+        [--split=test] [--step=best|last|N] [--min_history=N] [--noreferences]
+        [--reference_targets=N] [--data_dir=DIR]
 
 prints a table and adds it to WORKDIR/evaluation/SPLIT-STEP.csv and .jsonl, where rows of other
 lengths or filters stay. The references score
 the same targets: "counting" is how often the item occurs among the last L events, "logistic" a
-regression on count features, fitted anew for each length on training requests, and "truth", on
+regression and "boosted" trees on count features and label rates, fitted anew for each length on
+--reference_targets training targets and kept with the dataset, and "truth", on
 synthetic_interests, the function that the labels were drawn from.
 
 Every checkpoint, while the training goes on:
@@ -46,10 +48,11 @@ from stca_jax.evaluation.evaluator import (
     score_lengths,
     selection_columns,
 )
+from stca_jax.evaluation.references.scoring import ReferenceOptions
 from stca_jax.evaluation.tables import add_rows, format_table, write_table
 from stca_jax.experiment import ExperimentConfig, count_steps
 from stca_jax.experiments import launch
-from stca_jax.experiments.references import reference_rows
+from stca_jax.experiments.reference_rows import reference_rows
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.training.distributed import is_main_process
@@ -73,7 +76,13 @@ _TIMEOUT = flags.DEFINE_float(
 _MIN_HISTORY = flags.DEFINE_integer(
     "min_history", None, "Only requests with at least so many earlier events."
 )
-_REFERENCES = flags.DEFINE_bool("references", True, "Also score counting and logistic regression.")
+_REFERENCES = flags.DEFINE_bool("references", True, "Also score what simple references reach.")
+_REFERENCE_TARGETS = flags.DEFINE_integer(
+    "reference_targets",
+    300_000,
+    "Fit the references on so many training targets; 0 takes all.",
+    lower_bound=0,
+)
 _SHOWN = (
     "model", "length", "task", "auc", "auc_se",
     "gauc_user", "gauc_request", "log_loss", "calibration",
@@ -99,10 +108,12 @@ def evaluate_once(workdir: pathlib.Path) -> int:
     selection = selection_columns(config.evaluation, split)
     rows: list[Row] = []
     failure = ""
+    notes: list[str] = []
     if _REFERENCES.value:
         try:
             with launch.working("Scoring the references"):
-                rows += [{**selection, **row} for row in reference_rows(config, dataset, split)]
+                found = reference_rows(config, dataset, split, _reference_options(), notes.append)
+            rows += [{**selection, **row} for row in found]
         except Exception as error:  # the model is scored all the same
             failure = f"references: {first_line(error)}"
             _log.error("%s", failure)
@@ -120,6 +131,8 @@ def evaluate_once(workdir: pathlib.Path) -> int:
     print(f"{split} split, checkpoint {step}, {rows[-1]['num_targets']:,} targets of "
           f"{rows[-1]['num_requests']:,} requests")  # fmt: skip
     _print_table(rows)
+    if notes:
+        print(*notes, sep="\n")
     if failure:
         print("not scored:", failure, sep="\n  ")
     print(f"results are in {directory}/{split}-{step}.csv and .jsonl")
@@ -216,8 +229,13 @@ def _add_references(
         missing = tuple(n for n in config.evaluation.lengths if n not in done)
         if is_mine and missing:
             settings = dataclasses.replace(config.evaluation, lengths=missing)
-            rows = reference_rows(dataclasses.replace(config, evaluation=settings), dataset, split)
+            config = dataclasses.replace(config, evaluation=settings)
+            rows = reference_rows(config, dataset, split, _reference_options(), _log.info)
             log.add([{**selection, **row} for row in rows])
+
+
+def _reference_options() -> ReferenceOptions:
+    return ReferenceOptions(max_training_targets=_REFERENCE_TARGETS.value or None)
 
 
 def _config(workdir: pathlib.Path) -> ExperimentConfig:

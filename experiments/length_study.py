@@ -40,6 +40,7 @@ import pathlib
 from collections.abc import Sequence
 
 from absl import flags
+from stca_jax.experiments.references import reference_rows
 
 from stca_jax import config as config_lib
 from stca_jax.data.preparation import prepare
@@ -49,7 +50,7 @@ from stca_jax.evaluation.report.drawing import draw
 from stca_jax.evaluation.tables import format_table, write_table
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments import launch
-from stca_jax.experiments.references import reference_rows
+from stca_jax.experiments.reference_rows import reference_rows
 from stca_jax.files import read_json_lines, write_json
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.length_study.figures import charts

@@ -53,7 +53,7 @@ from stca_jax.batch import Request, empty_batch, from_requests, validate_batch
 from stca_jax.config import apply_overrides
 from stca_jax.data.preparation import prepare
 from stca_jax.evaluation.evaluator import evaluate_split, metric_rows
-from stca_jax.evaluation.references import evaluate_references, labelled_views
+from stca_jax.evaluation.references.scoring import evaluate_references
 from stca_jax.experiments.configs import complete_journey
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import make_input, select_requests
@@ -197,9 +197,9 @@ scored = config.input.for_evaluation(
 )
 few = dataclasses.replace(
     config.input, max_requests=200
-)  # the other reference is fitted, and unused
-views = [labelled_views(dataset, select_requests(dataset.index, c)) for c in (few, scored)]
-references = evaluate_references(*views, LENGTHS)
+)  # the other references are fitted, and unused
+training, test = (select_requests(dataset.index, c) for c in (few, scored))
+references = evaluate_references(dataset, training, test, LENGTHS)
 counting = {row["length"]: row["auc"] for row in references if row["model"] == "counting"}
 
 _, axes = plt.subplots(figsize=(6, 3.6))

@@ -23,7 +23,9 @@ RUN = {
     "complete_journey",
     "complete_journey_long",
     "length_study",
+    "latent",
     "length_study_synthetic",
+    "topics",
 }
 PLANNED = {"paper_6m": 6e6, "paper_23m": 23e6, "paper_133m": 133e6}
 

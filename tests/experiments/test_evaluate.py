@@ -43,7 +43,7 @@ def evaluate(workdir, data_dir, *arguments):
 def test_table_has_every_model_at_every_length(workdir, data_dir):
     status, output = evaluate(workdir, data_dir, "--lengths=16,300", "--step=last")
     assert status == 0, output
-    for name in ("counting", "logistic", "truth", "stca"):
+    for name in ("counting", "logistic", "boosted", "truth", "stca"):
         assert len([line for line in output.splitlines() if line.startswith(f"| {name}")]) == 2
     where = f"results are in {workdir}/evaluation/test-12.csv and .jsonl"
     assert output.splitlines()[-1] == where
@@ -100,7 +100,9 @@ def test_watching_adds_each_row_once_and_marks_the_best(workdir, data_dir, tmp_p
     scored = [row for row in rows if row["model"] == "stca"]
     assert [(r["step"], r["length"]) for r in scored] == [(6, 16), (6, 300), (12, 16), (12, 300)]
     others = sorted((r["model"], r["length"]) for r in rows if r["model"] != "stca")
-    assert others == [(n, k) for n in ("counting", "logistic", "truth") for k in (16, 300)]
+    assert others == [
+        (n, k) for n in ("boosted", "counting", "logistic", "truth") for k in (16, 300)
+    ]
 
     at_longest = {row["step"]: row["auc"] for row in scored if row["length"] == 300}
     best = max(at_longest, key=at_longest.__getitem__)
