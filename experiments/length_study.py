@@ -40,7 +40,6 @@ import pathlib
 from collections.abc import Sequence
 
 from absl import flags
-from stca_jax.experiments.references import reference_rows
 
 from stca_jax import config as config_lib
 from stca_jax.data.preparation import prepare

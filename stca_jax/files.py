@@ -76,6 +76,6 @@ def refuse_scheme(what: str, path: str | os.PathLike[str]) -> None:
     """
     if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", os.fspath(path)):
         raise UserError(
-            f"{what} {os.fspath(path)!r} is not a local path, and {scheme[0]}/… is not read or written "
-            "directly: mount the bucket or share as a folder, or copy it to a local disk"
+            f"{what} {os.fspath(path)!r} is not a local path, and {scheme[0]}/… is not read "
+            "or written directly: mount the bucket or share as a folder, or copy it to a local disk"
         )
