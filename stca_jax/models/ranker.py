@@ -27,9 +27,8 @@ from stca_jax.models.stca import StcaConfig, log_count
 from stca_jax.models.transformer import TransformerConfig
 from stca_jax.ops.match import match_statistics
 from stca_jax.ranges import Ranges
-from stca_jax.schema import Schema
+from stca_jax.schema import SECONDS_PER_DAY, Schema
 
-_SECONDS_PER_DAY = 86_400.0
 _AGE_OF_NO_MATCH = 3_650.0  # days
 
 
@@ -242,9 +241,9 @@ class Ranker(nnx.Module):
             batch.history_time,
             batch.request_time,
             batch.ranges,
-            decay_seconds=self.config.match_decay_days * _SECONDS_PER_DAY,
+            decay_seconds=self.config.match_decay_days * SECONDS_PER_DAY,
         )
-        age_days = jnp.minimum(match.last_age / _SECONDS_PER_DAY, _AGE_OF_NO_MATCH)
+        age_days = jnp.minimum(match.last_age / SECONDS_PER_DAY, _AGE_OF_NO_MATCH)
         columns = [match.matches[..., i] for i in range(len(fields))]
         columns += [match.decayed_matches, age_days]
         return [log_count(c)[..., None] for c in columns]

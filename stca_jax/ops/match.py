@@ -75,6 +75,9 @@ def match_statistics(
         comparisons are nearly free.
     """
     fields = list(target_ids)
+    if 0 in ranges.start.shape or history_time.shape[1] == 0:
+        none = jnp.zeros(ranges.start.shape, jnp.float32)
+        return MatchStatistics(jnp.stack([none] * len(fields), -1), none, none + jnp.inf)
     implementation = implementation or ("dense" if platform() == "gpu" else "tiled")
     single_device = _dense_statistics if implementation == "dense" else _tiled_statistics
     found = on_mesh(
