@@ -73,6 +73,7 @@ def stca(
     age_days: np.ndarray,
     mistake: Mistake | None = None,
     temperature_length: int | None = None,
+    skip_paths: bool = False,
 ) -> Gathered:
     """E1-E7 with the count channel, the recency score and the sink, if the parameters have them.
 
@@ -83,6 +84,7 @@ def stca(
       age_days: [n] request time - event time.
       mistake: What to get wrong.
       temperature_length: As in `StcaConfig`.
+      skip_paths: As in `StcaConfig`.
     """
     n = len(x)
     sharpness = np.log(1 + n) / np.log(1 + temperature_length) if temperature_length else 1.0
@@ -95,7 +97,7 @@ def stca(
         encoder = p["layers"][0] if mistake == "one history FFN for all layers" else layer
         source = below if mistake == "history encoded from the layer below" else x
         encoded = source if mistake == "no history FFN" else swiglu(encoder["history_ffn"], source)
-        if mistake == "residual around the history encoder":
+        if skip_paths or mistake == "residual around the history encoder":
             encoded = encoded + source
         below = encoded = layer_norm(encoder["history_norm"], encoded)
         # E2, E6
@@ -107,7 +109,8 @@ def stca(
                 fused = fused + np.array(counts) @ layer["fusion"]["count_weight"]
         if i == 0 or mistake != "same query in every layer":
             previous = query
-            query = layer_norm(layer["query_norm"], swiglu(layer["query_ffn"], fused))
+            skipped = fused if skip_paths else 0
+            query = layer_norm(layer["query_norm"], skipped + swiglu(layer["query_ffn"], fused))
             if mistake == "query encoded twice":
                 query = layer_norm(layer["query_norm"], swiglu(layer["query_ffn"], query))
             if mistake == "residual around the query encoder":
@@ -204,43 +207,35 @@ def score(p: Params, config: RankerConfig, schema: Schema, example: Example) -> 
             return p["embedding"]["tables"][name]["rows"][value]
         return np.array([value], np.float64)
 
-    def fuse(fusion: Params, item: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+    def fuse(fusion: Params, item: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:
         base = linear(fusion["project"], item) if "project" in fusion else item
-        return base + swiglu(fusion["ffn"], np.concatenate([item, *parts]))
+        for name, weight in fusion.get("side", {}).items():
+            base = base + parts[name] @ weight
+        return base + swiglu(fusion["ffn"], np.concatenate([item, *parts.values()]))
 
     n = len(example.history_time)
     age = example.request_time - example.history_time
     x = np.zeros((n, config.sequence.width))
     for t in range(n):
-        parts = [embed(f, example.history[f][t]) for f in schema.history if f != schema.item]
+        parts = {f: embed(f, example.history[f][t]) for f in schema.history if f != schema.item}
+        of_time = p.get("time_features", {})
         if config.embedding.time_delta:
-            parts.append(p["time_features"]["time_delta"]["rows"][log_bucket(age[t])])
+            parts["token time_delta"] = of_time["time_delta"]["rows"][log_bucket(age[t])]
         if config.embedding.recency_index:
-            parts.append(p["time_features"]["recency_index"]["rows"][log_bucket(n - 1 - t)])
+            parts["token recency_index"] = of_time["recency_index"]["rows"][log_bucket(n - 1 - t)]
         item = embed(schema.item, example.history[schema.item][t])
         x[t] = fuse(p["history_fusion"], item, parts)
 
-    statistics = []
-    if config.match_channel:
-        others = [f for f in schema.target if f in schema.history and f in schema.vocabularies]
-        for field in [schema.item, *(f for f in others if f != schema.item)]:
-            same = [v for v in example.history[field] if v == example.target[field]]
-            statistics.append(log_count(len(same)))
-        days = [
-            a / 86_400
-            for a, v in zip(age, example.history[schema.item], strict=True)
-            if v == example.target[schema.item]
-        ]
-        statistics.append(log_count(sum(np.exp(-a / config.match_decay_days) for a in days)))
-        statistics.append(log_count(min([*days, 3650.0])))
-
-    parts = [embed(f, example.target[f]) for f in schema.target if f != schema.item]
-    item = embed(schema.item, example.target[schema.item])
-    target = fuse(p["target_fusion"], item, [*parts, np.array(statistics)])
+    statistics = match_channel(config, schema, example) if config.match_channel else []
+    parts = {f: embed(f, example.target[f]) for f in schema.target if f != schema.item}
+    if config.match_channel and not config.match_time_scales_days:
+        parts["match statistics"] = np.array(statistics)
+    target = fuse(p["target_fusion"], embed(schema.item, example.target[schema.item]), parts)
     temperature_length = config.sequence.temperature_length
     z, counts, _ = stca(
-        p["sequence"], x, target, age / 86_400, temperature_length=temperature_length
-    )
+        p["sequence"], x, target, age / 86_400, temperature_length=temperature_length,
+        skip_paths=config.sequence.skip_paths,
+    )  # fmt: skip
 
     numbers = [example.target[f] for f in schema.target if f not in schema.vocabularies]
     inputs = {"summary": z, "target": target}
@@ -250,6 +245,28 @@ def score(p: Params, config: RankerConfig, schema: Schema, example: Example) -> 
         inputs["numbers"] = np.concatenate([numbers, statistics, counts])
     tokens = [linear(p["token_maps"][name], value) for name, value in inputs.items()]
     return linear(p["head"], rank_mixer(p.get("backbone", {}), tokens))
+
+
+def match_channel(config: RankerConfig, schema: Schema, example: Example) -> list[float]:
+    """Counts of exact matches, decayed counts and ages of the last match; the item first."""
+    age = example.request_time - example.history_time
+    others = [f for f in schema.target if f in schema.history and f in schema.vocabularies]
+    fields = [schema.item, *(f for f in others if f != schema.item)]
+    counts, decayed, last, share = [], [], [], []
+    for field in fields:
+        days = [
+            a / 86_400
+            for a, v in zip(age, example.history[field], strict=True)
+            if v == example.target[field]
+        ]
+        counts.append(log_count(len(days)))
+        for scale in config.match_time_scales_days or (config.match_decay_days,):
+            decayed.append(log_count(sum(np.exp(-a / scale) for a in days)))
+        last.append(log_count(min([*days, 3650.0])))
+        share.append(len(days) / max(len(age), 1))
+    if config.match_time_scales_days:
+        return [*counts, *decayed, *last, *share]
+    return [*counts, decayed[0], last[0]]
 
 
 def logits(p: Params, config: RankerConfig, schema: Schema, batch: RequestBatch) -> np.ndarray:

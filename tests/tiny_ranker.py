@@ -31,14 +31,21 @@ CONFIGS = {
     ),
     "shared": RankerConfig(
         sequence=dataclasses.replace(
-            _SEQUENCE, recency_score=True, temperature_length=3, attention_sink=True
+            _SEQUENCE,
+            skip_paths=True,
+            recency_score=True,
+            temperature_length=3,
+            attention_sink=True,
         ),
-        embedding=dataclasses.replace(_EMBEDDING, item_width=5),
+        embedding=dataclasses.replace(_EMBEDDING, item_width=5, linear_path=True),
         backbone=RankMixerConfig(num_blocks=1),
+        match_time_scales_days=(1.0, 28.0),
     ),
     "exclusive": RankerConfig(
         sequence=dataclasses.replace(_SEQUENCE, recency_score=True),
-        embedding=dataclasses.replace(_EMBEDDING, time_delta=True, recency_index=True),
+        embedding=dataclasses.replace(
+            _EMBEDDING, time_delta=True, recency_index=True, linear_path=True
+        ),
     ),
 }
 CONFIGS["few_features"] = dataclasses.replace(

@@ -8,10 +8,13 @@ mean of three seeds
 One row a batch: for a mesh of several devices, raise input.rows_per_batch.
 """
 
-from stca_jax.experiment import EvaluationConfig, ExperimentConfig
+from stca_jax.evaluation.evaluator import EvaluationConfig
+from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import BetaLength
 from stca_jax.input.pipeline import InputConfig
+from stca_jax.models.ranker import similarity_config
 from stca_jax.training.checkpointing import CheckpointConfig
+from stca_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> ExperimentConfig:
@@ -26,6 +29,8 @@ def get_config() -> ExperimentConfig:
             rows_per_batch=1,
             rows="user",
         ),
+        model=similarity_config(),
+        optimizer=OptimizerConfig(table_learning_rate=0.01),
         evaluation=EvaluationConfig(min_history=1_000, max_requests=5_000),
         checkpoint=CheckpointConfig(every_steps=300),
     )

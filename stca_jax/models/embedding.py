@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stca_jax.batch import RequestBatch
 from stca_jax.errors import UserError
-from stca_jax.models.layers import Linear, SwiGLU, parameter
+from stca_jax.models.layers import Linear, SwiGLU, parameter, zeros
 from stca_jax.schema import Schema
 
 
@@ -28,6 +29,15 @@ class EmbeddingConfig:
         larger ones over all devices.
       time_delta: Embed request time - event time (log-spaced buckets). Needs rows of exclusive
         history, since the feature depends on the request.
+      initialization: What rows start from: "random", or "cooccurrence", a factorisation of which
+        ids occur together in the training-time histories (`stca_jax.input.cooccurrence`): the whole
+        row of a side feature, and half of an item's, the other half staying random so that every
+        item is told from any other. A trainer does it; a model made by hand starts at random.
+      linear_path: Add to a token a linear map of each side feature, x = e_item + sum_f e_f W_f +
+        SwiGLU(...): of small entries the SwiGLU alone is a quadratic form, in which a side feature
+        moves a token by a hundredth of what its item does. A feature of both history and target
+        starts with the same isometry on both sides, so that equal ids are alike from the start and
+        similar rows are similar; the other maps start at zero.
       recency_index: Embed the number of events between the event and the request (log-spaced
         buckets). Needs rows of exclusive history.
     """
@@ -37,6 +47,8 @@ class EmbeddingConfig:
     replicated_rows: int = 4_096
     time_delta: bool = False
     recency_index: bool = False
+    linear_path: bool = False
+    initialization: Literal["random", "cooccurrence"] = "random"
 
     def __post_init__(self) -> None:
         """Raises ValueError for widths below 1."""
@@ -111,28 +123,57 @@ class FeatureEmbedding(nnx.Module):
 
         return [embed(name) for name in names]
 
-    def width_of(self, names: Sequence[str]) -> int:
-        """Total width of what `__call__` returns for `names`."""
-        return sum(self.widths.get(n, 1) for n in names)
+    def widths_of(self, names: Sequence[str]) -> dict[str, int]:
+        """Widths of what `__call__` returns for `names`."""
+        return {name: self.widths.get(name, 1) for name in names}
 
 
 class TokenFusion(nnx.Module):
     """x = e_item + SwiGLU([e_item | e_feature | ...]): item and side features become one token.
 
     The paper does not say how they are fused; this is SequenceO1's form.  An item table of another
-    width than the model's is projected first.
+    width than the model's is projected first.  With `linear_path`, + sum_f e_f W_f.
     """
 
     def __init__(
-        self, item_width: int, in_width: int, width: int, ffn_ratio: int, *, rngs: nnx.Rngs
+        self,
+        widths: Mapping[str, int],
+        width: int,
+        ffn_ratio: int,
+        *,
+        linear_path: bool = False,
+        rngs: nnx.Rngs,
     ):
+        """Args: widths of the parts by name, the item's first; of the token; of the FFN over it."""
+        item_width, *_ = widths.values()
+        _, *self.side_names = widths
         self.project = None if item_width == width else Linear(item_width, width, rngs=rngs)
-        self.ffn = SwiGLU(in_width, ffn_ratio * width, width, rngs=rngs)
+        self.ffn = SwiGLU(sum(widths.values()), ffn_ratio * width, width, rngs=rngs)
+        self.side = nnx.Dict(
+            {
+                name: parameter(rngs, (widths[name], width), (None, "embed"), zeros)
+                for name in self.side_names
+                if linear_path
+            }
+        )
 
     def __call__(self, parts: Sequence[Float[Array, "... part"]]) -> Float[Array, "... width"]:
-        """Fuses features; `parts[0]` is the item's embedding."""
-        item = parts[0] if self.project is None else self.project(parts[0])
-        return item + self.ffn(jnp.concatenate(parts, axis=-1))
+        """Fuses features, in the order of the widths."""
+        x = parts[0] if self.project is None else self.project(parts[0])
+        x += self.ffn(jnp.concatenate(parts, axis=-1))
+        for name, part in zip(self.side_names, parts[1:], strict=True):
+            if name in self.side:
+                x += part @ self.side[name][...].astype(part.dtype)
+        return x
+
+
+def match_side_features(history: TokenFusion, target: TokenFusion, rngs: nnx.Rngs) -> None:
+    """Starts the linear paths of features that both have as the same isometry."""
+    for name in target.side:
+        if name in history.side:
+            shape = target.side[name][...].shape
+            isometry = nnx.initializers.orthogonal()(rngs.params(), shape)
+            history.side[name][...] = target.side[name][...] = isometry
 
 
 _NUM_BUCKETS = 1 + 2 * 31  # zero, and two for each octave of int32
@@ -159,7 +200,9 @@ class TimeFeatures(nnx.Module):
 
         self.time_delta = table(config.time_delta)
         self.recency_index = table(config.recency_index)
-        self.width = config.feature_width * (config.time_delta + config.recency_index)
+        used = {"time_delta": config.time_delta, "recency_index": config.recency_index}
+        # Not the name of a dataset's feature.
+        self.widths = {f"token {n}": config.feature_width for n, is_used in used.items() if is_used}
 
     def __call__(self, batch: RequestBatch) -> list[Float[Array, "R L width"]]:
         """Embeds the features that are configured.
@@ -167,7 +210,7 @@ class TimeFeatures(nnx.Module):
         Raises:
           UserError: the batch shares tokens between requests of different times.
         """
-        if not self.width:
+        if not self.widths:
             return []
         if batch.shared_history:
             raise UserError(

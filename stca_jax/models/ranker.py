@@ -19,6 +19,7 @@ from stca_jax.models.embedding import (
     TimeFeatures,
     TokenFusion,
     clear_padding,
+    match_side_features,
 )
 from stca_jax.models.layers import Linear, recomputed
 from stca_jax.models.rankmixer import RankMixer, RankMixerConfig
@@ -42,7 +43,12 @@ class RankerConfig:
       backbone: RankMixer.
       match_channel: Give the target and the backbone exact-match statistics of the target's ids
         over its own range: what feature stores call user-item cross counts.
-      match_decay_days: Time constant of the decayed match count.
+      match_decay_days: Time constant of the decayed match count, of the item alone, as is the age
+        of the last match.
+      match_time_scales_days: With any, the complete match channel instead: for every id field the
+        count, its share of the window, a decayed count of each of these time constants, and the
+        age of the last match. It goes to the backbone alone: in the target's token so many numbers
+        would drown what the attention compares.
       features: Features of the dataset that the model reads besides the item; None is all of them.
       dtype: Compute dtype. Parameters, softmax, statistics and losses are float32 in any case.
       remat: What the backward pass computes again instead of keeping it: "none", the fusion of
@@ -56,6 +62,7 @@ class RankerConfig:
     backbone: RankMixerConfig = RankMixerConfig()
     match_channel: bool = True
     match_decay_days: float = 28.0
+    match_time_scales_days: tuple[float, ...] = ()
     features: tuple[str, ...] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "history", "all"] = "none"
@@ -64,6 +71,10 @@ class RankerConfig:
         """Raises ValueError for a decay that is not positive."""
         if not self.match_decay_days > 0:
             raise ValueError(f"match_decay_days is {self.match_decay_days}; it must be positive")
+        if min(self.match_time_scales_days, default=1) <= 0:
+            raise ValueError(
+                f"match_time_scales_days are {self.match_time_scales_days}; each must be positive"
+            )
 
     @property
     def needs_exclusive_history(self) -> bool:
@@ -95,6 +106,7 @@ def paper_config(sequence: StcaConfig | None = None) -> RankerConfig:
         sequence=dataclasses.replace(
             sequence or StcaConfig(),
             initialization="independent",
+            skip_paths=False,
             count_channel=False,
             temperature_length=None,
             attention_sink=False,
@@ -119,6 +131,22 @@ class RankerOutput(NamedTuple):
     targets: Float[Array, "R M D"]
 
 
+def similarity_config(sequence: StcaConfig | None = None) -> RankerConfig:
+    """The preset `similarity`: what lets the attention find what is like the target.
+
+    Skip paths, linear paths of side features, tables that start from co-occurrence, and the
+    complete match channel; each is measured in docs/similarity.md.
+
+    Args:
+      sequence: Shape of the sequence module; its skip paths are switched on.
+    """
+    return RankerConfig(
+        sequence=dataclasses.replace(sequence or StcaConfig(), skip_paths=True),
+        embedding=EmbeddingConfig(linear_path=True, initialization="cooccurrence"),
+        match_time_scales_days=(1.0, 7.0, 28.0, 90.0),
+    )
+
+
 class Ranker(nnx.Module):
     """Scores every target of a batch; one logit per task."""
 
@@ -131,17 +159,20 @@ class Ranker(nnx.Module):
         # The item first: it is what TokenFusion adds.
         self.history_names = _item_first(schema, schema.history)
         self.target_names = _item_first(schema, schema.target)
-        item_width = self.embedding.widths[schema.item]
         num_statistics = self._num_statistics()
-        history_width = self.embedding.width_of(self.history_names) + self.time_features.width
-        target_width = self.embedding.width_of(self.target_names) + num_statistics
-        self.history_fusion = TokenFusion(item_width, history_width, d, ratio, rngs=rngs)
-        self.target_fusion = TokenFusion(item_width, target_width, d, ratio, rngs=rngs)
+        history_widths = self.embedding.widths_of(self.history_names) | self.time_features.widths
+        target_widths = self.embedding.widths_of(self.target_names)
+        if num_statistics and not config.match_time_scales_days:
+            target_widths["match statistics"] = num_statistics
+        linear = config.embedding.linear_path
+        self.history_fusion = TokenFusion(history_widths, d, ratio, linear_path=linear, rngs=rngs)
+        self.target_fusion = TokenFusion(target_widths, d, ratio, linear_path=linear, rngs=rngs)
+        match_side_features(self.history_fusion, self.target_fusion, rngs)
         self.sequence = config.sequence.make(remat=config.remat == "all", rngs=rngs)
         # Tokens of E8: z, the user's, the candidate's.
         widths = {"summary": d, "target": d}
         if schema.request:
-            widths["request"] = self.embedding.width_of(schema.request)
+            widths["request"] = sum(self.embedding.widths_of(schema.request).values())
         numbers = [n for n in schema.target if not schema.is_categorical(n)]
         self.number_names = tuple(numbers)
         num_numbers = len(numbers) + num_statistics + config.sequence.num_counts
@@ -194,7 +225,8 @@ class Ranker(nnx.Module):
         dtype = jnp.dtype(self.config.dtype)
         statistics = self._match_statistics(batch)
         target_parts = self.embedding(batch.target, self.target_names, embedded.get("target"))
-        target_parts += statistics
+        if not self.config.match_time_scales_days:
+            target_parts += statistics
         history_parts = self.embedding(batch.history, self.history_names, embedded.get("history"))
         fuse = recomputed(self.history_fusion, self.config.remat != "none")
         tokens = fuse(_cast(history_parts + self.time_features(batch), dtype))
@@ -228,25 +260,37 @@ class Ranker(nnx.Module):
         return RankerOutput(logits, tokens, targets)
 
     def _num_statistics(self) -> int:
-        return len(self.schema.match_fields) + 2 if self.config.match_channel else 0
+        if not self.config.match_channel:
+            return 0
+        num_fields, num_scales = (
+            len(self.schema.match_fields),
+            len(self.config.match_time_scales_days),
+        )
+        return num_fields * (3 + num_scales) if num_scales else num_fields + 2
 
-    def _match_statistics(self, batch: RequestBatch) -> list[Float[Array, "R M 1"]]:
-        """The match channel, in logs: counts per id field, decayed count, age of the last match."""
+    def _match_statistics(self, batch: RequestBatch) -> list[Float[Array, "R M columns"]]:
+        """The match channel: shares of the window, and the rest in logs."""
         if not self.config.match_channel:
             return []
         fields = self.schema.match_fields
+        scales = self.config.match_time_scales_days
         match = match_statistics(
             {n: batch.target[n] for n in fields},
             {n: batch.history[n] for n in fields},
             batch.history_time,
             batch.request_time,
             batch.ranges,
-            decay_seconds=self.config.match_decay_days * SECONDS_PER_DAY,
+            decay_seconds=tuple(
+                days * SECONDS_PER_DAY for days in scales or (self.config.match_decay_days,)
+            ),
         )
         age_days = jnp.minimum(match.last_age / SECONDS_PER_DAY, _AGE_OF_NO_MATCH)
-        columns = [match.matches[..., i] for i in range(len(fields))]
-        columns += [match.decayed_matches, age_days]
-        return [log_count(c)[..., None] for c in columns]
+        if not scales:
+            of_item = match.decayed_matches[..., 0, :1], age_days[..., :1]
+            return [log_count(jnp.concatenate([match.matches, *of_item], -1))]
+        decayed = match.decayed_matches.reshape(*match.matches.shape[:2], -1)
+        share = match.matches / jnp.maximum(batch.ranges.lengths, 1)[..., None]
+        return [log_count(jnp.concatenate([match.matches, decayed, age_days], -1)), share]
 
 
 def _item_first(schema: Schema, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Stacked Target-to-History Cross Attention: E1-E7 of arXiv 2511.06077, and additions of ours.
 
 History tokens never interact and targets never interact, so the cost is linear in the history and a
-target's output does not depend on its row-mates.  There is no residual: concatenation is the skip
-path.
+target's output does not depend on its row-mates.  In the paper's equations there is no residual:
+concatenation is the skip path.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ class StcaConfig(SequenceConfig):
       initialization: "matched" starts target side and history side equal, so that at step 0 an
         event's score is the similarity of its item to the target; "independent" draws every weight
         on its own, as the paper presumably does.
+      skip_paths: Encode history tokens and queries as LN(x + SwiGLU(x)) instead of LN(SwiGLU(x)) of
+        E1, E2 and E6. Tokens have entries far below 1, of which SwiGLU is a quadratic form: without
+        the path, the attention sees the square of the similarity of two tokens.
       count_channel: Give query fusion (E6) and output (E7) the log-sum-exp of each head's scores
         and the log of the number of events, n. Softmax averages; it cannot say how much matched.
       temperature_length: Multiply the queries of E3 by log(1 + n) / log(1 + temperature_length),
@@ -65,6 +68,7 @@ class StcaConfig(SequenceConfig):
     num_layers: int = 2
     num_heads: int = 4
     initialization: Literal["matched", "independent"] = "matched"
+    skip_paths: bool = False
     count_channel: bool = True
     temperature_length: int | None = None
     attention_sink: bool = False
@@ -154,6 +158,7 @@ class StcaLayer(nnx.Module):
         self.order = config.attention_order
         self.implementation = config.attention_implementation
         self.temperature_length = config.temperature_length
+        self.skip = config.skip_paths
         hidden_width = config.ffn_ratio * d
         self.history_ffn = SwiGLU(d, hidden_width, d, rngs=rngs)
         self.history_norm = LayerNorm(d, rngs=rngs)
@@ -188,7 +193,8 @@ class StcaLayer(nnx.Module):
         query = inputs.targets
         if self.fusion is not None:
             query = self.fusion(outputs, inputs.targets, counts)
-        query = self.query_norm(self.query_ffn(query))
+        encoded = self.query_ffn(query)
+        query = self.query_norm(query + encoded if self.skip else encoded)
         if self.temperature_length is not None:
             query *= _sharpness(inputs, self.temperature_length)[..., None].astype(query.dtype)
         w_query, w_key, w_value = (
@@ -204,6 +210,7 @@ class StcaLayer(nnx.Module):
                 self.history_ffn.out[...],
                 self.history_norm.scale[...],
                 self.history_norm.bias[...],
+                self.skip,
             ),
             w_key,
             w_value,

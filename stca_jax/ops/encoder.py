@@ -44,6 +44,7 @@ class HistoryEncoder:
       out: W_o.
       scale: LayerNorm scale.
       bias: LayerNorm bias.
+      skip: Static. Adds the token to what its FFN gives, before the LayerNorm; E1 has no such path.
     """
 
     up: Float[Array, "D F"]
@@ -51,10 +52,11 @@ class HistoryEncoder:
     out: Float[Array, "F D"]
     scale: Float[Array, " D"]
     bias: Float[Array, " D"]
+    skip: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def encode_history(encoder: HistoryEncoder, tokens: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """LN(((x W_u) * swish(x W_v)) W_o), in the dtype of the tokens; statistics in float32."""
+    """LN([x +] ((x W_u) * swish(x W_v)) W_o), in the dtype of the tokens; statistics in float32."""
     return encode_transposed(transpose_out(encoder), tokens)
 
 
@@ -73,4 +75,6 @@ def encode_transposed(
     """
     hidden = gated_linear(tokens, encoder.up, encoder.gate)
     y = jnp.einsum("...f,df->...d", hidden, encoder.out.astype(tokens.dtype))
+    if encoder.skip:
+        y = y.astype(jnp.float32) + tokens.astype(jnp.float32)
     return layer_norm(y, encoder.scale, encoder.bias).astype(tokens.dtype)

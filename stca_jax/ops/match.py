@@ -2,50 +2,50 @@
 
 What feature stores call user-item cross counts, computed on the device from the same row as the
 attention, so exact for every window, without leakage and without skew between training and serving.
+
+Each row's tokens are sorted by (id, position), field by field, so that the events of a range that
+carry an id are neighbours, `[first, end)` in that order:
+
+    row            a b a c a b        range [1, 5)
+    sorted         a a a b b c        the range's a's: sorted places [1, 3)
+    position       0 2 4 1 5 3
+
+Two binary searches find the places of a target.  The count is their distance, the last match is the
+one before `end`, and a decayed count is the difference of two running ones.  The cost is
+O((L + M) log L) for each field, whatever the ranges.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from stca_jax.ops.sharded import on_mesh, platform
-from stca_jax.ops.tiles import (
-    BlockSizes,
-    make_tiling,
-    tile_targets,
-    tile_tokens,
-    touched_pairs,
-    untile_targets,
-)
+from stca_jax.ops.sharded import on_mesh
 from stca_jax.ranges import Ranges
 
-# Nothing is encoded here, so a block is one tile; comparisons are cheap, so tiles are large.
-_BLOCK_SIZES = BlockSizes(tokens=1, history=512, targets=64)
-
-Implementation = Literal["dense", "tiled"]
-_Targets = tuple[Int[Array, "R M fields"], Int[Array, "R M"]]  # ids, time of the request
-_Tokens = tuple[Int[Array, "R L fields"], Int[Array, "R L"]]  # ids, time of the event
+_Targets = tuple[Int[Array, "R M F"], Int[Array, "R M"]]  # ids, time of the request
+_Tokens = tuple[Int[Array, "R L F"], Int[Array, "R L"]]  # ids, time of the event
 
 
 class MatchStatistics(NamedTuple):
-    """Statistics of the events of a target's range that carry the target's id.
+    """Statistics of the events of a target's range that carry the target's id, per id field.
 
     Attributes:
-      matches: How many events match, per id field in the order given.
-      decayed_matches: Matches of the first field, each weighing exp(-age / decay).
-      last_age: Age in seconds of the latest match of the first field; +inf if none.
+      matches: How many there are.
+      decayed_matches: The same for each time constant, an event weighing exp(-age / constant).
+      last_age: Age in seconds of the latest; +inf if none.
     """
 
-    matches: Float[Array, "R M fields"]
-    decayed_matches: Float[Array, "R M"]
-    last_age: Float[Array, "R M"]
+    matches: Float[Array, "R M F"]
+    decayed_matches: Float[Array, "R M F decays"]
+    last_age: Float[Array, "R M F"]
 
 
 def match_statistics(
@@ -55,33 +55,27 @@ def match_statistics(
     request_time: Int[Array, "R M"],
     ranges: Ranges,
     *,
-    decay_seconds: float,
-    implementation: Implementation | None = None,
+    decay_seconds: tuple[float, ...],
 ) -> MatchStatistics:
-    """Counts exact matches of each target's ids within its range.
+    """Statistics of exact matches of each target's ids within its range.
 
     Not differentiable, and it needs no gradient: nothing in it is learned.
 
     Args:
-      target_ids: Id fields of the targets; the first one also gets decayed count and age.
+      target_ids: Id fields of the targets, in the order of the result.
       history_ids: The same fields of the events.
-      history_time: Seconds.
+      history_time: Seconds; within a range they do not decrease.
       request_time: Seconds; ages are relative to it.
       ranges: Of each target.
-      decay_seconds: Time constant of the decayed count.
-      implementation: "tiled" compares within the tiles that ranges touch, so the cost follows the
-        ranges; "dense" compares every target with every token of its row.  None takes "dense" on
-        GPUs, where a loop whose length depends on data waits for the host at every step, and
-        comparisons are nearly free.
+      decay_seconds: Time constants of the decayed counts.
     """
     fields = list(target_ids)
     if 0 in ranges.start.shape or history_time.shape[1] == 0:
-        none = jnp.zeros(ranges.start.shape, jnp.float32)
-        return MatchStatistics(jnp.stack([none] * len(fields), -1), none, none + jnp.inf)
-    implementation = implementation or ("dense" if platform() == "gpu" else "tiled")
-    single_device = _dense_statistics if implementation == "dense" else _tiled_statistics
+        shape = (*ranges.start.shape, len(fields))
+        decayed = jnp.zeros((*shape, len(decay_seconds)))
+        return MatchStatistics(jnp.zeros(shape), decayed, jnp.full(shape, jnp.inf))
     found = on_mesh(
-        functools.partial(single_device, decay_seconds=decay_seconds),
+        functools.partial(_statistics, decay_seconds=decay_seconds),
         _merge,
         (),
         (jnp.stack([target_ids[f] for f in fields], -1), request_time),
@@ -96,67 +90,102 @@ def _merge(parts: MatchStatistics, axis: str) -> MatchStatistics:
     return MatchStatistics(matches, decayed_matches, lax.pmin(parts.last_age, axis))
 
 
-def _dense_statistics(
+def _statistics(
     weights: tuple[()],
     per_target: _Targets,
     per_token: _Tokens,
     ranges: Ranges,
     *,
-    decay_seconds: float,
+    decay_seconds: tuple[float, ...],
 ) -> MatchStatistics:
-    """In one pass over M x L on a GPU; XLA stores only `in_range` of it, a byte each."""
     del weights  # nothing is learned
     (target_ids, now), (token_ids, time) = per_target, per_token
-    in_range = ranges.contain(jnp.arange(time.shape[1]))
-    hits = [
-        in_range & (token_ids[:, None, :, field] == target_ids[:, :, None, field])
-        for field in range(target_ids.shape[-1])
-    ]
-    age = (now[..., None] - time[:, None]).astype(jnp.float32)
+    covered = ranges.covered(time.shape[1])
+    time = jnp.where(covered, time, 0)
+    of_field = functools.partial(_statistics_of_row, decays=jnp.asarray(decay_seconds, jnp.float32))
+    of_row = jax.vmap(of_field, in_axes=(1, None, 1, None, None, None, None), out_axes=1)
+    return jax.vmap(of_row)(target_ids, now, token_ids, time, covered, *ranges)
+
+
+def _statistics_of_row(
+    target_id: Int[Array, " M"],
+    now: Int[Array, " M"],
+    token_id: Int[Array, " L"],
+    time: Int[Array, " L"],
+    covered: Bool[Array, " L"],
+    start: Int[Array, " M"],
+    end: Int[Array, " M"],
+    *,
+    decays: Float[Array, " decays"],
+) -> MatchStatistics:
+    """Of one row and one id field."""
+    token_id, position = lax.sort((token_id, jnp.arange(len(time))), num_keys=2)
+    time, counted = time[position], covered[position].astype(jnp.float32)
+    first, stop = (_places(token_id, position, target_id, x) for x in (start, end))
+    found = stop > first
+    running, run = _running_counts(token_id, time, counted, decays)
+    last, before = jnp.maximum(stop - 1, 0), jnp.maximum(first - 1, 0)
+    last_age = (now - time[last]).astype(jnp.float32)
+
+    def weight(age: Array) -> Float[Array, "M decays"]:
+        return jnp.exp(-jnp.maximum(age, 0).astype(jnp.float32)[:, None] / decays)
+
+    # What came before the range is in the running count too, unless a new run began since.
+    earlier = (first > 0) & (run[before] == run[last])
+    not_counted = jnp.where(
+        earlier[:, None], running[before] * weight(time[last] - time[before]), 0
+    )
+    decayed = jnp.maximum(running[last] - not_counted, 0) * weight(now - time[last])
     return MatchStatistics(
-        jnp.stack([hit.sum(-1, dtype=jnp.float32) for hit in hits], -1),
-        jnp.where(hits[0], jnp.exp(-age / decay_seconds), 0).sum(-1),
-        jnp.where(hits[0], age, jnp.inf).min(-1),
+        (stop - first).astype(jnp.float32),
+        jnp.where(found[:, None], decayed, 0),
+        jnp.where(found, last_age, jnp.inf),
     )
 
 
-def _tiled_statistics(
-    weights: tuple[()],
-    per_target: _Targets,
-    per_token: _Tokens,
-    ranges: Ranges,
-    *,
-    decay_seconds: float,
-) -> MatchStatistics:
-    del weights  # nothing is learned
-    R, M = ranges.start.shape
-    tiling = make_tiling(R, per_token[1].shape[1], M, _BLOCK_SIZES)
-    pairs = touched_pairs(ranges, tiling)
-    target_ids, now = (tile_targets(x, tiling) for x in per_target)
-    token_ids, time = (tile_tokens(x, tiling) for x in per_token)
-    start, end = (tile_targets(x, tiling) for x in ranges)
+def _running_counts(
+    token_id: Int[Array, " L"],
+    time: Int[Array, " L"],
+    counted: Float[Array, " L"],
+    decays: Float[Array, " decays"],
+) -> tuple[Float[Array, "L decays"], Int[Array, " L"]]:
+    """Decayed count of each sorted token's run up to it, and which run that is.
 
-    def block_step(i: Array, state: MatchStatistics) -> MatchStatistics:
-        block = pairs.blocks[i]
-        position = (block % tiling.tiles_per_row) * tiling.history + jnp.arange(tiling.history)
-        ids = token_ids[block].T[..., None]  # [fields, t, 1]
+    A run is of one id and of times that do not decrease: where the next user's tokens begin, time
+    may fall, and a weight of a negative age would overflow.
+    """
+    same = (token_id[1:] == token_id[:-1]) & (time[1:] >= time[:-1])
+    age = jnp.where(same, time[1:] - time[:-1], 0).astype(jnp.float32)
+    kept = jnp.where(same[:, None], jnp.exp(-age[:, None] / decays), 0)
+    kept = jnp.pad(kept, ((1, 0), (0, 0)))
 
-        def pair_step(p: Array, state: MatchStatistics) -> MatchStatistics:
-            j = pairs.target_tile[block, p]
-            in_range = (position[:, None] >= start[j]) & (position[:, None] < end[j])
-            hits = in_range & (ids == target_ids[j].T[:, None])  # [fields, t, m]
-            age = (now[j] - time[block][:, None]).astype(jnp.float32)
-            decayed = jnp.where(hits[0], jnp.exp(-age / decay_seconds), 0).sum(0)
-            return MatchStatistics(
-                state.matches.at[j].add(hits.sum(1, dtype=jnp.float32).T),
-                state.decayed_matches.at[j].add(decayed),
-                state.last_age.at[j].min(jnp.where(hits[0], age, jnp.inf).min(0)),
-            )
+    def join(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        return left[0] * right[0], left[1] * right[0] + right[1]
 
-        return lax.fori_loop(0, pairs.num_pairs[block], pair_step, state)
+    running = jnp.broadcast_to(counted[:, None], kept.shape)
+    _, running = lax.associative_scan(join, (kept, running))
+    return running, jnp.cumsum(jnp.pad(~same, (1, 0)))
 
-    zeros = jnp.zeros(start.shape, jnp.float32)
-    matches = jnp.zeros(target_ids.shape, jnp.float32)
-    state = MatchStatistics(matches, zeros, zeros + jnp.inf)
-    state = lax.fori_loop(0, pairs.num_blocks, block_step, state)
-    return MatchStatistics(*(untile_targets(x, tiling, M) for x in state))
+
+def _places(
+    token_id: Int[Array, " L"],
+    position: Int[Array, " L"],
+    target_id: Int[Array, " M"],
+    bound: Int[Array, " M"],
+) -> Int[Array, " M"]:
+    """How many sorted tokens come before (target id, bound): a binary search for each target."""
+
+    def halve(_: int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = interval
+        middle = (low + high) // 2
+        found_id = token_id[middle]
+        is_before = (found_id < target_id) | ((found_id == target_id) & (position[middle] < bound))
+        is_open = low < high
+        return (
+            jnp.where(is_open & is_before, middle + 1, low),
+            jnp.where(is_open & ~is_before, middle, high),
+        )
+
+    L = len(token_id)
+    ends = jnp.zeros_like(bound), jnp.full_like(bound, L)
+    return lax.fori_loop(0, math.ceil(math.log2(L + 1)), halve, ends)[0]

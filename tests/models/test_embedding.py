@@ -75,7 +75,7 @@ def test_levels_share_a_table_and_the_item_has_its_own_width():
 
     found, module = shapes(None)
     assert found == {"item": (7, 8), "category": (3, 3), "segment": (4, 3)}
-    assert module.width_of(SCHEMA.target) == 1 + 8 + 3
+    assert sum(module.widths_of(SCHEMA.target).values()) == 1 + 8 + 3
     assert shapes(5)[0]["item"] == (7, 5)
 
 

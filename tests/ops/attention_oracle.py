@@ -9,11 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stca_jax.ops.attention import (
-    AttentionOptions,
-    history_layer,
-    target_to_history_attention,
-)
+from stca_jax.ops.attention import AttentionOptions, history_layer, target_to_history_attention
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ranges import Ranges
 
@@ -45,7 +41,8 @@ class Case(NamedTuple):
 
 def make_case(
     start: Any, end: Any, L: int, *, H: int = 2, K: int = 4, D: int = 8, fused: bool = False,
-    score: bool = False, logit_scale: float = 1.0, seed: int = 0, garbage: float = np.nan,
+    skip: bool = False, score: bool = False, logit_scale: float = 1.0, seed: int = 0,
+    garbage: float = np.nan,
 ) -> Case:  # fmt: skip
     """Random inputs for the given ranges, with `garbage` in every token that no range covers."""
     rng = np.random.default_rng(seed)
@@ -60,7 +57,7 @@ def make_case(
         F = 2 * D
         up, gate = (normal(D, F) / np.sqrt(D) for _ in range(2))
         scale, bias = 1 + 0.1 * normal(D), 0.1 * normal(D)
-        encoder = HistoryEncoder(up, gate, normal(F, D) / np.sqrt(F), scale, bias)
+        encoder = HistoryEncoder(up, gate, normal(F, D) / np.sqrt(F), scale, bias, skip)
     tokens = normal(R, L, D)
     history_score = normal(R, L, H) if score else None
     for r in range(R):
@@ -102,6 +99,7 @@ def oracle(case: Case, problem: Problem | None = None) -> tuple[np.ndarray, np.n
 def _encode(encoder: HistoryEncoder, x: np.ndarray) -> np.ndarray:
     gate = x @ encoder.gate
     y = (x @ encoder.up * gate / (1 + np.exp(-gate))) @ encoder.out
+    y = y + x if encoder.skip else y
     y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
     return y * encoder.scale + encoder.bias
 

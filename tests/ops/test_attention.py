@@ -34,11 +34,15 @@ def ragged_case(**options) -> Case:
     return make_case(start, end, 23, **options)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["attention", "history_layer"])
+@pytest.mark.parametrize(
+    ("fused", "skip"),
+    [(False, False), (True, False), (True, True)],
+    ids=["attention", "history_layer", "skip_path"],
+)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_ragged_rows_match_oracle(implementation, order, fused):
-    case = ragged_case(fused=fused, score=True)
+def test_ragged_rows_match_oracle(implementation, order, fused, skip):
+    case = ragged_case(fused=fused, skip=skip, score=True)
     assert_matches_oracle(case, implementation=implementation, order=order, block_sizes=SMALL)
 
 

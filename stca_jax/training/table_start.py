@@ -1,0 +1,63 @@
+"""Tables that start from what occurs together in the histories."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from stca_jax.input.cooccurrence import cooccurrence_rows
+from stca_jax.input.dataset import RequestDataset
+from stca_jax.models.ranker import RankerConfig
+from stca_jax.training.table_rows import stored_row
+
+Tables = Mapping[str, Float[Array, "V W"]]
+
+
+def start_from_cooccurrence(
+    tables: Tables, config: RankerConfig, dataset: RequestDataset, seed: int
+) -> dict[str, Float[Array, "V W"]]:
+    """Tables of history features with rows from co-occurrence, where they have been seen.
+
+    Args:
+      tables: At random, as they are stored.
+      config: The model.
+      dataset: What it is trained on.
+      seed: Of the decomposition.
+    """
+    schema = config.read_schema(dataset.schema)
+    names = [n for n in schema.history if schema.is_categorical(n)]
+    widths = {
+        n: max(1, tables[n].shape[1] // 2) if n == schema.item else tables[n].shape[1]
+        for n in names
+    }
+    found = cooccurrence_rows(dataset, widths, seed)
+    most = config.embedding.replicated_rows
+    return {**tables, **{n: _start(tables[n], found[n], len(found[n]) > most) for n in names}}
+
+
+def _start(
+    table: Float[Array, "V W"], rows: Float[np.ndarray, "ids w"], is_divided: bool
+) -> Float[Array, "V W"]:
+    """The random row's first W - w columns beside w from co-occurrence, half of the square each."""
+    num_stored, width = table.shape
+    num_random = width - rows.shape[1]
+    stored = np.zeros((num_stored, rows.shape[1]), np.float32)
+    places = np.arange(len(rows))
+    if is_divided:  # over devices: stored in an order of its own
+        places = np.asarray(stored_row(places, num_stored))
+    stored[places] = rows
+    sharded = jax.make_array_from_callback(stored.shape, table.sharding, lambda part: stored[part])
+
+    def mix(table: Array, known: Array) -> Array:
+        mixed = known
+        if num_random:
+            random = table[:, :num_random] * math.sqrt(0.5 * width / num_random)
+            mixed = jnp.concatenate([random, known * math.sqrt(0.5)], -1)
+        return jnp.where((known != 0).any(-1, keepdims=True), mixed, table)
+
+    return jax.jit(mix, out_shardings=table.format)(table, sharded)
