@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jaxtyping import Array, Float, Int
-from stca_jax.training.trainer import load_workdir_config, restore_for_evaluation
 
 from stca_jax.data.preparation import prepare
 from stca_jax.data.synthetic_interests.truth import records_of, split_lifts, truth_of
 from stca_jax.errors import UserError
 from stca_jax.evaluation import metrics
+from stca_jax.evaluation.best import read_best
 from stca_jax.evaluation.evaluator import Row, evaluate_split
 from stca_jax.evaluation.references.logistic import fit_logistic
 from stca_jax.evaluation.tables import format_table
@@ -33,8 +33,9 @@ from stca_jax.experiments import launch
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.planning import select_requests
 from stca_jax.schema import Schema
-from stca_jax.training.checkpointing import Checkpointer, read_best
-from stca_jax.training.train_step import TrainState
+from stca_jax.training.checkpointing import Checkpointer
+from stca_jax.training.state import TrainState
+from stca_jax.workdir import load_workdir_config, restore_for_evaluation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Which requests.")
@@ -54,8 +55,8 @@ def main() -> None:
 
     def predict(state: Any) -> Any:
         return evaluate_split(
-            program, state, dataset, config, split=_SPLIT.value, length=length,
-            max_requests=config.evaluation.max_requests,
+            program, state, dataset, config.input, split=_SPLIT.value, length=length,
+            min_history=config.evaluation.min_history, max_requests=config.evaluation.max_requests,
         )  # fmt: skip
 
     predictions = predict(state)

@@ -12,19 +12,23 @@ FILES = sorted(
     for folder in FOLDERS
     for path in (REPOSITORY / folder).rglob("*.py")
     if "notebooks" not in path.parts  # read from top to bottom, in cells
+    and not any(parent.is_symlink() for parent in path.parents)  # data and experiments, again
 )
 # From the bottom up; what a layer imports lies in it or below.
 LAYERS = [
     ("errors",),
-    ("files", "config", "schema", "lock"),
+    ("imports", "files", "schema", "lock"),
+    ("config_form", "config", "ranges"),
     ("batch",),
     ("ops",),
     ("models", "input"),
     ("training",),
     ("evaluation",),
     ("experiment",),
-    ("workdir",),
-    ("trainer",),
+    ("workdir", "device_plan"),
+    ("trainer", "length_study"),
+    ("data",),
+    ("experiments",),
 ]
 LAYER = {name: k for k, names in enumerate(LAYERS) for name in names}
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 80, 8
@@ -32,7 +36,8 @@ MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 80, 8
 
 def module_of(path):
     parts = path.relative_to(REPOSITORY).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(parts if parts[0] == "stca_jax" else ("stca_jax", *parts))
 
 
 MODULES = {module_of(path): path for path in FILES}
@@ -51,9 +56,7 @@ def imports(path):
 
 
 def layer(module):
-    package, *rest = module.split(".")
-    if package != "stca_jax":
-        return len(LAYERS)
+    _, *rest = module.split(".")
     return LAYER[rest[0]] if rest else 0
 
 

@@ -6,7 +6,8 @@ of all splits), on one core of an AMD EPYC server (AVX-512), 2026-11-28. What a 
 python -m experiments.diagnose --workdir=DIR
 """
 
-from stca_jax.experiment import EvaluationConfig, ExperimentConfig
+from stca_jax.evaluation.evaluator import EvaluationConfig
+from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import BetaLength
 from stca_jax.input.pipeline import InputConfig
 

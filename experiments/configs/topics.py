@@ -6,7 +6,8 @@ What the model has learned:
 python -m experiments.diagnose --workdir=DIR
 """
 
-from stca_jax.experiment import EvaluationConfig, ExperimentConfig
+from stca_jax.evaluation.evaluator import EvaluationConfig
+from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import BetaLength
 from stca_jax.input.pipeline import InputConfig
 

@@ -72,9 +72,7 @@ def evaluate_split(
     *,
     split: str,
     length: int,
-    min_history: int = 0,
-    max_requests: int | None = None,
-    max_targets: int | None = None,
+    **limits: int | None,
 ) -> Predictions:
     """Predictions of a split's requests at one history length.
 
@@ -85,9 +83,7 @@ def evaluate_split(
       config: How its requests are packed.
       split: "train", "validation" or "test".
       length: Events that each request may read, the most recent ones.
-      min_history: Only requests with at least this many earlier events, whatever the length.
-      max_requests: Only a sample of so many requests, the same at each call; None is all of them.
-      max_targets: Likewise, only so many requests as have so many targets.
+      **limits: `min_history`, `max_requests` and `max_targets` of `InputConfig`: which requests.
     """
     mesh = program.batch_shardings.history_time.mesh
     share, num_shares = input_share(mesh)
@@ -96,10 +92,8 @@ def evaluate_split(
         config.for_evaluation(
             split,
             length,
-            min_history=min_history,
-            max_requests=max_requests,
-            max_targets=max_targets,
             rows_per_batch=rows_that_fit(config, length, mesh.shape["data"]),
+            **limits,
         ),
         process_index=share,
         process_count=num_shares,
