@@ -60,4 +60,5 @@ def _start(
             mixed = jnp.concatenate([random, known * math.sqrt(0.5)], -1)
         return jnp.where((known != 0).any(-1, keepdims=True), mixed, table)
 
-    return jax.jit(mix, out_shardings=table.format)  # type: ignore[attr-defined](table, sharded)
+    mixed = jax.jit(mix, out_shardings=table.format)  # type: ignore[attr-defined]
+    return mixed(table, sharded)
