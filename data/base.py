@@ -170,8 +170,11 @@ class _RecordFileWriter(tfds.core.writer.ExampleWriter):
         self._builder = builder
 
     def write(self, path: os.PathLike[str], examples: Iterable[Any]) -> None:
-        """Links the file; `examples` are placeholders."""
+        """Links the file, or moves it where that fails; `examples` are placeholders."""
         name, files = pathlib.Path(path).name, self._builder._files
         index = int(name.split("-")[-3])  # DATASET-users.array_record-INDEX-of-COUNT
-        os.link(files.path(index), path)
+        try:
+            os.link(files.path(index), path)
+        except OSError:  # exFAT, SMB, Google Drive in Colab
+            os.replace(files.path(index), path)
         self._builder.info.metadata["record_files"][name] = files.description(index)

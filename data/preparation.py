@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import importlib
 import io
@@ -13,11 +14,13 @@ import pathlib
 import shutil
 import types
 from collections.abc import Iterator, Sequence
+from typing import IO
 
 import tensorflow_datasets as tfds
 
 from stca_jax.data.base import STAGING, UserDatasetBuilder
 from stca_jax.errors import UserError
+from stca_jax.files import refuse_scheme
 
 OWN_LOGS = "interaction_log"  # the dataset whose configs are its users' own
 _log = logging.getLogger(__name__)
@@ -33,6 +36,16 @@ def default_data_dir() -> pathlib.Path:
     """Where datasets are prepared by default: the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(cache).expanduser() / "stca_jax"
+
+
+def local_folder(what: str, path: str | os.PathLike[str]) -> pathlib.Path:
+    """A folder that a user named.
+
+    Raises:
+      UserError: it is not on this machine, such as "gs://bucket".
+    """
+    refuse_scheme(what, path)
+    return pathlib.Path(path).expanduser()
 
 
 def prepare(
@@ -59,7 +72,7 @@ def prepare(
       FileNotFoundError: the source files are not there; the message says how to get them.
       OSError: the disk is full or cannot be written.
     """
-    data_dir = pathlib.Path(data_dir or default_data_dir()).expanduser()
+    data_dir = local_folder("data_dir", data_dir or default_data_dir())
     return prepare_builder(make_builder(name, data_dir), data_dir, manual_dir=manual_dir)
 
 
@@ -80,12 +93,17 @@ def prepare_builder(
                 shutil.rmtree(interrupted)
             _log.info("Preparing %s in %s", builder.name, folder)
             config = tfds.download.DownloadConfig(
-                manual_dir=manual_dir and os.path.expanduser(manual_dir)
+                manual_dir=manual_dir and os.fspath(local_folder("manual_dir", manual_dir))
             )
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints advice that does not hold
-                builder.download_and_prepare(
-                    download_dir=data_dir / "downloads", download_config=config
-                )
+            downloads = data_dir / "downloads"
+            try:
+                # TFDS prints advice that does not hold.
+                with contextlib.redirect_stdout(io.StringIO()):
+                    builder.download_and_prepare(download_dir=downloads, download_config=config)
+            finally:
+                for made in (downloads / "extracted", downloads / "manual", downloads):
+                    with contextlib.suppress(OSError):  # not there, or in use
+                        made.rmdir()
     return folder
 
 
@@ -134,8 +152,35 @@ def _check_name(name: str, known: Sequence[str], what: str) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: pathlib.Path) -> Iterator[None]:
-    """Holds a lock on a folder, made if missing; the system drops it if the process dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    """Holds a lock on a folder, made if missing; the system drops it if the process dies.
+
+    After an error, folders that were made for nothing are removed.
+    """
+    made = [f for f in (folder, *folder.parents) if not f.exists()]
+    lock = folder / ".lock"
+    with contextlib.ExitStack() as files:
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = files.enter_context(open(lock, "w"))
+            _lock(file)
+            # Another process may have removed the file while this one waited for it.
+            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                break
+        try:
+            yield
+        except BaseException:
+            if [f.name for f in folder.iterdir()] == [lock.name]:
+                lock.unlink()
+                with contextlib.suppress(OSError):  # not empty: someone else's
+                    for empty in made or [folder]:
+                        empty.rmdir()
+            raise
+
+
+def _lock(file: IO[str]) -> None:
+    try:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            raise
+        _log.warning("%s cannot be locked: prepare in one process at a time", file.name)

@@ -55,7 +55,8 @@ class RecordFiles:
           OSError: the disk is full or the file cannot be written.
         """
         path, done = self.path(index), self.path(index).with_suffix(".json")
-        if not done.exists():
+        # Where there are no hard links, an attempt that was killed at the end has moved the file.
+        if not (done.exists() and path.exists()):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 records = _write_records(os.fspath(path), self._examples(index))

@@ -3,12 +3,14 @@
 One checkpoint:
 
     python -m experiments.evaluate --workdir=/path/to/run --lengths=128,512,1024,2048,4096
-        [--split=test] [--step=best|last|N] [--min_history=N] [--noreferences] [--data_dir=DIR]
+        [--split=test] [--step=best|last|N] [--min_history=N] [--noreferences]
+        [--reference_targets=N] [--data_dir=DIR]
 
 prints a table and adds it to WORKDIR/evaluation/SPLIT-STEP.csv and .jsonl, where rows of other
 lengths or filters stay. The references score
 the same targets: "counting" is how often the item occurs among the last L events, "logistic" a
-regression on count features, fitted anew for each length on training requests, and "truth", on
+regression and "boosted" trees on count features and label rates, fitted anew for each length on
+--reference_targets training targets and kept with the dataset, and "truth", on
 synthetic_interests, the function that the labels were drawn from.
 
 Every checkpoint, while the training goes on:
@@ -35,24 +37,28 @@ import jax
 from absl import flags
 
 from stca_jax.data.preparation import prepare
-from stca_jax.errors import UserError
+from stca_jax.errors import UserError, first_line
+from stca_jax.evaluation.best import Criterion, read_best
 from stca_jax.evaluation.checkpoint_watcher import CheckpointWatcher, RowLog, mark_best_checkpoint
 from stca_jax.evaluation.evaluator import (
+    EvaluationConfig,
     Row,
     evaluate_split,
     metric_rows,
     score_lengths,
     selection_columns,
 )
+from stca_jax.evaluation.references.scoring import ReferenceOptions
 from stca_jax.evaluation.tables import add_rows, format_table, write_table
-from stca_jax.experiment import EvaluationConfig, ExperimentConfig
+from stca_jax.experiment import ExperimentConfig, count_steps
 from stca_jax.experiments import launch
-from stca_jax.experiments.references import reference_rows
+from stca_jax.experiments.reference_rows import reference_rows
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.training.checkpointing import Checkpointer, first_line, read_best
+from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.training.distributed import is_main_process
-from stca_jax.training.train_step import Program, TrainState
-from stca_jax.training.trainer import count_steps, load_workdir_config, restore_for_evaluation
+from stca_jax.training.state import TrainState
+from stca_jax.training.train_step import Program
+from stca_jax.workdir import load_workdir_config, restore_for_evaluation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 _LENGTHS = flags.DEFINE_list("lengths", None, "History lengths; by default the config's.")
@@ -70,7 +76,13 @@ _TIMEOUT = flags.DEFINE_float(
 _MIN_HISTORY = flags.DEFINE_integer(
     "min_history", None, "Only requests with at least so many earlier events."
 )
-_REFERENCES = flags.DEFINE_bool("references", True, "Also score counting and logistic regression.")
+_REFERENCES = flags.DEFINE_bool("references", True, "Also score what simple references reach.")
+_REFERENCE_TARGETS = flags.DEFINE_integer(
+    "reference_targets",
+    300_000,
+    "Fit the references on so many training targets; 0 takes all.",
+    lower_bound=0,
+)
 _SHOWN = (
     "model", "length", "task", "auc", "auc_se",
     "gauc_user", "gauc_request", "log_loss", "calibration",
@@ -80,7 +92,7 @@ _log = logging.getLogger(__name__)
 
 def main() -> int:
     """Evaluates one checkpoint, or each as it comes."""
-    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    workdir = launch.local_path("workdir", _WORKDIR.value)
     if _WATCH.value and jax.process_count() > 1:
         raise UserError("--watch is one process: leave out --coordinator and --distributed")
     return watch(workdir) if _WATCH.value else evaluate_once(workdir)
@@ -93,17 +105,21 @@ def evaluate_once(workdir: pathlib.Path) -> int:
     split = _SPLIT.value or "test"
     dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
     program, state = restore_for_evaluation(config, dataset, workdir, step)
-    selection = selection_columns(config, split)
+    selection = selection_columns(config.evaluation, split)
     rows: list[Row] = []
     failure = ""
+    notes: list[str] = []
     if _REFERENCES.value:
         try:
             with launch.working("Scoring the references"):
-                rows += [{**selection, **row} for row in reference_rows(config, dataset, split)]
+                found = reference_rows(config, dataset, split, _reference_options(), notes.append)
+            rows += [{**selection, **row} for row in found]
         except Exception as error:  # the model is scored all the same
             failure = f"references: {first_line(error)}"
             _log.error("%s", failure)
-    rows += score_lengths(program, state, dataset, config, split=split, step=step)
+    rows += score_lengths(
+        program, state, dataset, config.input, config.evaluation, split=split, step=step
+    )
     if not is_main_process():
         return 0
     directory = workdir / "evaluation"
@@ -115,6 +131,8 @@ def evaluate_once(workdir: pathlib.Path) -> int:
     print(f"{split} split, checkpoint {step}, {rows[-1]['num_targets']:,} targets of "
           f"{rows[-1]['num_requests']:,} requests")  # fmt: skip
     _print_table(rows)
+    if notes:
+        print(*notes, sep="\n")
     if failure:
         print("not scored:", failure, sep="\n  ")
     print(f"results are in {directory}/{split}-{step}.csv and .jsonl")
@@ -128,7 +146,7 @@ def watch(workdir: pathlib.Path) -> int:
     settings = config.evaluation
     split = _SPLIT.value or "validation"
     dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
-    selection = selection_columns(config, split)
+    selection = selection_columns(config.evaluation, split)
     log = RowLog(workdir / "evaluation" / "checkpoints.jsonl")
     program: Program | None = None  # one for all checkpoints, so that each length compiles once
     failures: list[str] = []
@@ -151,9 +169,10 @@ def watch(workdir: pathlib.Path) -> int:
         predictions = evaluate_split(
             *restored,
             dataset,
-            config,
+            config.input,
             split=split,
             length=length,
+            min_history=settings.min_history,
             max_requests=settings.max_requests,
         )
         tasks = dataset.schema.tasks
@@ -169,15 +188,11 @@ def watch(workdir: pathlib.Path) -> int:
         score=score,
     )
 
+    criterion = Criterion(settings.metric, split, max(settings.lengths), settings.larger_is_better)
+
     def mark_best() -> None:
         if split == "validation":
-            mark_best_checkpoint(
-                workdir,
-                watcher.rows(),
-                metric=settings.metric,
-                length=max(settings.lengths),
-                larger_is_better=settings.larger_is_better,
-            )
+            mark_best_checkpoint(workdir, watcher.rows(), criterion)
 
     failures += watcher.run(
         num_steps=count_steps(config, dataset), timeout=_TIMEOUT.value, after_row=mark_best
@@ -204,7 +219,7 @@ def _add_references(
     log: RowLog, config: ExperimentConfig, dataset: RequestDataset, split: str
 ) -> None:
     """Adds the references' rows that the log lacks, unless another job is at it."""
-    selection = selection_columns(config, split)
+    selection = selection_columns(config.evaluation, split)
     with log.claim("-".join(map(str, [*selection.values(), "references"]))) as is_mine:
         done = {
             row["length"]
@@ -214,8 +229,13 @@ def _add_references(
         missing = tuple(n for n in config.evaluation.lengths if n not in done)
         if is_mine and missing:
             settings = dataclasses.replace(config.evaluation, lengths=missing)
-            rows = reference_rows(dataclasses.replace(config, evaluation=settings), dataset, split)
+            config = dataclasses.replace(config, evaluation=settings)
+            rows = reference_rows(config, dataset, split, _reference_options(), _log.info)
             log.add([{**selection, **row} for row in rows])
+
+
+def _reference_options() -> ReferenceOptions:
+    return ReferenceOptions(max_training_targets=_REFERENCE_TARGETS.value or None)
 
 
 def _config(workdir: pathlib.Path) -> ExperimentConfig:

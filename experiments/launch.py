@@ -24,6 +24,7 @@ from stca_jax import config as config_lib
 from stca_jax.errors import UserError
 from stca_jax.experiments import command_help
 from stca_jax.training import distributed
+from stca_jax.workdir import check_path
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors that a user can mend.")
 DATA_DIR = flags.DEFINE_string(
@@ -110,6 +111,18 @@ def load_config() -> Any:
 def config_path() -> str:
     """The file that --config names; call it after `load_config`, which says if there is none."""
     return str(_config_path)
+
+
+def local_path(name: str, value: str) -> pathlib.Path:
+    """The directory or file that a flag names.
+
+    Raises:
+      UserError: it has a scheme, such as gs://, or cannot hold checkpoints.
+    """
+    try:
+        return check_path(value)
+    except UserError as error:
+        raise UserError(f"--{name}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -46,11 +46,11 @@ from stca_jax.data.preparation import prepare
 from stca_jax.errors import UserError
 from stca_jax.evaluation.evaluator import Row, score_lengths
 from stca_jax.evaluation.report.drawing import draw
-from stca_jax.evaluation.tables import format_table, read_json_lines, write_table
+from stca_jax.evaluation.tables import format_table, write_table
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments import launch
-from stca_jax.experiments.references import reference_rows
-from stca_jax.files import write_json
+from stca_jax.experiments.reference_rows import reference_rows
+from stca_jax.files import read_json_lines, write_json
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.length_study.figures import charts
 from stca_jax.length_study.points import Point, choose_points, make_points
@@ -63,7 +63,8 @@ from stca_jax.length_study.results import (
     result_rows,
     summary_rows,
 )
-from stca_jax.training.trainer import check_workdir, restore_for_evaluation, train
+from stca_jax.trainer import train
+from stca_jax.workdir import check_workdir, restore_for_evaluation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each point.", 1)
@@ -74,7 +75,7 @@ _log = logging.getLogger(__name__)
 def main() -> int:
     """Runs what is missing."""
     base = launch.load_config()
-    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    workdir = launch.local_path("workdir", _WORKDIR.value)
     dataset = RequestDataset(prepare(base.dataset, launch.DATA_DIR.value))
     if len(dataset.schema.tasks) > 1:
         raise UserError(
@@ -120,7 +121,9 @@ def score(
 ) -> None:
     """Scores a checkpoint on the test split at every length; the table appears when all are."""
     program, state = restore_for_evaluation(config, dataset, directory, step)
-    rows = score_lengths(program, state, dataset, config, split="test", step=step)
+    rows = score_lengths(
+        program, state, dataset, config.input, config.evaluation, split="test", step=step
+    )
     (directory / SCORES).parent.mkdir(exist_ok=True)
     write_table(directory / SCORES, rows)
 

@@ -43,7 +43,9 @@ _LOG_OPTIONS: dict[str, flags.FlagHolder] = {}
 
 def main() -> None:
     """Prints a log's profile, prepares the dataset, and says where it lies."""
-    data_dir = pathlib.Path(launch.DATA_DIR.value or preparation.default_data_dir()).expanduser()
+    data_dir = preparation.local_folder(
+        "data_dir", launch.DATA_DIR.value or preparation.default_data_dir()
+    )
     builder = _builder(data_dir)
     if _BEAM.value:
         builder.run = beam_runner(_BEAM.value)
@@ -90,7 +92,8 @@ def _profile(builder: preparation.UserDatasetBuilder) -> str:
         return (folder / "profile.txt").read_text()
     with preparation.exclusive(folder.parent):
         manual_dir = _MANUAL_DIR.value
-        return builder.stage(manual_dir and pathlib.Path(manual_dir).expanduser()).profile()
+        found = preparation.local_folder("manual_dir", manual_dir) if manual_dir else None
+        return builder.stage(found).profile()
 
 
 def _what_is_left(builder: preparation.UserDatasetBuilder) -> str:
@@ -107,7 +110,9 @@ def _what_is_left(builder: preparation.UserDatasetBuilder) -> str:
 def _value(name: str) -> Any:
     """A flag's value; lists are written with commas, or as repeated flags."""
     value = _LOG_OPTIONS[name].value
-    if isinstance(value, int | str):
+    if name == "null_words":  # as they are, quote marks and all
+        return tuple(word for text in value for word in text.split(","))
+    if isinstance(value, int | float | str):
         return value
     return tuple(part for text in value or () for part in split_list(text))
 
@@ -117,9 +122,13 @@ def _define_log_options() -> None:
     descriptions = attribute_descriptions(LogConfig)
     for field in dataclasses.fields(LogConfig):
         default = None if field.default is dataclasses.MISSING else field.default
+        if isinstance(default, tuple):
+            default = list(default)
         define: Callable[..., flags.FlagHolder] = flags.DEFINE_multi_string
         if isinstance(default, int):
             define = flags.DEFINE_integer
+        elif isinstance(default, float):
+            define = flags.DEFINE_float
         elif isinstance(default, str):
             define = flags.DEFINE_string
         _LOG_OPTIONS[field.name] = define(field.name, default, descriptions[field.name])

@@ -12,14 +12,13 @@ Exit status: 0 finished, 1 an error, 143 after SIGTERM and 130 after Ctrl-C, bot
 from __future__ import annotations
 
 import logging
-import pathlib
 
 from absl import flags
 
 from stca_jax.data.preparation import prepare
 from stca_jax.experiments import launch
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.training.trainer import train
+from stca_jax.trainer import train
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run: checkpoints, metrics, config.", required=True
@@ -32,7 +31,7 @@ _log = logging.getLogger(__name__)
 def main() -> int:
     """Prepares the dataset on first use, then trains."""
     config = launch.load_config()
-    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    workdir = launch.local_path("workdir", _WORKDIR.value)
     dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
     result = train(config, dataset, workdir)
     if result.signal is not None:

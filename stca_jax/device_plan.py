@@ -12,7 +12,7 @@ import numpy as np
 
 from stca_jax.batch import RequestBatch, empty_batch
 from stca_jax.errors import UserError
-from stca_jax.experiment import ExperimentConfig
+from stca_jax.experiment import ExperimentConfig, experiment_program
 from stca_jax.schema import Schema
 from stca_jax.training.cross_compile import (
     Collective,
@@ -23,7 +23,6 @@ from stca_jax.training.cross_compile import (
 from stca_jax.training.flops import model_flops, step_traffic
 from stca_jax.training.sharding import make_mesh
 from stca_jax.training.train_step import Program
-from stca_jax.training.trainer import experiment_program
 
 
 @dataclasses.dataclass(frozen=True)

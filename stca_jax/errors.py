@@ -6,3 +6,9 @@ class UserError(ValueError):
 
     The message names the value, what was expected, and the fix.
     """
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error, for one line of a log."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

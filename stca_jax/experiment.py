@@ -1,53 +1,26 @@
-"""The config of one experiment: everything that a run needs to be made again."""
+"""One experiment: the config that a run needs to be made again, and what is built from it."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from stca_jax.evaluation.metrics import check_choice
+from jax.sharding import Mesh
+
+from stca_jax.batch import empty_batch
+from stca_jax.evaluation.evaluator import EvaluationConfig
+from stca_jax.input import pipeline
+from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import InputConfig
 from stca_jax.models.ranker import RankerConfig
+from stca_jax.schema import Schema
 from stca_jax.training.checkpointing import CheckpointConfig
 from stca_jax.training.metrics_writer import WandbConfig
 from stca_jax.training.monitoring import ProfileConfig
 from stca_jax.training.optimizer import OptimizerConfig
-from stca_jax.training.sharding import MeshConfig
-from stca_jax.training.train_step import TrainingConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """Which requests to score, and at which history lengths.
-
-    Attributes:
-      lengths: History lengths of the final evaluation, in events.
-      min_history: Only requests with at least this many earlier events, whatever the length.
-      max_requests: At most this many requests, drawn at random once; None is all of them.
-      validation_length: History length of the validation at each checkpoint of a training run.
-      validation_requests: The same limit for that validation.
-      metric: Column that chooses the best checkpoint on the validation split.
-      larger_is_better: Whether a larger value of the metric is better.
-    """
-
-    lengths: tuple[int, ...] = (50, 100, 200, 500, 1_000, 2_000, 4_000)
-    min_history: int = 0
-    max_requests: int | None = None
-    validation_length: int = 1_000
-    validation_requests: int | None = 2_000
-    metric: str = "auc"
-    larger_is_better: bool = True
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for lengths or numbers of requests below 1, or an unknown metric."""
-        if not self.lengths or not all(n >= 1 for n in self.lengths):
-            raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
-        for name, least in {
-            "min_history": 0, "max_requests": 1, "validation_length": 1, "validation_requests": 1,
-        }.items():  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value >= least:  # NaN is refused
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
-        check_choice(self.metric, larger_is_better=self.larger_is_better)
+from stca_jax.training.sharding import MeshConfig, make_mesh
+from stca_jax.training.state import TrainState
+from stca_jax.training.table_start import start_from_cooccurrence
+from stca_jax.training.train_step import Program, TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,3 +67,53 @@ FREE_TO_CHANGE = (
     "training.log_every_steps",
     "wandb",
 )
+
+
+def count_steps(config: ExperimentConfig, dataset: RequestDataset) -> int:
+    """Steps of the whole run; see `pipeline.count_steps`."""
+    training = config.training
+    return pipeline.count_steps(dataset, config.input, training.num_epochs, training.max_steps)
+
+
+def experiment_program(
+    config: ExperimentConfig, schema: Schema, num_steps: int, mesh: Mesh | None = None
+) -> Program:
+    """The experiment's compiled functions.
+
+    Args:
+      config: The experiment.
+      schema: Of its dataset.
+      num_steps: Length of the learning-rate schedule.
+      mesh: By default the configured one, of all devices.
+
+    Raises:
+      UserError: the mesh does not fit the devices, the batch or the model.
+    """
+    shapes = empty_batch(
+        schema,
+        config.input.rows_per_batch,
+        config.input.row_length,
+        config.input.targets_per_row,
+        shared_history=config.input.rows == "user",
+    )
+    return Program(
+        config.model,
+        schema,
+        config.optimizer,
+        config.training,
+        mesh or make_mesh(config.mesh),
+        shapes,
+        num_steps=num_steps,
+        seed=config.seed,
+    )
+
+
+def initial_state(
+    config: ExperimentConfig, dataset: RequestDataset, program: Program
+) -> TrainState:
+    """The state before the first step; tables may start from the dataset's histories."""
+    state = program.initialize()
+    if config.model.embedding.initialization == "cooccurrence":
+        tables = start_from_cooccurrence(state.tables, config.model, dataset, config.seed)
+        state = dataclasses.replace(state, tables=tables)
+    return state

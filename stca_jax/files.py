@@ -1,4 +1,4 @@
-"""Writing files that are never half there."""
+"""Files that are never half there, and reading those that grow."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
+
+from stca_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -32,3 +35,47 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a file whole or not at all."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads the objects of a file of JSON lines; null is None.
+
+    Args:
+      path: One that does not exist has none, and a last line without its newline, which is still
+        being written, is left out.
+
+    Raises:
+      UserError: a line is not a JSON object; names it.
+    """
+    path = pathlib.Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(
+                f"line {number} of {path} is {line[:40]!r}, expected a JSON object: remove the line"
+            )
+        rows.append(row)
+    return rows
+
+
+def refuse_scheme(what: str, path: str | os.PathLike[str]) -> None:
+    """Refuses addresses of other file systems, which would be taken for names of local folders.
+
+    Raises:
+      UserError: the path is one, such as "gs://bucket/folder".
+    """
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", os.fspath(path)):
+        raise UserError(
+            f"{what} {os.fspath(path)!r} is not a local path, and {scheme[0]}/… is not read "
+            "or written directly: mount the bucket or share as a folder, or copy it to a local disk"
+        )

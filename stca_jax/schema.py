@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+SECONDS_PER_DAY = 86_400  # all times are in seconds
+
 
 @dataclasses.dataclass(frozen=True)
 class Schema:

@@ -15,23 +15,27 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stca_jax.data.interaction_log.log_config import TIME_UNITS, Column, LogConfig, quoted
-from stca_jax.data.interaction_log.source import ROW, BadRow, Part, Table, fingerprint, open_table
+from stca_jax.data.interaction_log import event_sql, times
+from stca_jax.data.interaction_log.columns import ROW, BadRow
+from stca_jax.data.interaction_log.event_sql import LEFT_OUT
+from stca_jax.data.interaction_log.log_config import Column, LogConfig
+from stca_jax.data.interaction_log.source import Part, Table, fingerprint, open_table
+from stca_jax.data.interaction_log.times import NS, TimeReading
 from stca_jax.errors import UserError
 from stca_jax.input import request_building as rb
 
-# Counted with the rejected rows, though none of either is wrong.
-LEFT_OUT = "left out by history_filter"
-DUPLICATE = "equal to another row"
-_END_OF_TIME = 2**32  # in 2106; records count seconds in 31 bits from the log's first day
+DUPLICATE = "equal to another row"  # counted with the rejected rows, though nothing is wrong
 _SHARD = 5  # a stream of hashes of its own
+_SHOWN = 200  # characters of each value of a rejected row
+_FLOATS = ("FLOAT", "DOUBLE", "DECIMAL")
+_INTEGERS = ("BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +47,18 @@ class LogSource:
       log: The files of the log.
       items: The files of the item table, if there is one.
       users: The files of the user table, if there is one.
-      time_unit: Units of the timestamp in a second, if it is a number.
+      time: How timestamps are read.
       kinds: "integer", "text" or "number" of each feature, by name.
+      id_sql_types: SQL types of the columns "user", "item" and "request" of the log.
     """
 
     config: LogConfig
     log: Table
     items: Table | None
     users: Table | None
-    time_unit: int
+    time: TimeReading
     kinds: dict[str, str]
+    id_sql_types: dict[str, str]
 
     @classmethod
     def open(cls, config: LogConfig) -> LogSource:
@@ -61,34 +67,25 @@ class LogSource:
         Raises:
           UserError: a file or column is missing or damaged, or an SQL expression is wrong.
         """
-        columns = config.feature_columns
-        ids = [config.user_id, config.item_id, config.timestamp]
-        of_event = [*columns["label"], *columns["target"], *columns["history"]]
-        log = open_table(
-            "log",
-            config.log,
-            [*ids, *([config.request_id] if config.request_id else []), *_plain_names(of_event)],
-            [*(c.expression for c in of_event if c.is_sql), config.history_filter],
-        )
-        side = {}
-        for what, key in (("items", config.item_id), ("users", config.user_id)):
-            of_table = columns[what[:-1]]
-            side[what] = getattr(config, what) and open_table(
-                what,
-                getattr(config, what),
-                [key, *_plain_names(of_table)],
-                [c.expression for c in of_table if c.is_sql],
-            )
+        columns, keys = config.feature_columns, config.key_columns
+        of_event = [*keys.values(), *columns["label"], *columns["target"], *columns["history"]]
+        log = open_table("log", config.log, of_event, config, config.history_filter)
+        side: dict[str, Table | None] = {}
+        for what in ("items", "users"):
+            of_table = [keys[what[:-1]], *columns[what[:-1]]]
+            paths = getattr(config, what)
+            side[what] = open_table(what, paths, of_table, config) if paths else None
         kinds: dict[str, str] = {}
         for table, table_columns in (
             (log, columns["target"] + columns["history"]),
             (side["items"], columns["item"]),
             (side["users"], columns["user"]),
         ):
-            kinds |= {c.name: _kind(table, c) for c in table_columns}
+            kinds |= {c.name: _kind(table, c) for c in table_columns if table}
         kinds |= {c.name: "integer" for c in columns["label"]}
-        unit = _time_unit(config, log)
-        source = cls(config, log, side["items"] or None, side["users"] or None, unit, kinds)
+        ids = {level: _id_type(log, c) for level, c in keys.items() if level != "time"}
+        time = _read_times(config, log)
+        source = cls(config, log, side["items"], side["users"], time, kinds, ids)
         source.check_expressions()
         return source
 
@@ -104,17 +101,18 @@ class LogSource:
           UserError: naming the expression that DuckDB does not accept.
         """
         for column in self.config.feature_columns["label"]:
-            _evaluate(self.log, column.sql, f"labels: {column.name}")
+            _evaluate(self.log, self.log.sql(column), f"labels: {column.name}")
         if self.config.history_filter:
-            _evaluate(self.log, f"({self.config.history_filter})::BOOLEAN", "history_filter")
+            where = self.log.sql_expression(self.config.history_filter)
+            _evaluate(self.log, f"({where})::BOOLEAN", "history_filter")
 
     @property
     def id_types(self) -> dict[str, pa.DataType]:
         """How ids are stored: int64 or string."""
-        names = {"user": self.config.user_id, "item": self.config.item_id}
-        if self.config.request_id:
-            names["request"] = self.config.request_id
-        return {level: _id_sql(self.log, name)[1] for level, name in names.items()}
+        return {
+            level: pa.string() if event_sql.is_text_id(type_) else pa.int64()
+            for level, type_ in self.id_sql_types.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,16 +120,20 @@ class Events:
     """What a block of rows holds.
 
     Attributes:
-      table: The events, in the order of the rows.
+      table: The events, in the order of the rows; "time" in nanoseconds since 1970.
+      row: The row of each within the file.
       shard: To which shard each event's user belongs.
       rejected: Rows that cannot be used: reason, file, row and content.
       reasons: How many rows were left out, by reason.
+      lines: Of the part's file, read so far; 0 for Parquet.
     """
 
     table: pa.Table
+    row: np.ndarray
     shard: np.ndarray
     rejected: list[tuple[str, str, int, str]]
     reasons: collections.Counter[str]
+    lines: int
 
 
 def read_events(source: LogSource, part: Part) -> Iterator[Events]:
@@ -140,33 +142,44 @@ def read_events(source: LogSource, part: Part) -> Iterator[Events]:
     Raises:
       UserError: the file is damaged, or an SQL expression fails on a value.
     """
-    query = _events_query(source)
+    query, names = event_sql.events_query(
+        source.config, source.log, source.time, source.id_sql_types, source.kinds
+    )
     with connect() as connection:
         for block in source.log.blocks(part):
             connection.register("log", block.rows)
             with _explain_sql("the log", part.file):
-                found = connection.sql(query).to_arrow_table()
+                found = connection.sql(query).to_arrow_table().rename_columns(names)
             reason = found["reason"]
-            good = found.filter(reason.is_null()).drop_columns([ROW, "reason"])
-            rejected = list(_rejected(part, block.rows, found, block.bad))
+            good = found.filter(reason.is_null())
+            rejected = list(_rejected(source.log, part, block.rows, found, block.bad))
             reasons = collections.Counter(r for r, *_ in rejected)
             if left_out := pc.sum(pc.equal(reason, LEFT_OUT)).as_py():
                 reasons[LEFT_OUT] = left_out
             shard = _shard_of(good["user"], source.log.num_shards)
-            yield Events(good, shard, rejected, reasons)
+            row = good[ROW].to_numpy()
+            events = good.drop_columns([ROW, "reason"])
+            yield Events(events, row, shard, rejected, reasons, block.lines)
 
 
 def group_events(tables: Sequence[pa.Table], temporary: str | os.PathLike[str]) -> pa.Table:
     """Sorts the events of a shard by user, time and content, and keeps one of equal ones.
 
     Args:
-      tables: Of the same columns.
+      tables: Of the same columns, "time" in nanoseconds.
       temporary: Where DuckDB may put what does not fit into its memory.
+
+    Returns:
+      The events, "time" in seconds.
     """
+    events = pa.concat_tables(tables)
+    names = events.column_names
     with connect(temporary) as connection:
-        connection.register("events", pa.concat_tables(tables))
+        connection.register("events", events.rename_columns([f"c{k}" for k in range(len(names))]))
         query = "SELECT DISTINCT * FROM events ORDER BY ALL"
-        return connection.sql(query).to_arrow_table().combine_chunks()
+        found = connection.sql(query).to_arrow_table().combine_chunks().rename_columns(names)
+    seconds = pc.divide(found["time"], NS)  # exact, since times are not negative
+    return found.set_column(names.index("time"), "time", seconds)
 
 
 @contextlib.contextmanager
@@ -175,7 +188,7 @@ def connect(temporary: str | os.PathLike[str] | None = None) -> Iterator[duckdb.
     with duckdb.connect() as connection:
         connection.execute("SET TimeZone='UTC'; SET memory_limit='3GB'")
         if temporary is not None:
-            connection.execute(f"SET temp_directory='{os.fspath(temporary)}'")
+            connection.execute(f"SET temp_directory={event_sql.text_sql(os.fspath(temporary))}")
         yield connection
 
 
@@ -193,21 +206,19 @@ def read_side_table(source: LogSource, what: str) -> pa.Table:
     """
     table: Table = getattr(source, what)
     config, level = source.config, what[:-1]
-    key = {"items": config.item_id, "users": config.user_id}[what]
-    is_text = pa.types.is_string(source.id_types[level])
-    columns = [f"TRY_CAST({_id_sql(table, key)[0]} AS {'VARCHAR' if is_text else 'BIGINT'}) AS id"]
-    columns += [
-        f"{_feature_sql(c, source.kinds[c.name])} AS {quoted('feature_' + c.name)}"
-        for c in config.feature_columns[level]
-    ]
-    query = f"""
-        SELECT * EXCLUDE ({ROW}) FROM (SELECT {", ".join(columns)}, {ROW} FROM side)
-        WHERE id IS NOT NULL QUALIFY row_number() OVER (PARTITION BY id ORDER BY {ROW}) = 1
-        ORDER BY id"""
+    key = config.key_columns[level]
+    query, names = event_sql.side_query(
+        table,
+        key,
+        _id_type(table, key),
+        config.feature_columns[level],
+        source.kinds,
+        is_text=pa.types.is_string(source.id_types[level]),
+    )
     with connect() as connection:
         connection.register("side", _side_rows(table, what))
         with _explain_sql(what, table.files[0]):
-            return connection.sql(query).to_arrow_table().combine_chunks()
+            return connection.sql(query).to_arrow_table().combine_chunks().rename_columns(names)
 
 
 def id_keys(ids: pa.Array) -> np.ndarray:
@@ -243,164 +254,46 @@ def _bad_side_row(what: str, file: str, bad: BadRow) -> str:
     )
 
 
-def _plain_names(columns: Sequence[Column]) -> list[str]:
-    return [c.expression for c in columns if not c.is_sql]
-
-
-def _events_query(source: LogSource) -> str:
-    """SQL from a table `log` to events, with `reason` where a row cannot be one."""
-    config, log = source.config, source.log
-    columns = config.feature_columns
-    read = {
-        "user": _id_sql(log, config.user_id)[0],
-        "seconds": _seconds_sql(source),
-        "item": _id_sql(log, config.item_id)[0],
-        "no_time": f"{quoted(config.timestamp)} IS NULL",
-    }
-    if config.request_id:
-        read["request"] = _id_sql(log, config.request_id)[0]
-    labels = {f"label_{c.name}": _label_sql(c) for c in columns["label"]}
-    features = {
-        f"feature_{c.name}": _feature_sql(c, source.kinds[c.name])
-        for c in (*columns["target"], *columns["history"])
-    }
-    read |= labels | features
-    if config.history_filter:
-        read["in_history"] = f"coalesce(({config.history_filter})::BOOLEAN, false)"
-    # Names of their own, since a log may have a column called like one of ours.
-    typed = ", ".join(f"{sql} AS {_inner(name)}" for name, sql in read.items())
-    kept = {"user": _inner("user"), "time": f"TRY_CAST(floor({_inner('seconds')}) AS BIGINT)"}
-    kept |= {
-        name: _inner(name)
-        for name in read
-        if name not in ("user", "seconds", "no_time")
-        and (name != "in_history" or config.labels)  # without labels it holds for all that stay
-    }
-    selected = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in kept.items())
-    return f"""
-        SELECT {selected}, {_reason_sql(config, list(labels))} AS reason, {ROW}
-        FROM (SELECT {typed}, {ROW} FROM log)"""
-
-
-def _reason_sql(config: LogConfig, labels: Sequence[str]) -> str:
-    """Why a row cannot be an event; NULL if it can."""
-    seconds = _inner("seconds")
-    cases = [
-        (f"{_inner('user')} IS NULL", f"{config.user_id} is missing or no id"),
-        (f"{_inner('item')} IS NULL", f"{config.item_id} is missing or no id"),
-        (_inner("no_time"), f"{config.timestamp} is missing"),
-        (f"{seconds} IS NULL", f"{config.timestamp} is neither a number nor a date"),
-        (f"NOT isfinite({seconds})", f"{config.timestamp} is not finite"),
-        (
-            f"{seconds} < 0 OR {seconds} >= {_END_OF_TIME}",
-            f"{config.timestamp} is outside 1970 to 2106",
-        ),
-    ]
-    for name in labels:
-        shown = name.removeprefix("label_")
-        cases.append((f"{_inner(name)} = 2", f"label {shown} is neither 0 nor 1"))
-    missing = " + ".join(f"({_inner(name)} IS NULL)::INT" for name in labels)
-    if len(labels) > 1:
-        cases.append((f"{missing} NOT IN (0, {len(labels)})", "some labels are missing"))
-    if config.request_id:
-        unknown = f"{_inner('request')} IS NULL AND {missing} = 0"
-        cases.append((unknown, f"{config.request_id} is missing"))
-    if config.history_filter and not labels:
-        cases.append((f"NOT {_inner('in_history')}", LEFT_OUT))
-    when = " ".join(f"WHEN {condition} THEN {_text(reason)}" for condition, reason in cases)
-    return f"CASE {when} END"
-
-
-def _inner(name: str) -> str:
-    return quoted(f"__{name}__")
-
-
-def _id_sql(table: Table, name: str) -> tuple[str, pa.DataType]:
-    """How an id is read and as what: NULL where it is missing or no id.
+def _id_type(table: Table, column: Column) -> str:
+    """The SQL type of an id.
 
     Raises:
-      UserError: the column is neither integers nor text.
+      UserError: it is neither an integer nor text.
     """
-    type_, column = table.columns[name], quoted(name)
-    if pa.types.is_uint64(type_):  # ids above 2^63 do not fit a signed integer
-        return f"CAST({column} AS VARCHAR)", pa.string()
-    if pa.types.is_integer(type_):
-        return f"CAST({column} AS BIGINT)", pa.int64()
-    if pa.types.is_string(type_):
-        return f"NULLIF({column}, '')", pa.string()
-    if pa.types.is_floating(type_):  # what pandas makes of integers some of which are missing
-        whole = f"isfinite({column}) AND {column} = floor({column}) AND abs({column}) < 2.0 ** 53"
-        return f"CASE WHEN {whole} THEN CAST({column} AS BIGINT) END", pa.int64()
-    if pa.types.is_null(type_):
-        return "CAST(NULL AS VARCHAR)", pa.string()
-    raise UserError(f"column {name!r} is a {type_}; ids are integers or text")
+    type_ = _evaluate(table, table.sql(column), column.name)
+    if event_sql.is_text_id(type_) is None:
+        raise UserError(
+            f"column {column.name!r} is a {type_}; ids are integers or text, such as "
+            f"NAME={column.expression}::VARCHAR"
+        )
+    return type_
 
 
-def _seconds_sql(source: LogSource) -> str:
-    """The time in seconds since 1970; NULL where text is unreadable."""
-    name = source.config.timestamp
-    type_, column, unit = source.log.columns[name], quoted(name), source.time_unit
-    if pa.types.is_temporal(type_):
-        return f"epoch({column})"
-    if pa.types.is_integer(type_):
-        return f"CAST({column} // {unit} AS DOUBLE)"
-    if pa.types.is_string(type_):
-        date = f"epoch(TRY_CAST({column} AS TIMESTAMPTZ))"
-        return f"coalesce(TRY_CAST({column} AS DOUBLE) / {unit}, {date})"
-    return f"CAST({column} AS DOUBLE) / {unit}"
-
-
-def _time_unit(config: LogConfig, log: Table) -> int:
-    """Units in a second: as configured, or by the size of the first numbers."""
-    if config.time_unit != "auto":
-        return TIME_UNITS[config.time_unit]
-    block = next((b for p in log.parts for b in log.blocks(p) if b.rows.num_rows), None)
-    if block is None or pa.types.is_temporal(log.columns[config.timestamp]):
-        return 1
+def _read_times(config: LogConfig, log: Table) -> TimeReading:
+    """How timestamps are read, by the first rows of the log."""
+    column = config.key_columns["time"]
+    sql = log.sql(column)
+    type_ = _evaluate(log, sql, column.name)
+    blocks = (b.rows for p in log.parts for b in log.blocks(p) if b.rows.num_rows)
     with connect() as connection:
-        connection.register("log", block.rows.select([config.timestamp]))
-        number = f"TRY_CAST(CAST({quoted(config.timestamp)} AS VARCHAR) AS DOUBLE)"
-        query = f"SELECT median(abs(n)) FROM (SELECT {number} AS n FROM log) WHERE isfinite(n)"
-        row = connection.execute(query).fetchone()
-    size = (row and row[0]) or 0.0
-    return next((unit for unit in TIME_UNITS.values() if size < 1e11 * unit), TIME_UNITS["ns"])
-
-
-def _label_sql(column: Column) -> str:
-    """0 or 1, 2 for anything else, NULL if it is missing."""
-    text = f"NULLIF(CAST({column.sql} AS VARCHAR), '')"
-    number = f"coalesce(TRY_CAST({text} AS DOUBLE), TRY_CAST({text} AS BOOLEAN)::DOUBLE)"
-    return (
-        f"CAST(CASE WHEN {text} IS NULL OR isnan({number}) THEN NULL "
-        f"WHEN {number} IN (0, 1) THEN {number} ELSE 2 END AS TINYINT)"
-    )
-
-
-def _feature_sql(column: Column, kind: str) -> str:
-    """A feature as BIGINT, VARCHAR or DOUBLE; NULL if it is missing."""
-    if kind == "integer":
-        return f"CAST({column.sql} AS BIGINT)"
-    if kind == "text":
-        return f"NULLIF(CAST({column.sql} AS VARCHAR), '')"
-    number = f"TRY_CAST({column.sql} AS DOUBLE)"
-    return f"CASE WHEN isfinite({number}) THEN {number} END"
+        connection.register("log", next(blocks, log.empty()))
+        with _explain_sql("timestamp", column.expression):
+            return times.read_times(connection, sql, type_, column, config.time_unit)
 
 
 def _kind(table: Table, column: Column) -> str:
     """How a feature is stored, by its type and the user's word."""
-    type_ = _evaluate(table, column.sql, f"feature {column.name}")
-    is_float = type_ in ("FLOAT", "DOUBLE") or type_.startswith("DECIMAL")
+    type_ = _evaluate(table, table.sql(column), f"feature {column.name}")
+    is_float = type_.startswith(_FLOATS)
     if column.kind == "numeric" or (is_float and column.kind != "categorical"):
         return "number"
-    small = ("BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT")
-    return "integer" if type_.removeprefix("U") in small and type_ != "UBIGINT" else "text"
+    return "integer" if type_.removeprefix("U") in _INTEGERS and type_ != "UBIGINT" else "text"
 
 
 def _evaluate(table: Table, sql: str, what: str) -> str:
     """The SQL type of an expression over no rows."""
     with connect() as connection:
-        empty = pa.schema(list(table.columns.items())).empty_table()
-        connection.register("log", empty)
+        connection.register("log", table.empty())
         with _explain_sql(what, sql):
             return str(connection.sql(f"SELECT {sql} AS value FROM log").types[0])
 
@@ -426,18 +319,19 @@ def _shard_of(users: pa.ChunkedArray, num_shards: int) -> np.ndarray:
 
 
 def _rejected(
-    part: Part, rows: pa.Table, found: pa.Table, bad: Sequence[BadRow]
+    log: Table, part: Part, rows: pa.Table, found: pa.Table, bad: Sequence[BadRow]
 ) -> Iterator[tuple[str, str, int, str]]:
     for row in bad:
-        yield row.reason, part.file, row.row, row.text
+        yield row.reason, part.file, row.row, row.text[: 10 * _SHOWN]
     wrong = found.select([ROW, "reason"]).filter(
         pc.fill_null(pc.not_equal(found["reason"], LEFT_OUT), False)
     )
     position = pc.index_in(wrong[ROW], rows[ROW].combine_chunks()).to_pylist()
-    content = rows.drop_columns([ROW]).take(pa.array(position, pa.int64())).to_pylist()
-    for row, values in zip(wrong.to_pylist(), content, strict=True):
-        yield row["reason"], part.file, row[ROW], json.dumps(values, default=str)
+    content = rows.drop_columns([ROW]).take(pa.array(position, pa.int64()))
+    values = content.rename_columns(list(log.columns)).to_pylist()
+    for row, value in zip(wrong.to_pylist(), values, strict=True):
+        yield row["reason"], part.file, row[ROW], json.dumps(_short(value), default=str)
 
 
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
+def _short(values: Mapping[str, object]) -> dict[str, object]:
+    return {n: v[:_SHOWN] if isinstance(v, str) else v for n, v in values.items()}

@@ -12,9 +12,14 @@ from stca_jax.errors import UserError
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DERIVED = ("item", "log_popularity", "hour", "weekday")  # features that every log gets
 _NEXT_ITEM = "next"  # the task of logs without labels
+DEFAULT_NULL_WORDS = ("NULL", "null", "NaN", "nan", "None", r"\N")
+# A cast to a type of SQL, "x::numeric", has two colons.
 _COLUMN = re.compile(
-    r"(?:(?P<name>\w+)=(?!=))?(?P<expression>.+?)(?::(?P<kind>numeric|categorical))?"
+    r"(?:(?P<name>\w+)=(?!=))?(?P<expression>.+?)(?:(?<!:):(?P<kind>numeric|categorical))?",
+    re.DOTALL,
 )
+_QUOTED_NAME = re.compile(r'"(?:[^"]|"")+"')
+_UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f]")  # in a name of which files are made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Column:
     def parse(cls, text: str) -> Column:
         """Reads "COLUMN" or "NAME=SQL", each with ":numeric" or ":categorical" behind it or not.
 
+        A name with commas, colons or equals signs stands in double quotes, as in SQL.
+
         Raises:
           UserError: the text is empty.
         """
@@ -44,16 +51,17 @@ class Column:
         if match is None:
             raise UserError(f"{text!r} is no column; write COLUMN, or NAME=SQL EXPRESSION")
         name, expression, kind = match.group("name", "expression", "kind")
+        if name is None and _QUOTED_NAME.fullmatch(expression):
+            expression = expression[1:-1].replace('""', '"')
         return cls(name or expression, expression, name is not None, kind or "")
-
-    @property
-    def sql(self) -> str:
-        """The expression, quoted if it is a column's name."""
-        return f"({self.expression})" if self.is_sql else quoted(self.expression)
 
 
 def split_list(text: str) -> list[str]:
-    """Splits at commas that are in no quotes and no parentheses."""
+    """Splits at commas that are in no quotes and no parentheses.
+
+    Raises:
+      UserError: a quote mark or a parenthesis is not closed.
+    """
     parts, depth, quote = [""], 0, ""
     for c in text:
         if quote or c in "'\"":
@@ -64,6 +72,11 @@ def split_list(text: str) -> list[str]:
             parts.append("")
         else:
             parts[-1] += c
+    if quote or depth:
+        raise UserError(
+            f"{text!r} has a {quote or 'parenthesis'} that is not closed; a column's name with one "
+            'stands in double quotes: "the user\'s"'
+        )
     return [part.strip() for part in parts]
 
 
@@ -76,16 +89,18 @@ def quoted(name: str) -> str:
 class LogConfig:
     """A log of interactions and what to build from it.
 
-    A feature or label is the name of a column, or "NAME=SQL": an expression of columns in DuckDB's
-    SQL (columns of CSV files are text there, e.g. "like=rating::DOUBLE >= 4").  ":numeric" or
-    ":categorical" behind it overrides the type.
+    An id, the time, a feature or a label is the name of a column, or "NAME=SQL": an expression of
+    columns in DuckDB's SQL (columns of text files are text there, e.g.
+    "like=rating::DOUBLE >= 4").  ":numeric" or ":categorical" behind a feature overrides the type.
 
     Attributes:
-      log: Parquet or CSV files, or folders of them; all are one log.
-      user_id: Column of the user, an integer or text.
-      item_id: Column of the item, an integer or text.
-      timestamp: Column of the time: a number, a date, or text of either.
-      time_unit: Unit of numbers: "s", "ms", "us", "ns", or "auto" to go by their size.
+      log: Parquet or text (CSV) files, or folders of them; all are one log.
+      user_id: Column of the user, an integer or text, or NAME=SQL; likewise in `users`.
+      item_id: Column of the item, an integer or text, or NAME=SQL; likewise in `items`.
+      timestamp: Column of the time: a number, a date, or text of either, or NAME=SQL, e.g.
+        "time=try_strptime(day, '%m/%d/%Y')".
+      time_unit: Unit of numbers: "s", "ms", "us", "ns", or "auto" to go by their size, which must
+        then be a time since 1970 in 1995 to 2050.
       request_id: Column of the request that a labelled event was shown in.  Without it, events of
         a user that are at most `session_gap` seconds apart are a request.
       session_gap: Seconds; 0 joins events of one timestamp only.
@@ -108,6 +123,13 @@ class LogConfig:
       min_count: Training events that earn a value an id of its own.
       num_oov: Ids that all other values of a feature are hashed into.
       seed: Of all random choices.
+      delimiter: Between the columns of text files: one character, "tab", or "auto" to go by suffix
+        and header.
+      quote: Around values of text files: one character, "none", or "auto": a double quote, but none
+        in files with tabs whose header has none.
+      null_words: Texts that stand for a missing value, as an empty one does.
+      allow_odd: Largest share of rows that may be rejected, be equal to another row, or lie within
+        another row's quotes; and of events of one user, if more than a third.
     """
 
     log: tuple[str, ...]
@@ -132,6 +154,10 @@ class LogConfig:
     min_count: int = 5
     num_oov: int = 16
     seed: int = 0
+    delimiter: str = "auto"
+    quote: str = "auto"
+    null_words: tuple[str, ...] = DEFAULT_NULL_WORDS
+    allow_odd: float = 0.1
 
     def __post_init__(self) -> None:
         """Raises UserError, naming the option, for values that cannot be meant."""
@@ -148,6 +174,12 @@ class LogConfig:
         ):
             if getattr(self, name) < minimum:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+        for name, word in (("delimiter", "tab"), ("quote", "none")):
+            value = getattr(self, name)
+            if value not in ("auto", word, r"\t") and not (len(value) == 1 and value.isascii()):
+                raise UserError(f"{name} is {value!r}; give one ASCII character, {word}, or auto")
+        if not 0 <= self.allow_odd <= 1:
+            raise UserError(f"allow_odd is {self.allow_odd}; give a share from 0 to 1")
         for features, table in (("item_features", "items"), ("user_features", "users")):
             if bool(getattr(self, features)) != bool(getattr(self, table)):
                 raise UserError(f"{table} and {features} need each other: give both or neither")
@@ -168,6 +200,18 @@ class LogConfig:
                 f"features are named twice, or like one that every log gets ({', '.join(_DERIVED)})"
                 f": {', '.join(sorted(repeated))}. Rename with NEW_NAME=COLUMN"
             )
+        if unsafe := [n for n in names if _UNSAFE.search(n)]:
+            raise UserError(
+                f"{unsafe[0]!r} cannot name a feature, since files are called by it; give it "
+                f"another name: NAME={quoted(unsafe[0])}"
+            )
+
+    @property
+    def key_columns(self) -> dict[str, Column]:
+        """Columns of an event that are no features: "user", "item", "time", "request"."""
+        texts = {"user": self.user_id, "item": self.item_id, "time": self.timestamp}
+        texts |= {"request": self.request_id} if self.request_id else {}
+        return {name: Column.parse(text) for name, text in texts.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LogConfig:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stca_jax.data.interaction_log.events import LogSource, id_keys, read_side_table
+from stca_jax.data.interaction_log.moments import Moments
 from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.data.interaction_log.statistics import ShardStatistics, ValueCounts
 from stca_jax.input import request_building as rb
@@ -18,6 +19,7 @@ from stca_jax.schema import Schema
 _HOUR, _DAY = 3_600, 86_400
 _THURSDAY = 3  # of 1970-01-01, when Monday is 0
 _LABEL_IDS = 3  # 0, 1, and unknown
+_FARTHEST = 1e6  # deviations, beyond which float32 would not hold the squares of many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +29,12 @@ class Encoder:
     Attributes:
       values: Every value of the log.
       ids: The id of each: its own, or an out-of-vocabulary one.
-      size: Number of ids; a missing value has the first out-of-vocabulary one.
-      missing: That id.
+      vocabulary: Gives ids to these values and to all others.
     """
 
     values: pa.Array
     ids: np.ndarray
-    size: int
-    missing: int
+    vocabulary: rb.Vocabulary
 
     @classmethod
     def fit(
@@ -46,12 +46,32 @@ class Encoder:
             distinct = distinct.astype(str)
         frequent = train_count >= min_count
         vocabulary = rb.Vocabulary(np.sort(distinct[frequent]), num_oov)
-        return cls(values, vocabulary.encode(distinct), vocabulary.size, len(vocabulary.known))
+        return cls(values, vocabulary.encode(distinct), vocabulary)
+
+    @property
+    def size(self) -> int:
+        """Number of ids."""
+        return self.vocabulary.size
+
+    @property
+    def missing(self) -> int:
+        """The id of a missing value: the first out-of-vocabulary one."""
+        return len(self.vocabulary.known)
 
     def encode(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """int32 ids."""
-        ids = np.append(self.ids, self.missing)
-        return ids[positions(column, self.values)].astype(np.int32)
+        """int32 ids; a value that the log does not have gets what the vocabulary gives it."""
+        place = positions(column, self.values)
+        ids = np.append(self.ids, self.missing)[place].astype(np.int32)
+        new = place < 0
+        if new.any():
+            new &= np.asarray(pc.is_valid(column))
+            values = column.filter(pa.array(new)).to_pylist()
+            ids[new] = self.vocabulary.encode(np.array(values, self._dtype))
+        return ids
+
+    @property
+    def _dtype(self) -> type:
+        return str if pa.types.is_string(self.values.type) else np.int64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +87,17 @@ class Scale:
     deviation: float
 
     @classmethod
-    def fit(cls, count: float, total: float, squares: float) -> Scale:
-        """From the number of values, their sum and that of their squares."""
-        mean = total / max(count, 1)
-        variance = squares / max(count, 1) - mean**2
-        return cls(mean, float(np.sqrt(variance)) if variance > 1e-12 * max(1, mean**2) else 1.0)
+    def fit(cls, moments: Moments) -> Scale:
+        """Of training events."""
+        return cls(moments.mean, moments.deviation or 1.0)
 
     def encode(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """float32 numbers."""
+        """float32 numbers; what lies beyond `_FARTHEST` deviations is put there."""
         values = pc.fill_null(column, self.mean).to_numpy()
-        return ((values - self.mean) / self.deviation).astype(np.float32)
+        values = np.where(np.isnan(values), self.mean, values)
+        with np.errstate(over="ignore"):
+            scaled = (values - self.mean) / self.deviation
+        return scaled.clip(-_FARTHEST, _FARTHEST).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +165,7 @@ def make_plan(
         for name, table in counts.columns.items()
         if name != "item"
     }
-    encoders |= {n.removeprefix("feature_"): Scale.fit(*m) for n, m in counts.moments.items()}
+    encoders |= {n.removeprefix("feature_"): Scale.fit(m) for n, m in counts.moments.items()}
     item_encoder = Encoder.fit(items, item_count, *fit_on)
     item_columns = {"item": item_encoder.ids, "log_popularity": rb.log_popularity(item_count)}
     vocabularies = {"item": item_encoder.size, "hour": 24, "weekday": 7}
@@ -206,8 +227,7 @@ def _side_features(
         column = padded.take(pa.array(np.where(row < 0, len(padded) - 1, row)))
         name = field.name.removeprefix("feature_")
         if pa.types.is_floating(field.type):
-            values = column.filter(pa.array(train_count > 0)).drop_null().to_numpy()
-            scale = Scale.fit(len(values), values.sum(), (values**2).sum())
+            scale = Scale.fit(Moments.of(column.filter(pa.array(train_count > 0))))
             columns[name] = scale.encode(column), 0
         else:
             encoded = column.dictionary_encode()

@@ -2,19 +2,18 @@
 
     staging/
       parts/00003/       shard-00017.parquet …   events of one part of the log, by shard
-                         rejected.csv reasons.json
+                         rejected.csv summary.json
       shards/            00017.parquet           events of one shard, sorted, each once
                          00017.json              its statistics: it is whole
                          00017.counts            how often each value occurs in training
       records/           00017.array_record      (written by data.base)
 
-A part or a shard that has its last file is whole.  Memory holds a block of rows, or a shard.
+A part or a shard that has its last file is whole.  Memory holds some blocks of rows, or a shard.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import csv
 import functools
 import json
@@ -29,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stca_jax.data.interaction_log.events import DUPLICATE, LogSource, group_events, read_events
+from stca_jax.data.interaction_log.odd_rows import PartSummary, check_events, check_rows
 from stca_jax.data.interaction_log.records import Plan, make_plan
 from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.data.interaction_log.statistics import (
@@ -41,6 +41,8 @@ from stca_jax.data.interaction_log.statistics import (
 from stca_jax.data.running import Runner
 from stca_jax.files import write_json
 
+_BUFFERED_BYTES = 256 << 20  # of events of a part, before they go to their shards
+
 
 class Staging:
     """A log's events, sorted by user into shards that fit into memory.
@@ -50,6 +52,7 @@ class Staging:
       folder: Where everything lies; of this log and config only.
       statistics: Of each shard; None for one without events.
       total: Of all.
+      read: What was read of the log's files.
       reasons: How many rows were left out, by reason.
       times: Where validation and test begin, Unix seconds.
       counts: How often each value of each column occurs in training events.
@@ -64,20 +67,26 @@ class Staging:
           run: Runs the steps.
 
         Raises:
-          UserError: a file is damaged, no row can be used, or a split has no requests.
+          UserError: a file is damaged, no row can be used or too many are odd, or a split has no
+            requests.
         """
         self.source, self.folder = source, folder / source.fingerprint[:16]
         num_parts, num_shards = len(source.log.parts), source.log.num_shards
         (self.folder / "shards").mkdir(parents=True, exist_ok=True)
         run("Reading the log", self.read_part, num_parts)
-        self._gather_rejected(folder.parent / "rejected_rows.csv")
+        rejected = folder.parent / "rejected_rows.csv"
+        self._gather_rejected(rejected)
+        self.read = self._add_up_parts()
+        check_rows(source, self.read, rejected)
         run("Sorting by user", self.sort_shard, num_shards)
         described = [_read_json(self._shard_file(i, "json")) for i in range(num_shards)]
         self.statistics = [
             d["statistics"] and ShardStatistics.from_dict(d["statistics"]) for d in described
         ]
         self.total = add_up([s for s in self.statistics if s is not None])
-        self.reasons = self._count_reasons(sum(d["duplicates"] for d in described))
+        duplicates = sum(d["duplicates"] for d in described)
+        self.reasons = self.read.reasons + collections.Counter({DUPLICATE: duplicates})
+        check_events(source, duplicates, self.total.num_events, max(self.total.log_length))
         self.times = split_times(source, self.total)
         run("Counting values", self.count_values, num_shards)
         self.counts = self._add_up_counts()
@@ -96,7 +105,9 @@ class Staging:
     def profile(self) -> str:
         """The log in numbers, for people."""
         num_items = len(self.counts.columns["item"])
-        return format_profile(self.source, self.total, self.reasons, num_items, self.times)
+        return format_profile(
+            self.source, self.read, self.total, self.reasons, num_items, self.times
+        )
 
     def read_part(self, index: int) -> None:
         """Splits the events of a part by shard."""
@@ -106,32 +117,30 @@ class Staging:
         unfinished = folder.with_name(f"unfinished-{folder.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        reasons: collections.Counter[str] = collections.Counter()
-        with contextlib.ExitStack() as files:
-            writers: dict[int, pq.ParquetWriter] = {}
-            rejected = csv.writer(files.enter_context(open(unfinished / "rejected.csv", "w")))
+        summary, part = PartSummary(), self.source.log.parts[index]
+        buffered = _ShardBuffer(unfinished)
+        with open(unfinished / "rejected.csv", "w", newline="") as file:
+            rejected = csv.writer(file, lineterminator="\n")
             rejected.writerow(["reason", "file", "row", "content"])
-            for events in read_events(self.source, self.source.log.parts[index]):
-                for shard in np.unique(events.shard):
-                    if shard not in writers:
-                        file = unfinished / f"shard-{shard:05d}.parquet"
-                        writer = pq.ParquetWriter(file, events.table.schema)
-                        writers[shard] = files.enter_context(writer)
-                    writers[shard].write_table(events.table.filter(pa.array(events.shard == shard)))
+            for events in read_events(self.source, part):
+                summary.add(events, part.file)
+                buffered.add(events.table, events.shard)
                 rejected.writerows(events.rejected)
-                reasons += events.reasons
-        write_json(unfinished / "reasons.json", reasons)
+        buffered.flush()
+        write_json(unfinished / "summary.json", summary.to_dict())
         unfinished.rename(folder)
 
     def sort_shard(self, index: int) -> None:
         """Gathers a shard's events from all parts, and counts them."""
         done = self._shard_file(index, "json")
-        pieces = sorted((self.folder / "parts").glob(f"*/shard-{index:05d}.parquet"))
+        pieces = sorted((self.folder / "parts").glob(f"*/shard-{index:05d}-*.parquet"))
         if not done.exists():
             duplicates, statistics = 0, None
             if pieces:
                 tables = [pq.read_table(piece) for piece in pieces]
-                events = group_events(tables, self.folder / f"temporary-{index:05d}")
+                temporary = self.folder / f"temporary-{index:05d}"
+                events = group_events(tables, temporary)
+                shutil.rmtree(temporary, ignore_errors=True)
                 pq.write_table(events, self._shard_file(index, "parquet"))
                 duplicates = sum(map(len, tables)) - len(events)
                 statistics = ShardStatistics.of(Shard(events, self.source.config)).to_dict()
@@ -153,13 +162,10 @@ class Staging:
         counts = (pickle.loads(self._shard_file(i, "counts").read_bytes()) for i in full)
         return functools.reduce(operator.add, counts)
 
-    def _count_reasons(self, duplicates: int) -> collections.Counter[str]:
+    def _add_up_parts(self) -> PartSummary:
         parts = range(len(self.source.log.parts))
-        reasons = [_read_json(self._part_folder(i) / "reasons.json") for i in parts]
-        total: collections.Counter[str] = sum(
-            map(collections.Counter, reasons), collections.Counter()
-        )
-        return total + collections.Counter({DUPLICATE: duplicates})
+        read = (_read_json(self._part_folder(i) / "summary.json") for i in parts)
+        return functools.reduce(operator.add, map(PartSummary.from_dict, read))
 
     def _gather_rejected(self, path: pathlib.Path) -> None:
         """Puts the rejected rows of all parts into one CSV file."""
@@ -176,6 +182,37 @@ class Staging:
 
     def _shard_file(self, index: int, suffix: str) -> pathlib.Path:
         return self.folder / "shards" / f"{index:05d}.{suffix}"
+
+
+class _ShardBuffer:
+    """Events on their way into shards: few files, and none of them open for long."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        self._tables: dict[int, list[pa.Table]] = {}
+        self._bytes, self._num_flushed = 0, 0
+
+    def add(self, table: pa.Table, shard: np.ndarray) -> None:
+        """Adds events, and the shard of each."""
+        if not len(table):
+            return
+        order = np.argsort(shard, kind="stable")
+        table, shard = table.take(pa.array(order)).combine_chunks(), shard[order]
+        begins = np.flatnonzero(np.diff(shard, prepend=-1))
+        for begin, end in zip(begins, [*begins[1:], len(shard)], strict=True):
+            pieces = self._tables.setdefault(int(shard[begin]), [])
+            pieces.append(table.slice(begin, end - begin))
+        self._bytes += table.nbytes
+        if self._bytes > _BUFFERED_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is buffered: shard-SHARD-TIME.parquet."""
+        for shard, pieces in self._tables.items():
+            file = self._folder / f"shard-{shard:05d}-{self._num_flushed:05d}.parquet"
+            pq.write_table(pa.concat_tables(pieces), file)
+        self._num_flushed += 1
+        self._tables, self._bytes = {}, 0
 
 
 def _read_json(path: pathlib.Path) -> Any:

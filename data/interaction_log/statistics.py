@@ -11,13 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stca_jax.data.interaction_log.events import DUPLICATE, LEFT_OUT, LogSource
+from stca_jax.data.interaction_log.event_sql import LEFT_OUT
+from stca_jax.data.interaction_log.events import DUPLICATE, LogSource
+from stca_jax.data.interaction_log.moments import Moments
+from stca_jax.data.interaction_log.odd_rows import PartSummary, lines_of_profile
 from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.errors import UserError
 from stca_jax.input.records import SPLITS
 
 _MINUTE = 60
-_LONGEST = 2**31 - 1  # seconds that a record's times can span
 
 Histogram = collections.Counter[int]
 
@@ -94,13 +96,7 @@ class ShardStatistics:
 
 
 def add_up(shards: Sequence[ShardStatistics]) -> ShardStatistics:
-    """Statistics of the log.
-
-    Raises:
-      UserError: there is no event, or times span more than records can hold.
-    """
-    if not shards:
-        raise UserError("no row of the log can be used; the rejected rows tell why")
+    """Statistics of the log, of one shard with events or more."""
     total = {}
     for field in dataclasses.fields(ShardStatistics):
         values = [getattr(s, field.name) for s in shards]
@@ -114,13 +110,7 @@ def add_up(shards: Sequence[ShardStatistics]) -> ShardStatistics:
             total[field.name] = sum(values, collections.Counter())
         else:
             total[field.name] = sum(values)
-    result = ShardStatistics(**total)
-    if result.last_time - result.first_time > _LONGEST:
-        raise UserError(
-            f"times run from {_date(result.first_time)} to {_date(result.last_time)}, more than 68 "
-            "years; is there a wrong time among them, or is time_unit not what it should be?"
-        )
-    return result
+    return ShardStatistics(**total)
 
 
 def split_times(source: LogSource, total: ShardStatistics) -> tuple[int, int]:
@@ -186,26 +176,26 @@ class ValueCounts:
 
     Attributes:
       columns: For each categorical column, "value" and "count"; 0 for values first seen later.
-      moments: For each numeric column: number, sum and sum of squares.
+      moments: Of each numeric column.
       users: Ids of users with training events.
     """
 
     columns: dict[str, pa.Table]
-    moments: dict[str, np.ndarray]
+    moments: dict[str, Moments]
     users: pa.Array
 
     @classmethod
     def of(cls, shard: Shard, validation_start: int) -> ValueCounts:
         """Counts a shard's columns "item" and "feature_…"."""
         is_train = pa.array(shard.time < validation_start)
-        columns, moments = {}, {}
+        columns: dict[str, pa.Table] = {}
+        moments: dict[str, Moments] = {}
         for name in shard.events.column_names:
             if name != "item" and not name.startswith("feature_"):
                 continue
             column = shard.events[name]
             if pa.types.is_floating(column.type):
-                values = column.filter(is_train).drop_null().to_numpy()
-                moments[name] = np.array([len(values), values.sum(), (values**2).sum()])
+                moments[name] = Moments.of(column.filter(is_train))
             else:
                 counted = pa.table({"value": column, "count": is_train.cast(pa.int64())})
                 columns[name] = _sum_counts(counted.filter(pc.is_valid(column)))
@@ -233,6 +223,7 @@ def _sum_counts(table: pa.Table) -> pa.Table:
 
 def format_profile(
     source: LogSource,
+    read: PartSummary,
     total: ShardStatistics,
     reasons: Mapping[str, int],
     num_items: int,
@@ -241,11 +232,11 @@ def format_profile(
     """A page of text for people: what the log holds and what will be built from it."""
     config = source.config
     rejected = {r: n for r, n in sorted(reasons.items()) if r not in (DUPLICATE, LEFT_OUT)}
-    num_rejected, rows = sum(rejected.values()), total.num_events + sum(reasons.values())
+    num_rejected = sum(rejected.values())
     names = config.feature_names
     unused = sorted(set(source.log.all_columns) - set(source.log.columns))
     lines = [
-        ("files", f"{len(source.log.files):,}, {rows:,} rows"),
+        *lines_of_profile(source, read),
         ("columns not used", ", ".join(unused) or "none"),
         ("time", f"{_date(total.first_time)} to {_date(total.last_time)} UTC"),
         ("users, items", f"{total.num_users:,}, {num_items:,}"),

@@ -27,17 +27,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Float64, Int
 
+from stca_jax.data.synthetic_interests.catalogue import Catalogue, GeneratorConfig, make_catalogue
+from stca_jax.data.synthetic_interests.drawing import (
+    SECONDS_PER_DAY,
+    draw_below,
+    draw_labels,
+    draw_requests,
+    draw_sessions,
+    draw_zipf,
+)
 from stca_jax.input import request_building as rb
 from stca_jax.input.records import UserRecord
 from stca_jax.schema import Schema
-
-_SECONDS_PER_DAY = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,74 +80,20 @@ FEATURES: dict[str, Any] = {
 
 _LIFELONG_SHARE, _EPISODE_SHARE = 0.7, 0.2  # of events; sessions have the rest
 _EPISODE_DAYS = 45
-_SESSION_SECONDS = 1_800
-_EVENTS_PER_SESSION = 10
 _FAVOURITE_SHARE = 0.5  # of events on a user's own ranking of items; others are on everybody's
 # Exponents of Zipf's law: how much more often the first choice is taken than the k-th.
 _TOPIC_ZIPF, _CATEGORY_ZIPF, _ITEM_ZIPF = 0.8, 1.0, 1.0
 # Of candidates: items met before, other items of categories met before; others are of any category.
 _PAST_SHARE, _RELATED_SHARE = 0.4, 0.2
-_WARM_UP = 0.1  # of a user's events come before the first request
-_VALIDATION_START, _TEST_START = 0.7, 0.8  # of the period
-
-
-@dataclasses.dataclass(frozen=True)
-class GeneratorConfig:
-    """Size of a dataset.
-
-    Attributes:
-      num_users: How many records.
-      min_events: Shortest log. Lengths n follow Zipf's law, a density in 1 / n.
-      max_events: Longest log.
-      num_topics: Hidden clusters of categories.
-      categories_per_topic: Number of categories of each.
-      items_per_category: Number of items of each.
-      events_per_request: A log of n events has n / events_per_request requests.
-      targets_per_request: Distinct candidates of each; fewer if the catalogue is tiny.
-      num_days: Period that all logs span.
-      seed: Of everything. Equal seeds and catalogue sizes give equal catalogues.
-    """
-
-    num_users: int
-    min_events: int
-    max_events: int
-    num_topics: int = 32
-    categories_per_topic: int = 5
-    items_per_category: int = 64
-    events_per_request: int = 64
-    targets_per_request: int = 16
-    num_days: int = 720
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for sizes below 1 or no possible length."""
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "seed" else 1
-            if value < least:
-                raise ValueError(f"{field.name} is {value}; it must be at least {least}")
-        if self.min_events > self.max_events:
-            raise ValueError(f"min_events {self.min_events} is above max_events {self.max_events}")
-
-    @property
-    def num_seconds(self) -> int:
-        """The period that all logs span."""
-        return self.num_days * _SECONDS_PER_DAY
-
-    @property
-    def validation_start(self) -> int:
-        """Time of the first validation requests."""
-        return int(_VALIDATION_START * self.num_seconds)
-
-    @property
-    def test_start(self) -> int:
-        """Time of the first test requests."""
-        return int(_TEST_START * self.num_seconds)
 
 
 CONFIGS = {
     "default": GeneratorConfig(num_users=640, min_events=512, max_events=10_240),
     "long": GeneratorConfig(
         num_users=200, min_events=4_096, max_events=16_384, events_per_request=128
+    ),
+    "topics": GeneratorConfig(
+        num_users=3_000, min_events=64, max_events=1_024, events_per_request=32, seed=1
     ),
     "tiny": GeneratorConfig(
         num_users=96,
@@ -152,58 +105,6 @@ CONFIGS = {
         events_per_request=32,
     ),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Catalogue:
-    """The tree of topics, categories and items.
-
-    Attributes:
-      categories: Categories of each topic.
-      items: Items of each category, most popular first.
-      topic_of_category: The inverse of `categories`.
-      category_of_item: The inverse of `items`.
-    """
-
-    categories: Int[np.ndarray, "topics k"]
-    items: Int[np.ndarray, "categories k"]
-    topic_of_category: Int[np.ndarray, " categories"]
-    category_of_item: Int[np.ndarray, " items"]
-
-    def num_ids(self, field: str) -> int:
-        """Size of a field of `fields_of`."""
-        return {
-            "item": len(self.category_of_item),
-            "category": len(self.topic_of_category),
-            "topic": len(self.categories),
-        }[field]
-
-    def fields_of(
-        self, features: Mapping[str, Int[np.ndarray, " n"]]
-    ) -> dict[str, Int[np.ndarray, " n"]]:
-        """Item, category and topic of a record's events or targets.
-
-        Raises:
-          ValueError: the catalogue has other items, or has them in other categories.
-        """
-        item, category = features["item"], features["category"]
-        num_items = len(self.category_of_item)
-        if item.max(initial=0) >= num_items or (self.category_of_item[item] != category).any():
-            raise ValueError(
-                f"the items are not those of this catalogue of {num_items}: make it from the "
-                "GeneratorConfig that the record was generated from"
-            )
-        return {"item": item, "category": category, "topic": self.topic_of_category[category]}
-
-
-def make_catalogue(config: GeneratorConfig) -> Catalogue:
-    """Draws the tree that all users of a configuration share."""
-    rng = np.random.default_rng([config.seed, 0])
-    num_categories = config.num_topics * config.categories_per_topic
-    num_items = num_categories * config.items_per_category
-    categories = rng.permutation(num_categories).astype(np.int32).reshape(config.num_topics, -1)
-    items = rng.permutation(num_items).astype(np.int32).reshape(num_categories, -1)
-    return Catalogue(categories, items, _row_of(categories), _row_of(items))
 
 
 def make_schema(config: GeneratorConfig) -> Schema:
@@ -246,7 +147,7 @@ def true_lifts(
     for k, end in enumerate(record.history_end):
         window = slice(0 if max_history is None else max(0, end - max_history), end)
         rows = slice(record.target_offset[k], record.target_offset[k + 1])
-        age_days = (record.request_time[k] - record.event_time[window]) / _SECONDS_PER_DAY
+        age_days = (record.request_time[k] - record.event_time[window]) / SECONDS_PER_DAY
         weight = {d: np.exp(-age_days / d) for d in {term.decay_days for term in TERMS}}
         for column, term in enumerate(TERMS):
             w, size = weight[term.decay_days], catalogue.num_ids(term.field)
@@ -271,26 +172,16 @@ def logit_of(lifts: Float64[np.ndarray, "t terms"]) -> Float64[np.ndarray, " t"]
     return lifts @ [term.weight for term in TERMS] + BIAS
 
 
-def _row_of(table: Int[np.ndarray, "rows k"]) -> Int[np.ndarray, " ids"]:
-    """For each id of a table that holds every id once, the row it stands in."""
-    row = np.empty(table.size, np.int32)
-    row[table] = np.arange(len(table), dtype=np.int32)[:, None]
-    return row
-
-
 def _generate_user(
     config: GeneratorConfig, catalogue: Catalogue, user_id: int, first_request_id: int
 ) -> UserRecord:
     rng = np.random.default_rng([config.seed, 1, user_id])
-    time, session = _draw_sessions(config, rng)
+    time, session = draw_sessions(config, rng)
     category = _draw_categories(config, catalogue, time, session, rng)
     item = _draw_items(catalogue, category, rng)
 
-    num_requests = -(-len(time) // config.events_per_request)
-    position = len(time) * (_WARM_UP + (1 - _WARM_UP) * rng.random(num_requests))
-    request_time = time[np.sort(position.astype(np.int64))]
-    # The events at the request's own time are not history.
-    history_end = np.searchsorted(time, request_time)
+    request_time, history_end = draw_requests(config, time, rng)
+    num_requests = len(request_time)
     targets = [_draw_targets(config, catalogue, item[:end], rng) for end in history_end]
     target = np.concatenate(targets)
 
@@ -307,21 +198,7 @@ def _generate_user(
         target={"item": target, "category": catalogue.category_of_item[target]},
         label=np.zeros((len(target), 1), np.float32),
     )
-    return dataclasses.replace(record, label=_draw_labels(true_logit(record, catalogue), rng))
-
-
-def _draw_sessions(
-    config: GeneratorConfig, rng: np.random.Generator
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Times of a user's events, in order, and the session each belongs to."""
-    ratio = config.max_events / config.min_events
-    num_events = round(config.min_events * ratio ** rng.random())
-    num_sessions = -(-num_events // _EVENTS_PER_SESSION)
-    start = _draw_below(config.num_seconds - _SESSION_SECONDS, num_sessions, rng)
-    session = _draw_below(num_sessions, num_events, rng)
-    time = start[session] + _draw_below(_SESSION_SECONDS, num_events, rng)
-    order = np.argsort(time, kind="stable")
-    return time[order].astype(np.int32), session[order]
+    return dataclasses.replace(record, label=draw_labels(true_logit(record, catalogue), rng))
 
 
 def _draw_categories(
@@ -333,20 +210,20 @@ def _draw_categories(
 ) -> Int[np.ndarray, " n"]:
     """Categories of a user's events, from interests of three time scales."""
     num_topics, num_ranks = catalogue.categories.shape
-    days, n = time / _SECONDS_PER_DAY, len(time)
+    days, n = time / SECONDS_PER_DAY, len(time)
     tastes = np.stack([rng.permutation(num_topics), rng.permutation(num_topics)])
     is_new = rng.random(n) < days / config.num_days
-    lifelong = tastes[is_new.astype(np.int64), _draw_zipf(num_topics, _TOPIC_ZIPF, n, rng)]
+    lifelong = tastes[is_new.astype(np.int64), draw_zipf(num_topics, _TOPIC_ZIPF, n, rng)]
     episode = (days / _EPISODE_DAYS + rng.random()).astype(np.int64)
-    episodic = _draw_below(num_topics, episode[-1] + 1, rng)[episode]
+    episodic = draw_below(num_topics, episode[-1] + 1, rng)[episode]
 
     scale = rng.random(n)
     topic = np.where(scale < _LIFELONG_SHARE, lifelong, episodic)
     # Each user ranks a topic's categories in an order of their own: a rotation of everybody's.
-    rotation = _draw_below(num_ranks, num_topics, rng)
-    rank = rotation[topic] + _draw_zipf(num_ranks, _CATEGORY_ZIPF, n, rng)
+    rotation = draw_below(num_ranks, num_topics, rng)
+    rank = rotation[topic] + draw_zipf(num_ranks, _CATEGORY_ZIPF, n, rng)
     category = catalogue.categories[topic, rank % num_ranks]
-    of_session = _draw_below(len(catalogue.items), session.max() + 1, rng)[session]
+    of_session = draw_below(len(catalogue.items), session.max() + 1, rng)[session]
     is_lasting = scale < _LIFELONG_SHARE + _EPISODE_SHARE
     return np.where(is_lasting, category, of_session).astype(np.int32)
 
@@ -356,9 +233,9 @@ def _draw_items(
 ) -> Int[np.ndarray, " n"]:
     """Items of a user's events: the user's favourites of the category, and everybody's."""
     num_categories, num_ranks = catalogue.items.shape
-    rotation = _draw_below(num_ranks, num_categories, rng)
+    rotation = draw_below(num_ranks, num_categories, rng)
     is_favourite = rng.random(len(category)) < _FAVOURITE_SHARE
-    rank = _draw_zipf(num_ranks, _ITEM_ZIPF, len(category), rng)
+    rank = draw_zipf(num_ranks, _ITEM_ZIPF, len(category), rng)
     rank += np.where(is_favourite, rotation[category], 0)
     return catalogue.items[category, rank % num_ranks]
 
@@ -372,33 +249,13 @@ def _draw_targets(
     """Distinct candidates: items of the history, of its categories, and of any category."""
     num_categories, num_ranks = catalogue.items.shape
     size = 3 * config.targets_per_request  # enough for the repeats that fall away
-    category = _draw_below(num_categories, size, rng)
-    rank = _draw_zipf(num_ranks, _ITEM_ZIPF, size, rng)
+    category = draw_below(num_categories, size, rng)
+    rank = draw_zipf(num_ranks, _ITEM_ZIPF, size, rng)
     random = catalogue.items[category, rank]
-    past = history[_draw_below(len(history), size, rng)] if len(history) else random
+    past = history[draw_below(len(history), size, rng)] if len(history) else random
     related = catalogue.items[catalogue.category_of_item[past], rank]
     origin = rng.random(size)
     is_past, is_related = origin < _PAST_SHARE, origin < _PAST_SHARE + _RELATED_SHARE
     item = np.select([is_past, is_related], [past, related], random)
     first = np.unique(item, return_index=True)[1]
     return item[np.sort(first)[: config.targets_per_request]]
-
-
-def _draw_labels(
-    logit: Float64[np.ndarray, " t"], rng: np.random.Generator
-) -> Float32[np.ndarray, "t 1"]:
-    probability = 1 / (1 + np.exp(-logit))
-    return (rng.random(len(logit)) < probability).astype(np.float32)[:, None]
-
-
-def _draw_below(bound: int, size: int, rng: np.random.Generator) -> Int[np.ndarray, " size"]:
-    """Uniform integers in [0, bound)."""
-    return (rng.random(size) * bound).astype(np.int64)
-
-
-def _draw_zipf(
-    num: int, exponent: float, size: int, rng: np.random.Generator
-) -> Int[np.ndarray, " size"]:
-    """Ranks k in [0, num), with probability proportional to 1 / (k + 1)^exponent."""
-    cumulative = np.cumsum(np.arange(1, num + 1) ** -exponent)
-    return np.searchsorted(cumulative[:-1], rng.random(size) * cumulative[-1], side="right")

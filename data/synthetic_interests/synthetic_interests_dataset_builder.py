@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import tensorflow_datasets as tfds
@@ -15,6 +16,12 @@ from stca_jax.data.synthetic_interests.generator import (
     generate_users,
     make_schema,
 )
+from stca_jax.data.synthetic_interests.latent import (
+    LATENT_CONFIGS,
+    LatentConfig,
+    generate_latent_users,
+    make_latent_schema,
+)
 
 
 @dataclasses.dataclass
@@ -25,7 +32,7 @@ class SyntheticInterestsConfig(tfds.core.BuilderConfig):
       generator: How many users, how long their logs are, and the seed.
     """
 
-    generator: GeneratorConfig = CONFIGS["default"]
+    generator: GeneratorConfig | LatentConfig = CONFIGS["default"]
 
 
 class Builder(UserDatasetBuilder):
@@ -39,7 +46,7 @@ class Builder(UserDatasetBuilder):
             description=f"{config.num_users} users of up to {config.max_events:,} events.",
             generator=config,
         )
-        for name, config in CONFIGS.items()
+        for name, config in (CONFIGS | LATENT_CONFIGS).items()
     ]
 
     @property
@@ -50,12 +57,18 @@ class Builder(UserDatasetBuilder):
     def user_data(self, dl_manager: tfds.download.DownloadManager) -> UserData:
         """Generates the users while they are written; nothing is downloaded."""
         config = self.builder_config.generator
+        if isinstance(config, LatentConfig):
+            kind, schema = "latent", make_latent_schema(config)
+            shard = functools.partial(generate_latent_users, config)
+        else:
+            kind, schema = "generator", make_schema(config)
+            shard = functools.partial(generate_users, config)
         return UserData(
-            schema=make_schema(config),
+            schema=schema,
             time_origin=0,
             validation_start=config.validation_start,
             test_start=config.test_start,
             num_users=config.num_users,
-            shards=[lambda: generate_users(config)],
-            notes={"generator": dataclasses.asdict(config)},
+            shards=[shard],
+            notes={kind: dataclasses.asdict(config)},
         )

@@ -8,7 +8,8 @@ mean of three seeds
 One row a batch: for a mesh of several devices, raise input.rows_per_batch.
 """
 
-from stca_jax.experiment import EvaluationConfig, ExperimentConfig
+from stca_jax.evaluation.evaluator import EvaluationConfig
+from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import BetaLength
 from stca_jax.input.pipeline import InputConfig
 from stca_jax.models.ranker import similarity_config

@@ -2,8 +2,8 @@
 
 Command: python -m experiments.length_study --config=experiments/configs/length_study.py
     --workdir=DIR
-Reaches: AUC .827 at 4,000 events with windows of 816 on average, .832 with full ones; the
-rest is in docs/length.md. One core of an Intel Xeon 2.5 GHz server (AVX-512), 2026-11-27.
+Reaches: AUC .832 at 4,000 events with full windows, .818 with windows of 256; the rest is in
+docs/length.md. One core of an Intel Xeon 2.5 GHz server (AVX-512), 2026-11-27.
 
 A point is a quarter of an epoch over the requests after at least 500 events, about the same number
 of targets for all: small enough for dozens of them. For a whole epoch add
@@ -12,9 +12,10 @@ of targets for all: small enough for dozens of them. For a whole epoch add
 
 import dataclasses
 
-from stca_jax.experiment import ExperimentConfig, TrainingConfig
+from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments.configs import complete_journey
 from stca_jax.training.checkpointing import CheckpointConfig
+from stca_jax.training.train_step import TrainingConfig
 
 
 def get_config() -> ExperimentConfig:

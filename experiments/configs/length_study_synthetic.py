@@ -2,15 +2,17 @@
 
 Command: python -m experiments.length_study --workdir=DIR --points=length
     --config=experiments/configs/length_study_synthetic.py
-Reaches: AUC .844 at 10,240 events (beta-0.02; full windows .842), .699 at 256; the true function
-has .877 and .711, logistic regression .851 and .699. 8 to 15 minutes of training a run on one core
+Reaches: AUC .842 at 10,240 events with full windows, .690 at 256; the true function has .877 and
+.711, logistic regression .851 and .699. 8 to 15 minutes of training a run on one core
 of an Intel Xeon 2.5 GHz server (AVX-512), 2026-11-27.
 """
 
-from stca_jax.experiment import EvaluationConfig, ExperimentConfig, TrainingConfig
+from stca_jax.evaluation.evaluator import EvaluationConfig
+from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import BetaLength
 from stca_jax.input.pipeline import InputConfig
 from stca_jax.training.checkpointing import CheckpointConfig
+from stca_jax.training.train_step import TrainingConfig
 
 
 def get_config() -> ExperimentConfig:

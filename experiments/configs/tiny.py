@@ -3,12 +3,14 @@
 Command: python -m experiments.train --config=experiments/configs/tiny.py --workdir=DIR
 """
 
-from stca_jax.experiment import EvaluationConfig, ExperimentConfig, TrainingConfig
+from stca_jax.evaluation.evaluator import EvaluationConfig
+from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import FixedLength
 from stca_jax.input.pipeline import InputConfig
 from stca_jax.models.ranker import RankerConfig
 from stca_jax.models.stca import StcaConfig
 from stca_jax.training.checkpointing import CheckpointConfig
+from stca_jax.training.train_step import TrainingConfig
 
 
 def get_config() -> ExperimentConfig:

@@ -60,9 +60,9 @@ from stca_jax.data.preparation import prepare
 from stca_jax.experiments.configs import tiny
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import make_input
+from stca_jax.trainer import train
 from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.training.sharding import MeshConfig, batch_shardings, device_batch, make_mesh
-from stca_jax.training.trainer import train
 
 print(jax.device_count(), "devices of", jax.devices()[0].device_kind)
 

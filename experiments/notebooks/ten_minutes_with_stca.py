@@ -53,7 +53,7 @@ from stca_jax.batch import Request, empty_batch, from_requests, validate_batch
 from stca_jax.config import apply_overrides
 from stca_jax.data.preparation import prepare
 from stca_jax.evaluation.evaluator import evaluate_split, metric_rows
-from stca_jax.evaluation.references import evaluate_references, labelled_views
+from stca_jax.evaluation.references.scoring import evaluate_references
 from stca_jax.experiments.configs import complete_journey
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import make_input, select_requests
@@ -64,10 +64,11 @@ from stca_jax.ops.attention import history_layer
 from stca_jax.ops.encoder import encode_history
 from stca_jax.ops.reference import attention_weights
 from stca_jax.schema import Schema
+from stca_jax.trainer import train
 from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.training.state import merge_ranker, split_ranker
 from stca_jax.training.table_rows import rows_by_id
-from stca_jax.training.trainer import restore_for_evaluation, train
+from stca_jax.workdir import restore_for_evaluation
 
 print(jax.devices())
 
@@ -180,7 +181,14 @@ program, state = restore_for_evaluation(config, dataset, pathlib.Path(WORKDIR), 
 auc = {}
 for length in LENGTHS:
     predictions = evaluate_split(
-        program, state, dataset, config, split="test", length=length, max_requests=TEST_REQUESTS
+        program,
+        state,
+        dataset,
+        config.input,
+        split="test",
+        length=length,
+        min_history=config.evaluation.min_history,
+        max_requests=TEST_REQUESTS,
     )
     auc[length] = metric_rows(predictions, dataset.schema.tasks)[0]["auc"]
 
@@ -189,9 +197,9 @@ scored = config.input.for_evaluation(
 )
 few = dataclasses.replace(
     config.input, max_requests=200
-)  # the other reference is fitted, and unused
-views = [labelled_views(dataset, select_requests(dataset.index, c)) for c in (few, scored)]
-references = evaluate_references(*views, LENGTHS)
+)  # the other references are fitted, and unused
+training, test = (select_requests(dataset.index, c) for c in (few, scored))
+references = evaluate_references(dataset, training, test, LENGTHS)
 counting = {row["length"]: row["auc"] for row in references if row["model"] == "counting"}
 
 _, axes = plt.subplots(figsize=(6, 3.6))

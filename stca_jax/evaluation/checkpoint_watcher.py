@@ -20,15 +20,16 @@ import collections
 import contextlib
 import fcntl
 import logging
-import math
 import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from stca_jax.evaluation.tables import read_json_lines, write_table
-from stca_jax.training.checkpointing import first_line, mark_best, read_best
+from stca_jax.errors import first_line
+from stca_jax.evaluation.best import Criterion, mark_best, score
+from stca_jax.evaluation.tables import write_table
+from stca_jax.files import read_json_lines
 
 Row = Mapping[str, Any]
 State = TypeVar("State")
@@ -251,40 +252,27 @@ class CheckpointWatcher(Generic[State]):
 
 
 def mark_best_checkpoint(
-    workdir: str | os.PathLike[str],
-    rows: Sequence[Row],
-    *,
-    metric: str,
-    length: int,
-    larger_is_better: bool,
+    workdir: str | os.PathLike[str], rows: Sequence[Row], criterion: Criterion
 ) -> None:
     """Marks the best checkpoint that still exists, so that retention never deletes it.
 
     Args:
       workdir: Of the run.
-      rows: Of its checkpoints; of several tasks the mean counts.
-      metric: Column that decides; rows without it do not count.
-      length: History length that decides.
-      larger_is_better: Whether a larger value is better.
+      rows: Of its checkpoints.
+      criterion: What decides; rows of other lengths do not count.
     """
-    values = collections.defaultdict(list)
+    of_step = collections.defaultdict(list)
     for row in rows:
-        value = row.get(metric)
-        if row["length"] == length and value is not None and math.isfinite(value):
-            values[row["step"]].append(value)
+        if row["length"] == criterion.length:
+            of_step[row["step"]].append(row)
     checkpoints = pathlib.Path(workdir) / "checkpoints"
-    mean = {
-        step: math.fsum(of_step) / len(of_step)
-        for step, of_step in values.items()
+    values = {
+        step: score(rows, criterion.metric)
+        for step, rows in of_step.items()
         if (checkpoints / str(step)).exists()
     }
-    if not mean:
-        return
-    best = (max if larger_is_better else min)(mean, key=lambda step: (mean[step], step))
-    name = f"{metric}@{length}"  # by the "@" the trainer knows that a job marks checkpoints
-    marked = read_best(workdir)
-    if marked is None or (marked["step"], marked["metric"]) != (best, name):
-        mark_best(workdir, best, name, mean[best], larger_is_better=larger_is_better)
+    if values:
+        mark_best(workdir, values, criterion)
 
 
 def _identity(path: pathlib.Path | int) -> _Identity | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,27 +13,66 @@ import numpy as np
 from tqdm import tqdm
 
 from stca_jax.batch import RequestBatch
-from stca_jax.evaluation.metrics import ranking_metrics
-from stca_jax.experiment import ExperimentConfig
+from stca_jax.evaluation.metrics import check_choice, ranking_metrics
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import InputConfig, make_input
 from stca_jax.training.distributed import is_main_process
 from stca_jax.training.sharding import device_batch, input_share
-from stca_jax.training.train_step import Predictions, Program, TrainState
+from stca_jax.training.state import TrainState
+from stca_jax.training.train_step import Predictions, Program
 
 Row = dict[str, Any]
 _log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Which requests to score, and at which history lengths.
+
+    Attributes:
+      lengths: History lengths of the final evaluation, in events.
+      min_history: Only requests with at least this many earlier events, whatever the length.
+      max_requests: At most this many requests, drawn at random once; None is all of them.
+      validation_length: History length of the validation at each checkpoint of a training run.
+      validation_targets: That validation scores a sample of requests with at most so many targets,
+        which its standard error depends on; None is all.
+      validation_requests: Likewise at most so many requests.
+      metric: Column that chooses the best checkpoint on the validation split.
+      larger_is_better: Whether a larger value of the metric is better.
+    """
+
+    lengths: tuple[int, ...] = (50, 100, 200, 500, 1_000, 2_000, 4_000)
+    min_history: int = 0
+    max_requests: int | None = None
+    validation_length: int = 1_000
+    validation_targets: int | None = 30_000
+    validation_requests: int | None = None
+    metric: str = "auc"
+    larger_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for lengths or numbers of requests below 1, or an unknown metric."""
+        if not self.lengths or not all(n >= 1 for n in self.lengths):
+            raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
+        for name, least in {
+            "min_history": 0, "max_requests": 1, "validation_length": 1, "validation_requests": 1,
+            "validation_targets": 1,
+        }.items():  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value >= least:  # NaN is refused
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        check_choice(self.metric, larger_is_better=self.larger_is_better)
 
 
 def evaluate_split(
     program: Program,
     state: TrainState,
     dataset: RequestDataset,
-    config: ExperimentConfig,
+    config: InputConfig,
     *,
     split: str,
     length: int,
-    max_requests: int | None,
+    **limits: int | None,
 ) -> Predictions:
     """Predictions of a split's requests at one history length.
 
@@ -40,21 +80,20 @@ def evaluate_split(
       program: The model's compiled functions; one compilation per length.
       state: Its parameters.
       dataset: A prepared dataset.
-      config: How its requests are packed, and which of them are evaluated.
+      config: How its requests are packed.
       split: "train", "validation" or "test".
       length: Events that each request may read, the most recent ones.
-      max_requests: Only a sample of so many requests, the same at each call; None is all of them.
+      **limits: `min_history`, `max_requests` and `max_targets` of `InputConfig`: which requests.
     """
     mesh = program.batch_shardings.history_time.mesh
     share, num_shares = input_share(mesh)
     batches = make_input(
         dataset,
-        config.input.for_evaluation(
+        config.for_evaluation(
             split,
             length,
-            min_history=config.evaluation.min_history,
-            max_requests=max_requests,
-            rows_per_batch=rows_that_fit(config.input, length, mesh.shape["data"]),
+            rows_per_batch=rows_that_fit(config, length, mesh.shape["data"]),
+            **limits,
         ),
         process_index=share,
         process_count=num_shares,
@@ -117,13 +156,12 @@ def _fetched(
         yield jax.device_get(running)
 
 
-def selection_columns(config: ExperimentConfig, split: str) -> dict[str, Any]:
+def selection_columns(config: EvaluationConfig, split: str) -> dict[str, Any]:
     """The columns that say which requests a row of results is of."""
-    settings = config.evaluation
     return {
         "split": split,
-        "min_history": settings.min_history,
-        "max_requests": settings.max_requests,
+        "min_history": config.min_history,
+        "max_requests": config.max_requests,
     }
 
 
@@ -131,19 +169,26 @@ def score_lengths(
     program: Program,
     state: TrainState,
     dataset: RequestDataset,
-    config: ExperimentConfig,
+    input_config: InputConfig,
+    config: EvaluationConfig,
     *,
     split: str,
     step: int,
 ) -> list[Row]:
-    """Rows of ranking metrics of one checkpoint, at every length of `config.evaluation`."""
+    """Rows of ranking metrics of one checkpoint, at every length of `config`."""
     rows: list[Row] = []
-    for length in config.evaluation.lengths:
+    for length in config.lengths:
         started = time.perf_counter()
         predictions = evaluate_split(
-            program, state, dataset, config,
-            split=split, length=length, max_requests=config.evaluation.max_requests,
-        )  # fmt: skip
+            program,
+            state,
+            dataset,
+            input_config,
+            split=split,
+            length=length,
+            min_history=config.min_history,
+            max_requests=config.max_requests,
+        )
         columns = {**selection_columns(config, split), "step": step, "length": length}
         rows += metric_rows(predictions, dataset.schema.tasks, **columns, model="stca")
         _log.info("length %d: %.1f s", length, time.perf_counter() - started)

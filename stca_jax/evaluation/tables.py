@@ -14,8 +14,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from stca_jax.errors import UserError
-from stca_jax.files import replacing
+from stca_jax.files import read_json_lines, replacing
 
 Row = Mapping[str, Any]
 
@@ -87,37 +86,6 @@ def write_table(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
         )
     with replacing(path) as file:
         file.write(_FORMATS[path.suffix](rows).encode())
-
-
-def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads rows from JSON lines; null is None.
-
-    Args:
-      path: a file such as `write_table` writes. One that does not exist has no rows, and a last
-        line without its newline, which is still being written, is left out.
-
-    Raises:
-      UserError: a line is not a JSON object; names it.
-    """
-    path = pathlib.Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(
-                f"line {number} of {path} is {line[:40]!r}, expected a JSON object: remove the line"
-            )
-        rows.append(row)
-    return rows
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

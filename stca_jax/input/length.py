@@ -36,7 +36,7 @@ class FixedLength:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a length below 1."""
-        if self.length < 1:
+        if not self.length >= 1:  # nor NaN
             raise ValueError(f"length must be at least 1 event, got {self.length}")
 
     @property
@@ -104,8 +104,8 @@ class BetaLength:
     def __post_init__(self) -> None:
         """Raises ValueError for bounds, averages, shapes or knots outside their domain."""
         _check_bounds(self.minimum, self.maximum)
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha}")
+        if not 0 < self.alpha < np.inf:
+            raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
         for average in (self.average, *(average for _, average in self.curriculum)):
             if not self.minimum < average < self.maximum:
                 raise ValueError(
@@ -113,8 +113,10 @@ class BetaLength:
                     f"and maximum {self.maximum}"
                 )
         epochs = [epoch for epoch, _ in self.curriculum]
-        if any(b <= a for a, b in itertools.pairwise(epochs)):
-            raise ValueError(f"the epochs of the curriculum must increase, got {epochs}")
+        if not (np.isfinite(epochs).all() and all(a < b for a, b in itertools.pairwise(epochs))):
+            raise ValueError(
+                f"the epochs of the curriculum must be finite and increase, got {epochs}"
+            )
 
     @property
     def longest(self) -> int:
@@ -176,7 +178,7 @@ def window_start(
 
 def _check_bounds(minimum: int, maximum: int) -> None:
     for name, value in (("minimum", minimum), ("maximum", maximum)):
-        if value < _MULTIPLE or value % _MULTIPLE:
+        if not value >= _MULTIPLE or value % _MULTIPLE:
             raise ValueError(
                 f"{name} length must be a positive multiple of {_MULTIPLE}, got {value}"
             )

@@ -2,7 +2,7 @@
 
     requests of the log      A(300 events, 8 targets)  B(120, 8)  C(4,000, 20)  …
     pieces                   requests of more than M targets are split; nothing is dropped
-    groups                   consecutive pieces of a user, up to so many targets: one length each
+    groups                   consecutive pieces of a user, of so many targets: one length each
     units                    what is packed whole: one piece, or a chunk of a group
     rows                     units side by side, at most L tokens and M targets
 

@@ -7,8 +7,9 @@ The global sequence is a pure function of (dataset, config), and each process cu
 it.  A position is therefore a few integers that hold for any number of processes and threads.
 Every target of the selected requests is in exactly one batch of an epoch.
 
-Memory: about 60 bytes per selected request, 100 bytes per unit of the look-ahead, and up to
-`num_threads * (prefetch + 1) + 1` batches.  Events are read only when their batch is filled.
+Memory: about 60 bytes per selected request, 100 bytes per unit of the look-ahead, 256 MiB of
+records read last, and up to `num_threads * (prefetch + 1) + 1` batches.  Events are
+read only when their batch is filled.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from stca_jax.input.planning import (
     Units,
     select_requests,
 )
+from stca_jax.input.record_cache import RecordCache
 from stca_jax.input.records import UserRecord
 from stca_jax.schema import Schema
 
@@ -44,6 +46,7 @@ __all__ = [
     "InputElement",
     "RequestIterator",
     "count_batches",
+    "count_steps",
     "epoch_fill",
     "make_input",
     "select_requests",
@@ -146,9 +149,35 @@ def epoch_fill(dataset: Dataset, config: InputConfig, epoch: int = 0) -> Fill:
     return _fill(units, rows, config)
 
 
-def count_batches(dataset: Dataset, config: InputConfig, epoch: int = 0) -> int:
-    """Global batches of an epoch, exactly; see `epoch_fill`."""
-    return epoch_fill(dataset, config, epoch).max_rows // config.rows_per_batch
+def count_batches(
+    dataset: Dataset, config: InputConfig, epoch: int = 0, at_most: int | None = None
+) -> int:
+    """Global batches of an epoch, exactly, up to `at_most`: it plans no further than that."""
+    planner = Planner(dataset.index, config)
+    num_rows = 0
+    for window in range(planner.num_windows(epoch)):
+        num_rows += len(planner.rows(epoch, window))
+        if at_most is not None and num_rows >= at_most * config.rows_per_batch:
+            return at_most
+    return -(-num_rows // config.rows_per_batch)
+
+
+def count_steps(
+    dataset: Dataset, config: InputConfig, num_epochs: int, max_steps: int | None = None
+) -> int:
+    """Steps of a training: the batches of the first epoch, times the number of epochs.
+
+    Plans the first epoch and no other.  Later epochs draw other lengths, and their batches differ
+    by a few: the training ends with as many batches more or less of its last epoch.
+
+    Args:
+      dataset: A prepared dataset.
+      config: Of its input.
+      num_epochs: Passes over the requests.
+      max_steps: Most steps; None is no limit.
+    """
+    steps = count_batches(dataset, config, at_most=max_steps) * num_epochs
+    return steps if max_steps is None else min(steps, max_steps)
 
 
 def _fill(units: Units, rows: list[list[int]], config: InputConfig) -> Fill:
@@ -229,7 +258,9 @@ class RequestIterator(Iterator[InputElement]):
                 "checkpoints can be evaluated as they are)"
             )
         self._dataset.check_fingerprint(state["fingerprint"])
-        saved, here = state["config"], _sequence_config(self._config)
+        here = _sequence_config(self._config)
+        # Fields that came since then have the default, which is what was done before them.
+        saved = {**{k: v for k, v in _DEFAULTS.items() if k in here}, **state["config"]}
         changed = [k for k in {**saved, **here} if saved.get(k) != here.get(k)]
         if changed:
             changes = ", ".join(f"{k}: {saved.get(k)} -> {here.get(k)}" for k in changed)
@@ -258,6 +289,13 @@ class RequestIterator(Iterator[InputElement]):
 
 def _close(elements: list[grain.DatasetIterator]) -> None:
     elements.pop().close()
+
+
+_DEFAULTS = {
+    f.name: f.default
+    for f in dataclasses.fields(InputConfig)
+    if f.default is not dataclasses.MISSING
+}
 
 
 def _sequence_config(config: InputConfig) -> dict[str, Any]:
@@ -317,6 +355,7 @@ class Assembler:
     def __init__(self, dataset: Dataset, planner: Planner, rows: slice):
         """Fills `rows` of each global batch."""
         self._dataset = dataset
+        self._records = RecordCache(dataset.record)
         self._index = planner.index
         self._config = planner.config
         self._rows = rows
@@ -364,7 +403,7 @@ class Assembler:
         for unit in np.argsort(record_of_unit, kind="stable").tolist():
             if held != record_of_unit[unit]:
                 held = int(record_of_unit[unit])
-                record = self._dataset.record(held)
+                record = self._records.record(held)
             _copy_events(batch, layout, unit, record)
             self._copy_targets(batch, layout, unit, record)
 

@@ -50,6 +50,7 @@ class InputConfig:
       split: "train", "validation" or "test".
       min_history: Requests with fewer earlier events are left out.
       max_requests: Use only so many requests: a fixed sample, the same for any seed and length.
+      max_targets: Likewise, but as many of them as have so many targets, and one at least.
       shuffle: Whether each epoch has its own random order; else the dataset's order, but for
         packing within the look-ahead.
       epochs: Passes over the requests; None never ends.
@@ -75,6 +76,7 @@ class InputConfig:
     num_threads: int = 1
     prefetch: int = 2
     seed: int = 0
+    max_targets: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that cannot work, saying which would."""
@@ -82,11 +84,11 @@ class InputConfig:
             ("row_length", 1), ("targets_per_row", 1), ("rows_per_batch", 1), ("look_ahead", 1),
             ("min_history", 0), ("num_threads", 0), ("prefetch", 1),
         ):  # fmt: skip
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # nor NaN
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("max_requests", "epochs", "targets_per_chunk"):
+        for name in ("max_requests", "max_targets", "epochs", "targets_per_chunk"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not value >= 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
         for name, choices in (
             ("rows", ("request", "user")), ("window", ("suffix", "random", "prefix")),
@@ -234,7 +236,11 @@ class Planner:
             return self._cached_rows(epoch, window)
 
     def batches(self, position: Position) -> Iterator[BatchPlan]:
-        """Global batches from `position` on; a batch never mixes epochs."""
+        """Global batches from `position` on; a batch never mixes epochs.
+
+        So the last batch of an epoch has as many rows as are left.  A loss that is a mean over the
+        targets of a batch weighs those of such a batch more.
+        """
         epoch, window, row, step = dataclasses.astuple(position)
         while self.config.epochs is None or epoch < self.config.epochs:
             units, num_windows = self.units(epoch), self.num_windows(epoch)
@@ -322,9 +328,25 @@ def select_requests(index: RequestIndex, config: InputConfig) -> RequestIndex:
     if not len(selected):
         raise UserError(
             f"no request of split {config.split!r} has min_history={config.min_history} or more "
-            "earlier events"
+            f"earlier events{_most_events(index, config.split)}"
         )
     if config.max_requests is not None:
-        rank = np.argsort(uniform(0, _SAMPLE, selected.request_id), kind="stable")
-        selected = selected.select(np.sort(rank[: config.max_requests]))
+        selected = selected.select(np.sort(_sample_order(selected)[: config.max_requests]))
+    if config.max_targets is not None:
+        order = _sample_order(selected)
+        targets = np.cumsum(selected.num_targets[order], dtype=np.int64)
+        count = np.searchsorted(targets, config.max_targets, side="right")
+        selected = selected.select(np.sort(order[: max(1, count)]))
     return selected
+
+
+def _sample_order(index: RequestIndex) -> Int[np.ndarray, " q"]:
+    """Places of the requests in a random order, of which samples are the beginning."""
+    return np.argsort(uniform(0, _SAMPLE, index.request_id), kind="stable")
+
+
+def _most_events(index: RequestIndex, split: str) -> str:
+    of_split = index.of_split(split)
+    if not len(of_split):
+        return ": the split is empty; move its start, which was set when the data were prepared"
+    return f": the longest history has {of_split.history_end.max():,}; lower min_history"

@@ -13,8 +13,8 @@ from typing import Any
 from stca_jax import config as config_lib
 from stca_jax.evaluation.evaluator import Row
 from stca_jax.evaluation.report.runs import load_run
-from stca_jax.evaluation.tables import read_json_lines
 from stca_jax.experiment import ExperimentConfig
+from stca_jax.files import read_json_lines
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import InputConfig, epoch_fill
 from stca_jax.length_study.points import Point

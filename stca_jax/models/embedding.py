@@ -59,6 +59,13 @@ class EmbeddingConfig:
         if self.replicated_rows < 0:
             raise ValueError(f"replicated_rows is {self.replicated_rows}; it must not be negative")
 
+    def table_widths(self, schema: Schema, width: int) -> dict[str, int]:
+        """Width of the table of each vocabulary, for tokens of that width."""
+        return {
+            name: (self.item_width or width) if name == schema.item else self.feature_width
+            for name in schema.vocabularies
+        }
+
 
 class EmbeddingTable(nnx.Module):
     """Rows of one vocabulary; a large one names its row axis, along which it can be divided."""
@@ -81,10 +88,7 @@ class FeatureEmbedding(nnx.Module):
 
     def __init__(self, config: EmbeddingConfig, schema: Schema, width: int, *, rngs: nnx.Rngs):
         self.schema = schema
-        self.widths = {
-            name: (config.item_width or width) if name == schema.item else config.feature_width
-            for name in schema.vocabularies
-        }
+        self.widths = config.table_widths(schema, width)
         self.tables = nnx.Dict(
             {
                 name: EmbeddingTable(

@@ -28,9 +28,8 @@ from stca_jax.models.stca import StcaConfig, log_count
 from stca_jax.models.transformer import TransformerConfig
 from stca_jax.ops.match import match_statistics
 from stca_jax.ranges import Ranges
-from stca_jax.schema import Schema
+from stca_jax.schema import SECONDS_PER_DAY, Schema
 
-_SECONDS_PER_DAY = 86_400.0
 _AGE_OF_NO_MATCH = 3_650.0  # days
 
 
@@ -285,10 +284,10 @@ class Ranker(nnx.Module):
             batch.request_time,
             batch.ranges,
             decay_seconds=tuple(
-                days * _SECONDS_PER_DAY for days in scales or (self.config.match_decay_days,)
+                days * SECONDS_PER_DAY for days in scales or (self.config.match_decay_days,)
             ),
         )
-        age_days = jnp.minimum(match.last_age / _SECONDS_PER_DAY, _AGE_OF_NO_MATCH)
+        age_days = jnp.minimum(match.last_age / SECONDS_PER_DAY, _AGE_OF_NO_MATCH)
         if not scales:
             of_item = match.decayed_matches[..., 0, :1], age_days[..., :1]
             return [log_count(jnp.concatenate([match.matches, *of_item], -1))]

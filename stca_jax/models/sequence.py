@@ -51,7 +51,7 @@ SequenceModule = Callable[[SequenceInput], SequenceOutput]
 
 
 class SequenceCost(NamedTuple):
-    """FLOPs of a module's matrix products, forward, by what they are proportional to.
+    """FLOPs of matrix products, forward, by what they are proportional to; of a module or a model.
 
     Attributes:
       per_token: For each history token.
@@ -67,6 +67,20 @@ class SequenceCost(NamedTuple):
     per_pair: int
     per_token_pair: int = 0
     num_layers: int = 1
+
+    def train_step(
+        self, tokens: float, targets: float, pairs: float, token_pairs: float = 0.0
+    ) -> float:
+        """FLOPs of a forward and a backward pass, which costs twice as much.
+
+        Args:
+          tokens: History tokens of the batch that some range covers.
+          targets: Valid targets.
+          pairs: Sum over targets of the length n of their range.
+          token_pairs: Sum over requests of n (n + 1) / 2.
+        """
+        forward = self.per_token * tokens + self.per_target * targets + self.per_pair * pairs
+        return 3 * (forward + self.per_token_pair * token_pairs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,8 +32,8 @@ from stca_jax.ops.attention import (
 )
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.implementation import Order
+from stca_jax.schema import SECONDS_PER_DAY
 
-_SECONDS_PER_DAY = 86_400.0
 # Log-sum-exps and log counts over 10,000 events are of order 10; the tokens they join, of order 1.
 _COUNT_SCALE = 0.25
 _SCORE_OF_EQUALS = 4.0  # of an event that equals the target, at step 0 of a "scaled" start
@@ -244,7 +244,7 @@ class StcaLayer(nnx.Module):
         origin = inputs.request_time.max(-1, keepdims=True)
 
         def score(time: Array) -> Array:
-            days = (time - origin).astype(jnp.float32) / _SECONDS_PER_DAY
+            days = (time - origin).astype(jnp.float32) / SECONDS_PER_DAY
             return days[..., None] * rate
 
         return score(inputs.history_time), score(inputs.request_time)

@@ -70,6 +70,10 @@ def match_statistics(
       decay_seconds: Time constants of the decayed counts.
     """
     fields = list(target_ids)
+    if 0 in ranges.start.shape or history_time.shape[1] == 0:
+        shape = (*ranges.start.shape, len(fields))
+        decayed = jnp.zeros((*shape, len(decay_seconds)))
+        return MatchStatistics(jnp.zeros(shape), decayed, jnp.full(shape, jnp.inf))
     found = on_mesh(
         functools.partial(_statistics, decay_seconds=decay_seconds),
         _merge,

@@ -13,14 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from stca_jax.ops.kernels import (
-    Inputs,
-    Kernels,
-    dot,
-    mask_scores,
-    score_gradients,
-    softmax_step,
-)
+from stca_jax.ops.kernels import Inputs, Kernels, dot, mask_scores, score_gradients, softmax_step
 from stca_jax.ops.tiled import LOWEST_PEAK
 from stca_jax.ops.tiles import BlockSizes, Tiling
 

@@ -20,14 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
-from stca_jax.ops.kernels import (
-    Inputs,
-    Kernels,
-    dot,
-    mask_scores,
-    score_gradients,
-    softmax_step,
-)
+from stca_jax.ops.kernels import Inputs, Kernels, dot, mask_scores, score_gradients, softmax_step
 from stca_jax.ops.tiled import LOWEST_PEAK, NO_SCORE
 from stca_jax.ops.tiles import BlockSizes, Tiling
 

@@ -3,7 +3,6 @@
     workdir/
       config.json            the resolved config of the run
       checkpoints/STEP/      state (parameters, optimizer, step), input (position), by Orbax
-      best.json              {"step": …, metric: …}: the checkpoint that retention never deletes
 
 Orbax writes a checkpoint into a temporary directory and renames it, so a half-written one is never
 listed; a later run removes what is left of it.
@@ -13,25 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import logging
-import math
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from stca_jax.errors import UserError
-from stca_jax.files import write_json
+from stca_jax.errors import UserError, first_line
 from stca_jax.training.distributed import is_main_process, on_all_processes
 from stca_jax.training.state import TrainState
 
-_BEST = "best.json"
 _METADATA_BYTES = 1 << 20  # what writing a checkpoint takes besides its arrays
 _log = logging.getLogger(__name__)
 
@@ -58,12 +53,19 @@ class CheckpointConfig:
 class Checkpointer:
     """Saves and restores the checkpoints of one working directory."""
 
-    def __init__(self, workdir: str | os.PathLike[str], config: CheckpointConfig | None = None):
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        config: CheckpointConfig | None = None,
+        *,
+        kept: Callable[[], Collection[int]] = tuple,
+    ):
         """Opens the directory.
 
         Args:
           workdir: Created if missing, unless `config` is None.
           config: None opens it for reading only, as an evaluation job does.
+          kept: Steps that retention never deletes, asked at each save.
         """
         self.workdir = pathlib.Path(workdir).absolute()
         if config is None:
@@ -74,7 +76,7 @@ class Checkpointer:
             options = ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                    [checkpoint_managers.LatestN(config.keep_last), _KeepBest(self.workdir)]
+                    [checkpoint_managers.LatestN(config.keep_last), _Keep(kept)]
                 ),
             )
         self._manager = ocp.CheckpointManager(
@@ -182,6 +184,19 @@ class Checkpointer:
         with _explain_disk_full(self.workdir):
             self._manager.close()
 
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
+        """Closes, unless it would keep an error or a Ctrl-C waiting for other processes.
+
+        A checkpoint that was being written is then not there; the one before it is.
+        """
+        if error is None or (isinstance(error, Exception) and jax.process_count() == 1):
+            self.close()
+
     def _require_space(self, state: TrainState) -> None:
         """Sees a full disk before Orbax does, whose writing threads print a traceback each."""
         needed = _METADATA_BYTES + sum(
@@ -233,11 +248,11 @@ class Checkpointer:
             )
 
 
-class _KeepBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the checkpoint that best.json names, whoever wrote it."""
+class _Keep(checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoints that others name."""
 
-    def __init__(self, workdir: pathlib.Path):
-        self._workdir = workdir
+    def __init__(self, steps: Callable[[], Collection[int]]):
+        self._steps = steps
 
     def should_preserve(
         self,
@@ -246,37 +261,8 @@ class _KeepBest(checkpoint_managers.PreservationPolicy):
         context: checkpoint_managers.PreservationContext,
     ) -> Sequence[bool]:
         del context
-        best = read_best(self._workdir)
-        return [best is not None and c.step == best["step"] for c in checkpoints]
-
-
-def read_best(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The best checkpoint so far: its "step", "metric" and "value"; None if none is marked."""
-    try:
-        return json.loads((pathlib.Path(workdir) / _BEST).read_text())
-    except FileNotFoundError:
-        return None
-
-
-def mark_best(
-    workdir: str | os.PathLike[str], step: int, metric: str, value: float, *, larger_is_better: bool
-) -> bool:
-    """Marks a checkpoint as the best if it beats the one marked before; says whether it did.
-
-    A value that is not finite beats none, and a checkpoint that is gone is beaten by any.
-    """
-    best = read_best(workdir)
-    if not math.isfinite(value):
-        _log.warning("%s of checkpoint %d is %s: it is not marked as the best", metric, step, value)
-        return False
-    sign = 1 if larger_is_better else -1
-    is_there = best and (pathlib.Path(workdir) / "checkpoints" / str(best["step"])).exists()
-    if best and is_there and best["metric"] == metric and sign * best["value"] >= sign * value:
-        return False
-    write_json(
-        pathlib.Path(workdir) / _BEST, {"step": step, "metric": metric, "value": float(value)}
-    )
-    return True
+        steps = self._steps()
+        return [c.step in steps for c in checkpoints]
 
 
 class _explain_disk_full:  # noqa: N801 (used like a function)
@@ -318,9 +304,3 @@ def _name(path: Sequence[Any]) -> str:
 
 def _shown(found: tuple[tuple[int, ...], str] | None) -> str:
     return "nothing" if found is None else f"{found[1]}{list(found[0])}"
-
-
-def first_line(error: Exception) -> str:
-    """Kind and first line of an error, for one line of a log."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

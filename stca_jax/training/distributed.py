@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import collections
 import logging
 import os
-import signal
 import sys
 from typing import NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stca_jax.errors import UserError
-from stca_jax.training.sharding import MESH_AXES
 
 # A process is given up after so many seconds of silence, and then ends all others.
 HEARTBEAT_SECONDS = 30
@@ -94,35 +89,3 @@ def on_all_processes(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
-
-
-class SharedSignal:
-    """A signal that any process received, as all processes see it: after the same step.
-
-    A tiny reduction follows each step on the devices and is read two steps later, so that no step
-    waits for it.
-    """
-
-    _DELAY = 2
-
-    def __init__(self, mesh: Mesh):
-        self._sharding = NamedSharding(mesh, PartitionSpec(MESH_AXES))
-        self._latest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self._running: collections.deque[jax.Array] = collections.deque()
-
-    def agree(self, received: signal.Signals | None) -> signal.Signals | None:
-        """The signal to act on after this step; every process must ask after every step.
-
-        Args:
-          received: By this process.
-        """
-        if jax.process_count() == 1:
-            return received
-        here = np.full(jax.local_device_count(), received or 0, np.int32)
-        with jax.transfer_guard_host_to_device("allow"):
-            flags = jax.make_array_from_process_local_data(self._sharding, here)
-        self._running.append(self._latest(flags))
-        if len(self._running) <= self._DELAY:
-            return None
-        number = int(jax.device_get(self._running.popleft()))
-        return signal.Signals(number) if number else None

@@ -15,6 +15,7 @@ from flax import nnx
 
 from stca_jax.models.layers import is_matrix
 from stca_jax.models.ranker import Ranker, RankerConfig
+from stca_jax.models.sequence import SequenceCost
 from stca_jax.schema import Schema
 
 
@@ -55,38 +56,7 @@ def chip_of(device_kind: str) -> Chip | None:
     return next((c for c in CHIPS.values() if device_kind in c.device_kinds), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelFlops:
-    """FLOPs of a forward pass by what they are proportional to.
-
-    Attributes:
-      per_token: For each history token: fusion (x of E1), history FFN (E1), keys and values.
-      per_target: For each target: everything else but attention.
-      per_pair: For each target and token of its range: scores and weighted sums (E3, E4).
-      per_token_pair: For each token and each before it in a request's history, itself included.
-    """
-
-    per_token: int
-    per_target: int
-    per_pair: int
-    per_token_pair: int = 0
-
-    def train_step(
-        self, tokens: float, targets: float, pairs: float, token_pairs: float = 0.0
-    ) -> float:
-        """FLOPs of a forward and a backward pass.
-
-        Args:
-          tokens: History tokens of the batch that some range covers.
-          targets: Valid targets.
-          pairs: Sum over targets of the length n of their range.
-          token_pairs: Sum over requests of n (n + 1) / 2.
-        """
-        forward = self.per_token * tokens + self.per_target * targets + self.per_pair * pairs
-        return 3 * (forward + self.per_token_pair * token_pairs)
-
-
-def model_flops(config: RankerConfig, schema: Schema, targets_per_row: int) -> ModelFlops:
+def model_flops(config: RankerConfig, schema: Schema, targets_per_row: int) -> SequenceCost:
     """FLOPs of the configured model, in the order of attention that it runs.
 
     Args:
@@ -95,17 +65,15 @@ def model_flops(config: RankerConfig, schema: Schema, targets_per_row: int) -> M
       targets_per_row: Target slots of a row, by which the order is chosen.
     """
     cost = config.sequence.cost(targets_per_row)
-    per_token, per_target = cost.per_token, cost.per_target
     ranker = nnx.eval_shape(lambda: Ranker(config, schema, rngs=nnx.Rngs(0)))
     for path, weight in nnx.to_flat_state(nnx.state(ranker, nnx.Param)):
         module, name = str(path[0]), str(path[-1])
         if module == "sequence" or not is_matrix(name, weight):
             continue  # counted above, or multiplies nothing
-        if module == "history_fusion":
-            per_token += 2 * math.prod(weight.shape)
-        else:
-            per_target += 2 * math.prod(weight.shape)
-    return ModelFlops(per_token, per_target, cost.per_pair, cost.per_token_pair)
+        amount = "per_token" if module == "history_fusion" else "per_target"
+        flops = 2 * math.prod(weight.shape)
+        cost = cost._replace(**{amount: getattr(cost, amount) + flops})
+    return cost
 
 
 def step_traffic(
@@ -132,14 +100,9 @@ def step_traffic(
       dense_bytes: Of the dense parameters.
       optimizer_bytes: Of the optimizer's slots.
     """
-    embedding, sequence = config.embedding, config.sequence
+    sequence = config.sequence
     schema = config.read_schema(schema)
-    widths = {
-        name: (embedding.item_width or sequence.width)
-        if name == schema.item
-        else embedding.feature_width
-        for name in schema.vocabularies
-    }
+    widths = config.embedding.table_widths(schema, sequence.width)
     row_bytes = {
         level: 4 * sum(widths.get(name, 0) for name in getattr(schema, level))
         for level in ("history", "target", "request")

@@ -14,11 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from stca_jax.models.ranker import Ranker
 from stca_jax.training.optimizer import RowSlots
-from stca_jax.training.sharding import (
-    ShardingRules,
-    parameter_shardings,
-    shardings_like_parameters,
-)
+from stca_jax.training.sharding import ShardingRules, parameter_shardings, shardings_like_parameters
 from stca_jax.training.table_rows import Tables
 
 # Left to itself, a TPU stores tables narrower than 128 column by column, and turns them every step.

@@ -43,7 +43,8 @@ class TrainingConfig:
     """How long to train, and what to report.
 
     Attributes:
-      num_epochs: Passes over the training requests.
+      num_epochs: Passes over the training requests.  The steps of the first are counted; later
+        ones, which draw other lengths, are taken to have as many.
       max_steps: Stop earlier, after this many steps; the schedule ends there too.
       loss_weighting: "target" is the per-impression objective; see `stca_jax.training.loss`.
       accumulate_steps: Micro-batches that a batch is cut into, one after the other in the memory of

@@ -335,7 +335,7 @@ BAD = b"""user,item,time,click
 2,a,1700000200,1
 ,a,1700000300,1
 3,,1700000400,0
-4,a,nan,1
+4,a,inf,1
 4,a,yesterday,1
 4,a,,1
 4,a,-5,1
@@ -355,7 +355,9 @@ def test_rows_that_cannot_be_used_are_counted_and_kept_aside(tmp_path):
     log.write_bytes(BAD)
     folder = prepare(
         tmp_path,
-        config(str(log), labels=("click",), validation_start="0.4", test_start="0.7"),
+        config(
+            str(log), labels=("click",), validation_start="0.4", test_start="0.7", allow_odd=0.6
+        ),
     )
     expected = {
         "user is missing or no id": 1,
@@ -376,7 +378,7 @@ def test_rows_that_cannot_be_used_are_counted_and_kept_aside(tmp_path):
         rejected = {row["reason"]: row for row in csv.DictReader(file)}
     assert rejected.keys() == expected.keys() - {"equal to another row"}
     lines = BAD.decode("latin-1").splitlines()[1:]
-    assert lines[int(rejected["time is not finite"]["row"])] == "4,a,nan,1"
+    assert lines[int(rejected["time is not finite"]["row"])] == "4,a,inf,1"
     assert lines[int(rejected["row has 5 columns, not 4"]["row"])] == "4,a,1700000800,1,1"
     assert json.loads(rejected["time is missing"]["content"])["user"] == "4"
     assert len(RequestDataset(folder)) == 5  # 1, 2, 5 and the two large numbers, not made one
@@ -422,8 +424,8 @@ def test_columns_of_different_types_in_different_files(tmp_path):
 def test_mistakes_in_the_description(tmp_path, options, message):
     log = write(tmp_path / "log.parquet", random_rows(50))
     if options == {"user_id": "price"}:  # prices are no ids, so that no user is left
-        options = {"user_id": "half=price"}
-        message = "no column 'half=price'"
+        options = {"user_id": "half=price + 0.5"}
+        message = "rows of the log .* cannot be used: .*half is missing or no id"
     with pytest.raises(UserError, match=message):
         prepare(tmp_path, config(log, **options))
 
@@ -547,5 +549,11 @@ def test_columns():
     assert Column.parse("watch:numeric") == Column("watch", "watch", False, "numeric")
     assert Column.parse("x=a::DOUBLE > 4") == Column("x", "a::DOUBLE > 4", True, "")
     assert Column.parse("x=a / 2:categorical") == Column("x", "a / 2", True, "categorical")
-    assert Column("x", "y", False, "").sql == '"y"'
+    assert Column.parse("p=price::numeric") == Column("p", "price::numeric", True, "")
+    assert Column.parse("p=a::text:categorical") == Column("p", "a::text", True, "categorical")
+    assert Column.parse('"a,b:numeric"') == Column("a,b:numeric", "a,b:numeric", False, "")
+    assert Column.parse('"say ""x""":numeric') == Column('say "x"', 'say "x"', False, "numeric")
     assert split_list("a, b=f(c, 'd,e'), g") == ["a", "b=f(c, 'd,e')", "g"]
+    assert split_list("""a, "the user's, id" """) == ["a", '"the user\'s, id"']
+    with pytest.raises(UserError, match="has a ' that is not closed"):
+        split_list("user's,b")

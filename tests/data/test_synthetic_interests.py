@@ -9,11 +9,11 @@ import sklearn.metrics
 
 from stca_jax.data.synthetic_interests import generator
 from stca_jax.data.synthetic_interests.generator import CONFIGS, GeneratorConfig
-from stca_jax.data.synthetic_interests.references import reference_rows
 from stca_jax.data.synthetic_interests.synthetic_interests_dataset_builder import (
     Builder,
     SyntheticInterestsConfig,
 )
+from stca_jax.data.synthetic_interests.truth import reference_rows
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.records import SPLITS, validate_record
 

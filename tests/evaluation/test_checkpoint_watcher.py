@@ -12,12 +12,8 @@ import time
 
 import pytest
 
-from stca_jax.evaluation.checkpoint_watcher import (
-    CheckpointWatcher,
-    RowLog,
-    mark_best_checkpoint,
-)
-from stca_jax.training.checkpointing import mark_best, read_best
+from stca_jax.evaluation.best import Criterion, mark_best, read_best
+from stca_jax.evaluation.checkpoint_watcher import CheckpointWatcher, RowLog, mark_best_checkpoint
 
 COLUMNS = {"split": "validation"}
 LENGTHS = (16, 64)
@@ -235,6 +231,9 @@ def test_many_jobs_together(run):
     assert run.values() == expected
 
 
+AT_64 = Criterion("auc", "validation", 64, larger_is_better=True)
+
+
 def rows_of(values, length=64):
     return [{"step": step, "length": length, "auc": value} for step, value in values.items()]
 
@@ -245,18 +244,25 @@ def test_marks_the_best_that_exists(run, larger, best):
         run.save(step, 0.0)
     rows = rows_of({5: 0.7, 10: 0.8, 15: 0.6, 20: 0.9, 25: 0.1}) + rows_of({5: 1.0}, length=16)
     workdir = run.directory.parent
-    mark_best_checkpoint(workdir, rows, metric="auc", length=64, larger_is_better=larger)
+    mark_best_checkpoint(workdir, rows, AT_64._replace(larger_is_better=larger))
     value = {10: 0.8, 15: 0.6}[best]
-    assert read_best(workdir) == {"step": best, "metric": "auc@64", "value": value}
+    assert read_best(workdir) == {
+        "step": best,
+        "value": value,
+        "metric": "auc",
+        "split": "validation",
+        "length": 64,
+        "last_step": 15,
+    }
 
 
 def test_marks_again_after_the_training_marked_by_its_own_metric(run):
     run.save(5, 0.0)
     run.save(10, 0.0)
     workdir = run.directory.parent
-    mark_best(workdir, 10, "auc", 0.99, larger_is_better=True)
+    mark_best(workdir, {10: 0.99}, AT_64._replace(length=16))
     rows = rows_of({5: 0.7, 10: 0.6})
-    mark_best_checkpoint(workdir, rows, metric="auc", length=64, larger_is_better=True)
+    mark_best_checkpoint(workdir, rows, AT_64)
     assert read_best(workdir)["step"] == 5
 
 
@@ -266,5 +272,5 @@ def test_mean_over_tasks_decides_and_failed_metrics_do_not_count(run):
     rows = rows_of({5: 0.7, 10: 0.8}) + rows_of({5: 0.7, 10: 0.5})
     rows += [{"step": 15, "length": 64, "auc": None}, {"step": 15, "length": 64}]
     workdir = run.directory.parent
-    mark_best_checkpoint(workdir, rows, metric="auc", length=64, larger_is_better=True)
+    mark_best_checkpoint(workdir, rows, AT_64)
     assert read_best(workdir)["step"] == 5

@@ -10,6 +10,7 @@ import pytest
 
 from stca_jax.errors import UserError
 from stca_jax.evaluation import tables
+from stca_jax.files import read_json_lines
 
 ROWS = [
     {"model": "stca", "length": 512, "auc": 0.80712345},
@@ -34,7 +35,7 @@ def test_added_rows_replace_their_own_only(tmp_path):
     assert tables.add_rows(path, first, keys) == first
     second = [{"length": n, "min_history": h, "auc": 0.6} for n, h in ((64, 0), (64, 9))]
     assert tables.add_rows(path, second, keys) == [first[0], *second]
-    assert tables.read_json_lines(path) == [first[0], *second]
+    assert read_json_lines(path) == [first[0], *second]
 
 
 def test_no_rows(tmp_path):
@@ -75,19 +76,19 @@ def test_json_lines_are_strict_json(tmp_path):
 
 def test_reads_back_what_was_written(tmp_path):
     path = tmp_path / "t.jsonl"
-    assert tables.read_json_lines(path) == []
+    assert read_json_lines(path) == []
     tables.write_table(path, ROWS)
-    assert tables.read_json_lines(path) == [
+    assert read_json_lines(path) == [
         {"model": "stca", "length": 512, "auc": 0.80712345},
         {"model": "counting", "length": 4000, "auc": 0.75, "log_loss": None},
         {"model": "a|b\nc", "done": True, "auc": None},
     ]
     with path.open("a") as file:
         file.write('{"model": "st')  # still being written
-    assert len(tables.read_json_lines(path)) == 3
+    assert len(read_json_lines(path)) == 3
     path.write_text('{"a": 1}\n[2]\n')
     with pytest.raises(UserError, match=r"line 2 of .* is '\[2\]"):
-        tables.read_json_lines(path)
+        read_json_lines(path)
 
 
 def test_unknown_suffix(tmp_path):

@@ -43,7 +43,7 @@ def start_forked(module: str, *args: str, output: str | None = None) -> BaseProc
     What it prints goes to the file `output`, or where this process prints.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stca_jax.data.preparation", "stca_jax.training.trainer"])
+    context.set_forkserver_preload(["stca_jax.data.preparation", "stca_jax.trainer"])
     process = context.Process(target=_run_as_main, args=(module, *args), kwargs={"output": output})
     process.start()
     return process

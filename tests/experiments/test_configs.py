@@ -10,10 +10,10 @@ from flax import nnx
 
 from stca_jax.config import apply_overrides, validate
 from stca_jax.device_plan import abstract_batch
+from stca_jax.experiment import experiment_program
 from stca_jax.experiments import configs
 from stca_jax.models.ranker import Ranker
 from stca_jax.training.state import split_ranker
-from stca_jax.training.trainer import experiment_program
 
 FOLDER = pathlib.Path(configs.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
@@ -23,7 +23,9 @@ RUN = {
     "complete_journey",
     "complete_journey_long",
     "length_study",
+    "latent",
     "length_study_synthetic",
+    "topics",
 }
 PLANNED = {"paper_6m": 6e6, "paper_23m": 23e6, "paper_133m": 133e6}
 

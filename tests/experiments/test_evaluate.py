@@ -14,10 +14,11 @@ from processes import REPOSITORY, run, start, wait_until
 from sklearn.metrics import roc_auc_score
 
 from stca_jax.data.synthetic_interests import generator
+from stca_jax.evaluation.best import read_best
 from stca_jax.evaluation.evaluator import evaluate_split, metric_rows
 from stca_jax.input.records import SPLITS
-from stca_jax.training.checkpointing import Checkpointer, read_best
-from stca_jax.training.trainer import load_workdir_config, restore_for_evaluation
+from stca_jax.training.checkpointing import Checkpointer
+from stca_jax.workdir import load_workdir_config, restore_for_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def evaluate(workdir, data_dir, *arguments):
 def test_table_has_every_model_at_every_length(workdir, data_dir):
     status, output = evaluate(workdir, data_dir, "--lengths=16,300", "--step=last")
     assert status == 0, output
-    for name in ("counting", "logistic", "truth", "stca"):
+    for name in ("counting", "logistic", "boosted", "truth", "stca"):
         assert len([line for line in output.splitlines() if line.startswith(f"| {name}")]) == 2
     where = f"results are in {workdir}/evaluation/test-12.csv and .jsonl"
     assert output.splitlines()[-1] == where
@@ -99,11 +100,20 @@ def test_watching_adds_each_row_once_and_marks_the_best(workdir, data_dir, tmp_p
     scored = [row for row in rows if row["model"] == "stca"]
     assert [(r["step"], r["length"]) for r in scored] == [(6, 16), (6, 300), (12, 16), (12, 300)]
     others = sorted((r["model"], r["length"]) for r in rows if r["model"] != "stca")
-    assert others == [(n, k) for n in ("counting", "logistic", "truth") for k in (16, 300)]
+    assert others == [
+        (n, k) for n in ("boosted", "counting", "logistic", "truth") for k in (16, 300)
+    ]
 
     at_longest = {row["step"]: row["auc"] for row in scored if row["length"] == 300}
     best = max(at_longest, key=at_longest.__getitem__)
-    assert read_best(copy) == {"step": best, "metric": "auc@300", "value": at_longest[best]}
+    assert read_best(copy) == {
+        "step": best,
+        "value": at_longest[best],
+        "metric": "auc",
+        "split": "validation",
+        "length": 300,
+        "last_step": 12,
+    }
 
     arguments = ["--lengths=16,300", "--split=validation", "--step=12"]
     assert evaluate(copy, data_dir, *arguments)[0] == 0
@@ -177,9 +187,10 @@ def offline_rows(workdir, dataset, step):
                 program,
                 state,
                 dataset,
-                config,
+                config.input,
                 split="validation",
                 length=length,
+                min_history=config.evaluation.min_history,
                 max_requests=config.evaluation.max_requests,
             ),
             dataset.schema.tasks,

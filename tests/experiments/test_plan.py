@@ -11,12 +11,12 @@ from processes import run
 from stca_jax import device_plan
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
+from stca_jax.experiment import experiment_program
 from stca_jax.experiments.configs import paper_133m, tiny
 from stca_jax.experiments.plan import config_schema
 from stca_jax.models.ranker import Ranker
 from stca_jax.training import cross_compile
 from stca_jax.training.state import split_ranker
-from stca_jax.training.trainer import experiment_program
 
 PAPER = "experiments/configs/paper_133m.py"
 HLO = """HloModule jit_train_step, is_scheduled=true

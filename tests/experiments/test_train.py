@@ -14,7 +14,7 @@ from processes import run, start, start_forked, wait_until
 from stca_jax.config import apply_overrides
 from stca_jax.experiments.configs import tiny
 from stca_jax.training.checkpointing import Checkpointer
-from stca_jax.training.trainer import restore_for_evaluation
+from stca_jax.workdir import restore_for_evaluation
 
 STEPS = 24
 OVERRIDES = {"training.max_steps": str(STEPS), "checkpoint.every_steps": "4"}

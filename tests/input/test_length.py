@@ -103,9 +103,14 @@ def test_random_windows_reach_both_ends():
         (lambda: UniformLength(8, 100), "maximum length must be a positive multiple of 8, got 100"),
         (lambda: UniformLength(64, 8), "minimum length 64 exceeds maximum length 8"),
         (lambda: BetaLength(8, 64, 64, 0.1), "strictly between minimum 8 and maximum 64"),
-        (lambda: BetaLength(8, 64, 32, 0.0), "alpha must be positive, got 0.0"),
+        (lambda: BetaLength(8, 64, 32, 0.0), "alpha must be positive and finite, got 0.0"),
+        (lambda: FixedLength(np.nan), "at least 1 event, got nan"),
+        (lambda: BetaLength(8, 64, np.nan, 0.1), "strictly between"),
+        (lambda: BetaLength(8, 64, 32, np.nan), "alpha must be positive and finite, got nan"),
+        (lambda: BetaLength(8, 64, 32, np.inf), "alpha must be positive and finite, got inf"),
+        (lambda: BetaLength(8, 64, 32, 0.1, ((np.nan, 16.0), (1.0, 32.0))), "must be finite and"),
         (lambda: BetaLength(8, 64, 32, 0.1, ((0.0, 100.0),)), "average length 100.0 must lie"),
-        (lambda: BetaLength(8, 64, 32, 0.1, ((1.0, 16.0), (1.0, 32.0))), "must increase"),
+        (lambda: BetaLength(8, 64, 32, 0.1, ((1.0, 16.0), (1.0, 32.0))), "and increase"),
     ],
 )
 def test_bad_settings_say_what_is_wrong(make, message):

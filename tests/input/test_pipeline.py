@@ -15,9 +15,10 @@ from in_memory_dataset import SCHEMA, make_dataset, random_dataset
 
 from stca_jax.batch import validate_batch
 from stca_jax.errors import UserError
+from stca_jax.experiment import count_steps
 from stca_jax.input.length import BetaLength, FixedLength, UniformLength
 from stca_jax.input.pipeline import InputConfig, count_batches, epoch_fill, make_input
-from stca_jax.input.planning import Planner
+from stca_jax.input.planning import Planner, select_requests
 from stca_jax.input.records import SPLITS
 from stca_jax.models.ranker import Ranker, RankerConfig
 from stca_jax.models.rankmixer import RankMixerConfig
@@ -529,6 +530,58 @@ def test_a_changed_dataset_or_config_is_named():
     make_input(dataset, config_of(num_threads=1, prefetch=5, epochs=9)).set_state(state)
 
 
+def test_a_position_without_fields_that_came_since_takes_their_defaults():
+    dataset = dataset_of()
+    elements = list(make_input(dataset, CONFIG))
+    state = json.loads(json.dumps(elements[2].state))
+    for name in ("max_targets", "min_history", "window"):
+        del state["config"][name]
+    iterator = make_input(dataset, CONFIG)
+    iterator.set_state(state)
+    assert_same(next(iterator).batch, elements[3].batch)
+    with pytest.raises(UserError, match="min_history: 0 -> 5"):
+        make_input(dataset, config_of(min_history=5)).set_state(state)
+
+
+@pytest.mark.parametrize("max_targets", [1, 100, 500, 10**6])
+def test_samples_are_as_large_as_their_targets_allow(max_targets):
+    index = dataset_of(60).index
+    chosen = select_requests(index, config_of(max_targets=max_targets))
+    every = select_requests(index, CONFIG)
+    larger = select_requests(index, config_of(max_targets=max_targets + 50))
+    assert set(chosen.request_id) <= set(larger.request_id) <= set(every.request_id)
+    total = chosen.num_targets.sum()
+    assert total <= max_targets or len(chosen) == 1
+    assert total > max_targets - 40 or len(chosen) == len(every)  # a request has up to 40
+
+
+def test_steps_are_counted_without_planning_later_epochs(monkeypatch):
+    dataset = dataset_of()
+    first = count_batches(dataset, CONFIG)
+    planned = []
+    units = Planner.units
+    monkeypatch.setattr(Planner, "units", lambda self, e: planned.append(e) or units(self, e))
+    assert count_steps(dataset, CONFIG, num_epochs=3) == 3 * first
+    assert count_steps(dataset, CONFIG, num_epochs=3, max_steps=first + 1) == first + 1
+    assert set(planned) == {0}
+    packed = []
+    rows = Planner.rows
+    monkeypatch.setattr(Planner, "rows", lambda self, *w: packed.append(w) or rows(self, *w))
+    assert count_steps(dataset, CONFIG, num_epochs=3, max_steps=2) == 2
+    assert len(packed) < Planner(dataset.index, CONFIG).num_windows(0)
+
+
+def test_pieces_of_one_request_are_spread_over_the_epoch():
+    dataset = make_dataset([(40, [40], [2_400])])
+    dataset.index.split[:] = 0
+    for rows in ("request", "user"):
+        first = Planner(dataset.index, config_of(rows=rows)).units(0).piece_first_target
+        units = Planner(dataset.index, config_of(rows=rows)).units(0)
+        order = first[units.first_piece]
+        assert sorted(order) == list(range(0, 2_400, 24))
+        assert (np.diff(order) == 24).mean() < 0.2
+
+
 @pytest.mark.parametrize("planner", [None, 1, 99])
 def test_a_position_of_another_planner_is_refused(planner):
     iterator = make_input(dataset_of(), CONFIG)
@@ -564,5 +617,5 @@ def test_bad_process_counts_say_what_is_wrong():
         make_input(dataset, CONFIG, process_count=3)
     with pytest.raises(ValueError, match=r"process_index must be in \[0, 2\), got 2"):
         make_input(dataset, CONFIG, process_index=2, process_count=2)
-    with pytest.raises(ValueError, match="no request of split 'train' has min_history=999"):
+    with pytest.raises(ValueError, match=r"min_history=999 or more .* longest history has"):
         make_input(dataset, config_of(min_history=999))

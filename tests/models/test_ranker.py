@@ -18,13 +18,16 @@ from strategies import (
     request_batches,
     spoil_padding,
 )
-from tiny_ranker import CONFIGS, tiny_ranker
+from tiny_ranker import CONFIGS, tiny_ranker, with_params
 
 from stca_jax.batch import RequestBatch, empty_batch, validate_batch
 from stca_jax.errors import UserError
-from stca_jax.models.ranker import RankerConfig, paper_config
+from stca_jax.models.din import DinConfig
+from stca_jax.models.ranker import Ranker, RankerConfig, paper_config
 from stca_jax.models.stca import StcaConfig
+from stca_jax.models.transformer import TransformerConfig
 from stca_jax.ops.attention import cheaper_order
+from stca_jax.ranges import Ranges
 
 few_examples = settings(deadline=None, max_examples=20)
 seeds = st.integers(0, 2**32 - 1)
@@ -257,3 +260,34 @@ def test_paper_preset_has_none_of_the_additions():
 def test_config_rejects_a_decay_that_is_not_positive():
     with pytest.raises(ValueError, match="match_decay_days is 0; it must be positive"):
         RankerConfig(match_decay_days=0)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan")])
+def test_config_rejects_any_decay_that_is_not_positive(value):
+    with pytest.raises(ValueError, match="it must be positive"):
+        RankerConfig(match_decay_days=value)
+
+
+@pytest.mark.parametrize(("row_length", "targets_per_row"), [(0, 3), (5, 0)])
+@pytest.mark.parametrize("sequence", [StcaConfig, DinConfig, TransformerConfig])
+def test_rows_without_tokens_or_targets_are_scored(sequence, row_length, targets_per_row):
+    config = RankerConfig(sequence=sequence(width=8))
+    batch = empty_batch(SCHEMA, 2, row_length, targets_per_row, shared_history=False)
+    ranker = nnx.eval_shape(lambda: Ranker(config, SCHEMA, rngs=nnx.Rngs(0)))
+    logits = nnx.eval_shape(lambda ranker: ranker(batch), ranker)
+    assert logits.shape == (2, targets_per_row, len(SCHEMA.tasks))
+
+
+@pytest.mark.parametrize("name", ["shared", "exclusive"])
+def test_tokens_are_zero_where_no_range_covers_them(name):
+    """Whatever padding holds: the row of id 0 is not zero, nor are embeddings of time."""
+    layout = SHARED_LAYOUT if name == "shared" else EXCLUSIVE_LAYOUT
+    batch = spoil_padding(make_batch(layout, shared=name == "shared"))
+    ranker = tiny_ranker(name)
+    module = with_params(ranker.module, ranker.params)
+    tokens = np.asarray(module.forward(batch).tokens)
+    ranges = Ranges(*(np.where(batch.target_mask, x, 0) for x in batch.ranges))
+    covered = np.asarray(ranges.covered(batch.row_length))
+    assert not covered.all()
+    assert (tokens[~covered] == 0).all()
+    assert (np.abs(tokens[covered]).max(-1) > 0).all()

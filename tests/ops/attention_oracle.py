@@ -9,11 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stca_jax.ops.attention import (
-    AttentionOptions,
-    history_layer,
-    target_to_history_attention,
-)
+from stca_jax.ops.attention import AttentionOptions, history_layer, target_to_history_attention
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ranges import Ranges
 

@@ -16,11 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stca_jax.ops.attention import (
-    AttentionOptions,
-    history_layer,
-    target_to_history_attention,
-)
+from stca_jax.ops.attention import AttentionOptions, history_layer, target_to_history_attention
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ranges import Ranges
 

@@ -207,3 +207,25 @@ def test_wrong_shape_is_named():
             p.w_value,
             Ranges(np.zeros((2, 7), int), np.zeros((2, 3), int)),
         )
+
+
+EMPTY = {"no targets": (2, 0, 5), "no tokens": (2, 3, 0), "no rows": (0, 3, 5)}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("sizes", EMPTY.values(), ids=EMPTY)
+def test_nothing_to_attend_to(sizes, order, implementation):
+    """No raw error of reshaping: rows without tokens are empty histories."""
+    R, M, L = sizes
+    zeros = np.zeros((R, M), np.int32)
+    case = make_case(zeros, zeros, L, fused=True, score=True)
+    out, gradients = run(case, implementation=implementation, order=order)
+    assert out.output.shape == (R, M, 2, 4)
+    assert np.all(out.output == 0)
+    assert np.all(out.log_sum_exp == -np.inf)
+    for gradient, value in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(case.problem), strict=True
+    ):
+        assert gradient.shape == value.shape
+        assert np.all(gradient == 0)

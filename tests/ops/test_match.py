@@ -83,3 +83,18 @@ def test_inside_a_differentiated_function():
         lambda w: (w * match_statistics(*arguments, decay_seconds=(5,)).matches).sum()
     )
     assert gradient(jnp.float32(3)) == 2
+
+
+@pytest.mark.parametrize("sizes", [(2, 0, 5), (2, 3, 0), (0, 3, 5)])
+def test_nothing_to_match(sizes):
+    R, M, L = sizes
+    targets, ids = {"item": np.zeros((R, M), int)}, {"item": np.zeros((R, L), int)}
+    zeros = np.zeros((R, M), int)
+    found = match_statistics(
+        targets, ids, np.zeros((R, L), int), zeros, Ranges(zeros, zeros), decay_seconds=(5.0, 9.0)
+    )
+    assert found.matches.shape == (R, M, 1)
+    assert np.all(found.matches == 0)
+    assert found.decayed_matches.shape == (R, M, 1, 2)
+    assert np.all(found.decayed_matches == 0)
+    assert np.all(found.last_age == np.inf)

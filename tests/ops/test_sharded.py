@@ -37,11 +37,7 @@ def inputs(fused: bool):
 
 
 def step(fused: bool, order: str, case):
-    from stca_jax.ops.attention import (
-        AttentionOptions,
-        history_layer,
-        target_to_history_attention,
-    )
+    from stca_jax.ops.attention import AttentionOptions, history_layer, target_to_history_attention
     from stca_jax.ops.tiles import BlockSizes
 
     options = AttentionOptions(order, block_sizes=BlockSizes(16, 8, 4))

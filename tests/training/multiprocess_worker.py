@@ -13,13 +13,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from stca_jax.config import apply_overrides
+from stca_jax.experiment import experiment_program
 from stca_jax.experiments.configs import tiny
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import make_input
 from stca_jax.training import distributed
 from stca_jax.training.checkpointing import CheckpointConfig, Checkpointer
 from stca_jax.training.sharding import device_batch, input_share
-from stca_jax.training.trainer import experiment_program
 
 
 def main(action: str, num_processes: int, process_id: int, port: int, workdir: str, data: str):

@@ -3,7 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from strategies import SCHEMA
 
+from stca_jax.models.embedding import EmbeddingConfig
+from stca_jax.models.ranker import Ranker, RankerConfig
+from stca_jax.models.stca import StcaConfig
 from stca_jax.training.optimizer import OptimizerConfig, dense_optimizer, row_optimizer, schedule
 
 
@@ -63,3 +68,71 @@ def test_dense_optimizer_descends_and_clips(name):
 def test_values_that_cannot_work_are_refused(field):
     with pytest.raises(ValueError, match=f"{field} is 0; it must be positive"):
         OptimizerConfig(**{field: 0})
+
+
+def one_step(config, parameters, gradients, num_steps=100):
+    """Parameters after the first step whose learning rate is the peak."""
+    transform = dense_optimizer(config, num_steps)
+    updates, _ = transform.update(gradients, transform.init(parameters), parameters)
+    return optax.apply_updates(parameters, updates)
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_weight_decay_is_of_matrices_only(name):
+    """By kind of parameter, of a real model: every layer has its own kinds."""
+    sequence = StcaConfig(width=8, num_heads=2, recency_score=True, attention_sink=True)
+    config = RankerConfig(
+        sequence=sequence, embedding=EmbeddingConfig(time_delta=True, feature_width=4)
+    )
+    ranker = Ranker(config, SCHEMA, rngs=nnx.Rngs(0))
+    parameters = nnx.to_pure_dict(nnx.state(ranker, nnx.Param))
+    parameters = jax.tree.map(lambda p: jnp.full(p.shape, 2.0), parameters)
+    optimizer = OptimizerConfig(dense=name, weight_decay=0.5, learning_rate=0.1, warmup_steps=0)
+    after = one_step(optimizer, parameters, jax.tree.map(jnp.zeros_like, parameters))
+    shrunk = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(after):
+        kind = str(path[-1].key)
+        assert float(value.min()) == float(value.max())
+        shrunk.setdefault(kind, set()).add(float(value.min()) < 2)
+    kept = {"bias", "up_bias", "down_bias", "scale", "sink", "recency_rate", "rows"}
+    assert kept < set(shrunk)
+    assert {kind for kind, values in shrunk.items() if values == {False}} == kept
+    assert {kind for kind, values in shrunk.items() if values == {True}} == set(shrunk) - kept
+    np.testing.assert_allclose(after["head"]["weight"], 2 - 0.1 * 0.5 * 2, rtol=1e-6)
+
+
+def test_state_is_that_of_optax_so_that_checkpoints_of_before_are_restored():
+    weight = {"w": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    found = dense_optimizer(OptimizerConfig(), 10).init(weight)
+    expected = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lambda _: 0.1)).init(weight)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+
+
+def test_gradients_beyond_the_norm_are_scaled_down():
+    """RMSProp of the first step would hide it; the second gradient's share of the mean does not."""
+    config = OptimizerConfig(dense="rmsprop", clip_norm=1.0)
+    weight = {"w": jnp.zeros((1, 2))}
+    transform = dense_optimizer(config, 100)
+    _, small = transform.update({"w": jnp.array([[0.6, 0.8]])}, transform.init(weight), weight)
+    _, large = transform.update({"w": jnp.array([[600.0, 800]])}, transform.init(weight), weight)
+    for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 10, 150])
+def test_warm_up_takes_at_most_half_of_a_short_run(num_steps):
+    fraction = schedule(OptimizerConfig(warmup_steps=100), num_steps)
+    peak = max(num_steps // 2, 1)
+    values = [float(fraction(step)) for step in range(num_steps + 1)]
+    assert values[peak] == pytest.approx(1)
+    assert int(np.argmax(values)) == peak
+
+
+NUMBERS = ("learning_rate", "clip_norm", "table_learning_rate", "table_accumulator",
+           "weight_decay", "final_fraction")  # fmt: skip
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+def test_nan_is_refused(field):
+    with pytest.raises(ValueError, match=f"{field} is nan; it must"):
+        OptimizerConfig(**{field: float("nan")})

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from stca_jax.config import apply_overrides
+from stca_jax.experiment import experiment_program, initial_state
 from stca_jax.input.cooccurrence import cooccurrence_rows
 from stca_jax.training.table_rows import rows_by_id
-from stca_jax.training.trainer import experiment_program, initial_state
 
 
 @pytest.mark.parametrize("replicated_rows", [0, 4096])

@@ -8,12 +8,12 @@ import pytest
 
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
+from stca_jax.experiment import experiment_program
 from stca_jax.input.pipeline import make_input
 from stca_jax.models.ranker import similarity_config
 from stca_jax.models.stca import StcaConfig
 from stca_jax.training.optimizer import width_rates
 from stca_jax.training.sharding import device_batch
-from stca_jax.training.trainer import experiment_program
 
 
 def moved_logits(config, dataset, width, **overrides):

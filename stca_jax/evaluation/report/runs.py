@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from stca_jax.errors import UserError
-from stca_jax.evaluation.tables import read_json_lines
-from stca_jax.training.checkpointing import read_best
+from stca_jax.evaluation.best import read_best
+from stca_jax.files import read_json_lines
 
 Row = Mapping[str, Any]
 

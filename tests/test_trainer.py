@@ -11,14 +11,16 @@ import jax
 import numpy as np
 import pytest
 
+from stca_jax import experiment, trainer
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
+from stca_jax.evaluation.best import read_best
 from stca_jax.evaluation.evaluator import evaluate_split, rows_that_fit
-from stca_jax.evaluation.tables import read_json_lines
 from stca_jax.experiments.configs import tiny
-from stca_jax.training import trainer
-from stca_jax.training.checkpointing import Checkpointer, mark_best, read_best
-from stca_jax.training.trainer import restore_for_evaluation, train
+from stca_jax.files import read_json_lines
+from stca_jax.trainer import train
+from stca_jax.training.checkpointing import Checkpointer
+from stca_jax.workdir import restore_for_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +29,10 @@ def finished(tmp_path_factory, tiny_dataset):
     config = short(tiny.get_config())
     workdir = tmp_path_factory.mktemp("finished")
     programs = []
-    original = trainer.Program
+    original = experiment.Program
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            trainer,
+            experiment,
             "Program",
             lambda *a, **k: programs.append(original(*a, **k)) or programs[0],
         )
@@ -78,7 +80,7 @@ def test_lengths_beyond_a_row_and_beyond_all_histories_score_alike(finished, tin
     logits = {}
     for length in (32, 512, 16_384, 512):
         found = evaluate_split(
-            program, state, tiny_dataset, config, split="test", length=length, max_requests=50
+            program, state, tiny_dataset, config.input, split="test", length=length, max_requests=50
         )
         logits[length] = found.logit[np.lexsort((found.logit[:, 0], found.request_id))]
     np.testing.assert_allclose(logits[16_384], logits[512], atol=1e-5)
@@ -98,7 +100,7 @@ def test_loop_fetches_metrics_once_a_window(tiny_config, tiny_dataset, tmp_path,
     fetched = []
     original = jax.device_get
     monkeypatch.setattr(trainer.jax, "device_get", lambda x: fetched.append(x) or original(x))
-    monkeypatch.setattr(trainer, "validate", lambda *_: None)
+    monkeypatch.setattr(trainer.Validation, "run", lambda *_: None)
     train(short(tiny_config), tiny_dataset, tmp_path)  # 25 steps in windows of 5
     assert len(fetched) == 5
 
@@ -204,15 +206,6 @@ def test_other_data_than_the_run_was_trained_on_are_not_scored(finished, tiny_da
     monkeypatch.setattr(type(tiny_dataset), "fingerprint", changed)
     with pytest.raises(UserError, match="is not the one this run began with"):
         restore_for_evaluation(config, tiny_dataset, workdir, 25)
-
-
-def test_best_is_neither_nan_nor_gone(tmp_path):
-    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
-    assert mark_best(tmp_path, 10, "auc", 0.8, larger_is_better=True)
-    assert not mark_best(tmp_path, 20, "auc", float("nan"), larger_is_better=True)
-    assert not mark_best(tmp_path, 20, "auc", 0.7, larger_is_better=True)
-    (tmp_path / "checkpoints" / "10").rmdir()
-    assert mark_best(tmp_path, 20, "auc", 0.7, larger_is_better=True)
 
 
 def test_half_written_checkpoint_is_never_taken_for_whole(finished, tiny_dataset, tmp_path):

@@ -1,21 +1,21 @@
 """What a run says about itself, and what it does about steps that diverge."""
 
 import json
-import logging
 import time
 
 import jax
 import numpy as np
 import pytest
 
+from stca_jax import experiment, trainer
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
 from stca_jax.input.pipeline import make_input
-from stca_jax.training import flops, trainer
+from stca_jax.trainer import train
+from stca_jax.training import flops, recent_steps
 from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.training.loss import LabelLoss
 from stca_jax.training.monitoring import PhaseClock, ProfileConfig, device_memory
-from stca_jax.training.trainer import train
 
 WINDOW = 5
 
@@ -28,7 +28,7 @@ def config(tiny_config):
 
 @pytest.fixture(autouse=True)
 def no_validation(monkeypatch):
-    monkeypatch.setattr(trainer, "validate", lambda *_: None)
+    monkeypatch.setattr(trainer.Validation, "run", lambda *_: None)
 
 
 def lines(workdir):
@@ -63,7 +63,7 @@ def test_skipped_steps_are_counted_and_left_out_of_the_means(
 @pytest.mark.slow
 def test_skipped_steps_in_a_row_stop_the_run(config, tiny_dataset, tmp_path, monkeypatch):
     """However many steps a line of the metrics has: here one, and every step of some lines."""
-    monkeypatch.setattr(trainer, "_MOST_SKIPPED", 5)
+    monkeypatch.setattr(recent_steps, "_MOST_SKIPPED", 5)
     spoil_steps(monkeypatch, {*range(3, 7), *range(9, 14)})
     values = {"training.on_divergence": "skip", "training.log_every_steps": 1}
     message = "step 13 is not finite, nor was any of the 4 steps before it"
@@ -86,52 +86,10 @@ def test_options_reach_the_train_step(config, tiny_dataset):
     }  # fmt: skip
     values = {f"training.{name}": v for name, v in values.items()}
     config = apply_overrides(config, values | {"seed": 7})
-    program = trainer.experiment_program(config, tiny_dataset.schema, num_steps=1)
+    program = experiment.experiment_program(config, tiny_dataset.schema, num_steps=1)
     assert program.training == config.training
     assert program.seed == config.seed == 7
     assert program.losses == (LabelLoss("request"),)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "is_free"),
-    [
-        ("training.accumulate_steps", 4, True),
-        ("model.remat", "all", True),
-        ("profile.steps", "3:5", True),
-        ("input.num_threads", 3, True),
-        ("input.prefetch", 5, True),
-        ("training.ema_decay", 0.9, False),
-        ("training.on_divergence", "skip", False),
-    ],
-)
-def test_what_does_not_change_the_learning_may_change(config, tmp_path, name, value, is_free):
-    trainer.save_config(tmp_path, config)
-    changed = apply_overrides(config, {name: value})
-    trainer.check_workdir(tmp_path, changed)  # there is no checkpoint yet, and nothing to spoil
-    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
-    if is_free:
-        trainer.check_workdir(tmp_path, changed)
-    else:
-        with pytest.raises(UserError, match=name):
-            trainer.check_workdir(tmp_path, changed)
-
-
-def test_config_of_an_older_version_is_read_and_said_so(config, tmp_path, caplog):
-    trainer.save_config(tmp_path, config)
-    path = tmp_path / "config.json"
-    data = json.loads(path.read_text())
-    del data["mesh"]["dcn_data"]
-    path.write_text(json.dumps(data))
-    with caplog.at_level(logging.INFO, "stca_jax"):
-        assert trainer.load_workdir_config(tmp_path) == config
-    assert [r.message for r in caplog.records] == [
-        f"{path} is of an older version; taken as before: mesh.dcn_data=-1"
-    ]
-    trainer.save_config(tmp_path, config)
-    assert json.loads(path.read_text())["mesh"]["dcn_data"] == -1
-    path.write_text(json.dumps(data | {"gone": 1}))
-    with pytest.raises(UserError, match="has no field 'gone'"):
-        trainer.load_workdir_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +117,9 @@ def test_time_is_divided_among_phases(config, tiny_dataset, tmp_path, monkeypatc
 
 def end_each_step(monkeypatch):
     """As on a device that is quicker than the host."""
-    add = trainer._RecentSteps.add
+    add = trainer.RecentSteps.add
     monkeypatch.setattr(
-        trainer._RecentSteps, "add", lambda *a: add(*a[:2], jax.block_until_ready(a[2]), *a[3:])
+        trainer.RecentSteps, "add", lambda *a: add(*a[:2], jax.block_until_ready(a[2]), *a[3:])
     )
 
 

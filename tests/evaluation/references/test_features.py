@@ -1,4 +1,4 @@
-"""References against plain loops over every pair of target and event, and against scikit-learn."""
+"""References against plain loops over every pair of target and event."""
 
 import dataclasses
 
@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
-from stca_jax.evaluation import metrics, references
+from stca_jax.evaluation.references.features import (
+    DECAYS,
+    count_features,
+    match_features,
+    repeat_counts,
+)
+from stca_jax.evaluation.references.history import HistoryView
 
 DAY = 86_400
 LENGTHS = (1, 3, 10, 1000)
@@ -29,7 +33,7 @@ def random_view(seed=0, n=60, q=5, max_targets=4, num_ids=8, days=100, fields=FI
     def ids(size):
         return {field: rng.integers(-2, num_ids - 2, size).astype(np.int32) for field in fields}
 
-    return references.HistoryView(
+    return HistoryView(
         event_ids=ids(n),
         event_time=event_time,
         history_end=np.searchsorted(event_time, request_time),
@@ -84,14 +88,42 @@ def brute_force_features(view, length):
 )
 def test_features_are_those_of_a_loop_over_all_pairs(seed, n, q, num_ids, days):
     view = random_view(seed, n, q, num_ids=num_ids, days=days)
-    features = references.count_features(view, LENGTHS)
-    counts = references.repeat_counts(view, LENGTHS)
+    features = count_features(view, LENGTHS)
+    counts = repeat_counts(view, LENGTHS)
     assert list(features) == list(counts) == list(LENGTHS)
     for length in LENGTHS:
         expected = brute_force_features(view, length).reshape(-1, 15)
         assert features[length].dtype == counts[length].dtype == np.float32
         np.testing.assert_allclose(features[length], expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(np.log1p(counts[length]), expected[:, 0], rtol=1e-6)
+
+
+def brute_force_match_features(view, length):
+    rows = []
+    for target, request, window in targets_with_windows(view, length):
+        row = []
+        for field, ids in view.event_ids.items():
+            ages = [
+                (view.request_time[request] - view.event_time[p]) / DAY
+                for p in window
+                if ids[p] == view.target_ids[field][target]
+            ]
+            row += [np.log1p(len(ages)), len(ages) / max(len(window), 1)]
+            row += [np.log1p(min([*ages, 3650]))]
+            row += [np.log1p(sum(np.exp(-age / days) for age in ages)) for days in DECAYS]
+        rows.append([*row, np.log(max(len(window), 1))])
+    return np.array(rows)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 40), st.integers(1, 6), st.sampled_from([1, 3]))
+def test_match_features_are_those_of_a_loop_over_all_pairs(seed, n, q, num_ids):
+    view = random_view(seed, n, q, num_ids=num_ids)
+    features = match_features(view, LENGTHS)
+    for length in LENGTHS:
+        expected = brute_force_match_features(view, length).reshape(-1, 22)
+        assert features[length].dtype == np.float32
+        np.testing.assert_allclose(features[length], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +134,7 @@ def test_any_fields_with_or_without_popularity(fields, popular):
     view = random_view(fields=fields)
     if not popular:
         view = dataclasses.replace(view, target_log_popularity=None)
-    features = references.count_features(view, [10])[10]
+    features = count_features(view, [10])[10]
     num_fields = len(fields)
     assert features.shape == (
         view.num_targets,
@@ -115,7 +147,7 @@ def test_decay_is_exact_in_the_early_years_of_a_long_log():
     # Forty years of one item: weights relative to the end of the log would differ by e^521.
     days = np.sort(np.random.default_rng(0).integers(0, 40 * 365, 3000))
     ids = {"item": np.zeros(days.size, np.int32)}
-    view = references.HistoryView(
+    view = HistoryView(
         event_ids=ids,
         event_time=days * DAY,
         history_end=np.array([20, 1500, 3000]),
@@ -124,7 +156,7 @@ def test_decay_is_exact_in_the_early_years_of_a_long_log():
         target_ids={"item": np.zeros(3, np.int32)},
     )
     for length in (10, 5000):
-        decayed = np.expm1(references.count_features(view, [length])[length][:, 2])
+        decayed = np.expm1(count_features(view, [length])[length][:, 2])
         for target, request, window in targets_with_windows(view, length):
             ages = (view.request_time[request] - view.event_time[window]) / DAY
             assert decayed[target] == pytest.approx(np.exp(-ages / 28).sum(), rel=1e-5)
@@ -138,14 +170,12 @@ def test_target_features_do_not_depend_on_later_events():
         event_ids={field: ids[:cut] for field, ids in view.event_ids.items()},
         event_time=view.event_time[:cut],
     )
-    np.testing.assert_array_equal(
-        references.count_features(view, [20])[20], references.count_features(shorter, [20])[20]
-    )
+    np.testing.assert_array_equal(count_features(view, [20])[20], count_features(shorter, [20])[20])
 
 
 def test_extreme_ids_do_not_collide():
     ids = np.array([-(2**31), 2**31 - 1, -1, 0, 2**31 - 1], np.int32)
-    view = references.HistoryView(
+    view = HistoryView(
         event_ids={"item": ids},
         event_time=np.arange(5),
         history_end=np.array([5]),
@@ -153,8 +183,8 @@ def test_extreme_ids_do_not_collide():
         target_offset=np.array([0, 5]),
         target_ids={"item": ids},
     )
-    np.testing.assert_array_equal(references.repeat_counts(view, [5])[5], [1, 2, 1, 1, 2])
-    np.testing.assert_array_equal(references.repeat_counts(view, [3])[3], [0, 1, 1, 1, 1])
+    np.testing.assert_array_equal(repeat_counts(view, [5])[5], [1, 2, 1, 1, 2])
+    np.testing.assert_array_equal(repeat_counts(view, [3])[3], [0, 1, 1, 1, 1])
 
 
 @pytest.mark.parametrize(
@@ -185,82 +215,4 @@ def test_view_refuses_wide_ids():
 
 def test_refuses_lengths_below_one():
     with pytest.raises(ValueError, match="A length is 0"):
-        references.count_features(random_view(), [10, 0])
-
-
-def random_classification(n=400, f=5, seed=0):
-    rng = np.random.default_rng(seed)
-    features = (rng.normal(size=(n, f)) * [1, 10, 0.1, 3, 1] + [0, 5, -1, 0, 7]).astype(np.float32)
-    features[:, 4] = 7.3  # constant, as the log of a window that every history fills
-    logit = features[:, 0] - 0.2 * features[:, 1] + 0.5
-    return features, (rng.random(n) < 1 / (1 + np.exp(-logit))).astype(np.int8)
-
-
-@pytest.mark.parametrize("c", [1e-3, 1.0, 100.0])
-def test_logistic_regression_is_that_of_sklearn(c):
-    features, label = random_classification()
-    model = references.fit_logistic(features, label, c)
-    scaler = StandardScaler().fit(features.astype(np.float64))
-    oracle = LogisticRegression(C=c, tol=1e-12, max_iter=1000)
-    oracle.fit(scaler.transform(features.astype(np.float64)), label)
-    np.testing.assert_allclose(model.weight, oracle.coef_[0], rtol=1e-5, atol=1e-8)
-    assert model.bias == pytest.approx(oracle.intercept_[0], rel=1e-5)
-    np.testing.assert_allclose(
-        model.logit(features),
-        oracle.decision_function(scaler.transform(features.astype(np.float64))),
-        rtol=1e-4,
-        atol=1e-5,
-    )
-
-
-def test_logistic_regression_of_separable_labels_stays_finite():
-    features = np.linspace(-1, 1, 50, dtype=np.float32)[:, None]
-    model = references.fit_logistic(features, features[:, 0] > 0, c=1e4)
-    assert np.isfinite(model.weight).all()
-    assert metrics.auc(features[:, 0] > 0, model.logit(features)) == 1.0
-
-
-def test_logistic_regression_refuses():
-    features, label = random_classification()
-    with pytest.raises(ValueError, match="both present"):
-        references.fit_logistic(features, np.ones_like(label))
-    features[3, 2] = np.nan
-    with pytest.raises(ValueError, match="Feature 2 has NaN"):
-        references.fit_logistic(features, label)
-
-
-def labelled_views(seeds):
-    for seed in seeds:
-        view = random_view(seed, q=8, max_targets=6)
-        # Repeats are more likely to be positive, the more the longer the window that is seen.
-        counts = references.repeat_counts(view, [60])[60]
-        noise = np.random.default_rng(seed).normal(size=counts.size)
-        yield view, (counts + 2 * noise > 5).astype(np.int8)
-
-
-def test_evaluate_references():
-    test = list(labelled_views([40, 41]))
-    rows = references.evaluate_references(labelled_views(range(30)), test, [5, 60])
-    assert [(row["model"], row["length"]) for row in rows] == [
-        ("counting", 5),
-        ("logistic", 5),
-        ("counting", 60),
-        ("logistic", 60),
-    ]
-    label = np.concatenate([label for _, label in test])
-    counts = np.concatenate([references.repeat_counts(view, [60])[60] for view, _ in test])
-    user = np.repeat([0, 1], [view.num_targets for view, _ in test])
-    assert rows[2]["auc"] == metrics.auc(label, counts)
-    assert rows[2]["gauc_user"] == metrics.grouped_auc(label, counts, user).value
-    assert rows[2]["num_requests"] == sum((np.diff(v.target_offset) > 0).sum() for v, _ in test)
-    assert "log_loss" not in rows[2]
-    assert rows[3]["log_loss"] < rows[1]["log_loss"]
-    assert rows[2]["auc"] > rows[0]["auc"]
-
-
-def test_evaluate_references_refuses():
-    view, label = next(labelled_views([0]))
-    with pytest.raises(ValueError, match="Labels of user 0 have shape"):
-        references.evaluate_references([(view, label[1:])], [(view, label)], [5])
-    with pytest.raises(ValueError, match="No users"):
-        references.evaluate_references([], [(view, label)], [5])
+        count_features(random_view(), [10, 0])

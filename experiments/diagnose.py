@@ -1,0 +1,204 @@
+"""What a model has learned: its terms, its calibration, and what each of its channels adds.
+
+    python -m experiments.diagnose --workdir=DIR [--split=test] [--step=best|last|N] [--length=N]
+
+prints, at one history length, the calibration by length of the users' histories, and AUC with each
+channel of the model switched off at evaluation: parameters that read or make it are zero, which is
+exactly what zeros in the channel give. On synthetic_interests also the regression of the model's
+logits on the terms of the true function, beside their weights in the truth, and the ceilings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Array, Float, Int
+
+from stca_jax.data.preparation import prepare
+from stca_jax.data.synthetic_interests.truth import records_of, split_lifts, truth_of
+from stca_jax.errors import UserError
+from stca_jax.evaluation import metrics
+from stca_jax.evaluation.best import read_best
+from stca_jax.evaluation.evaluator import Row, evaluate_split
+from stca_jax.evaluation.references.logistic import fit_logistic
+from stca_jax.evaluation.tables import format_table
+from stca_jax.experiments import launch
+from stca_jax.input.dataset import RequestDataset
+from stca_jax.input.planning import select_requests
+from stca_jax.schema import Schema
+from stca_jax.training.checkpointing import Checkpointer
+from stca_jax.training.state import TrainState
+from stca_jax.workdir import load_workdir_config, restore_for_evaluation
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Which requests.")
+_STEP = flags.DEFINE_string("step", "best", "best, last, or the step of a checkpoint.")
+_LENGTH = flags.DEFINE_integer(
+    "length", None, "History length; by default the config's longest.", lower_bound=1
+)
+
+
+def main() -> None:
+    """Prints the tables."""
+    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    config = load_workdir_config(workdir)
+    dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
+    length = _LENGTH.value or max(config.evaluation.lengths)
+    program, state = restore_for_evaluation(config, dataset, workdir, _step(workdir))
+
+    def predict(state: Any) -> Any:
+        return evaluate_split(
+            program, state, dataset, config.input, split=_SPLIT.value, length=length,
+            min_history=config.evaluation.min_history, max_requests=config.evaluation.max_requests,
+        )  # fmt: skip
+
+    predictions = predict(state)
+    label, logit = predictions.label[:, 0], predictions.logit[:, 0]
+    print(f"{_SPLIT.value} split at length {length:,}, {len(label):,} targets, first task")
+    requests = select_requests(
+        dataset.index,
+        config.input.for_evaluation(
+            _SPLIT.value, length, min_history=config.evaluation.min_history,
+            max_requests=config.evaluation.max_requests,
+        ),
+    )  # fmt: skip
+    if config.dataset.startswith("synthetic_interests"):
+        truth = truth_of(dataset)
+        records = list(records_of(dataset, requests))
+        lifts = np.concatenate([truth.lifts(record, length) for record in records])
+        ids = np.concatenate(
+            [np.repeat(record.request_id, np.diff(record.target_offset)) for record in records]
+        )
+        lifts = lifts[np.argsort(ids, kind="stable")]
+        order = np.argsort(predictions.request_id, kind="stable")
+        print("\n" + format_table(term_rows(logit[order], lifts, truth.names, truth.weights)))
+        fitted = fit_logistic(*split_lifts(dataset, truth, "train", length))
+        known = {
+            "model": logit[order],
+            "truth": (lifts @ truth.weights).astype(np.float32),
+            "refitted": fitted.logit(lifts.astype(np.float32)),
+        }
+        ceilings = [{"of": n, "auc": metrics.auc(label[order], z)} for n, z in known.items()]
+        print("\n" + format_table(ceilings))
+    history = dict(zip(requests.request_id.tolist(), requests.history_end.tolist(), strict=True))
+    events = np.array([history[i] for i in predictions.request_id.tolist()])
+    print("\n" + format_table(calibration_rows(label, logit, np.minimum(events, length))))
+    rows: list[Row] = [{"off": "nothing", "auc": metrics.auc(label, logit)}]
+    schema = config.model.read_schema(dataset.schema)
+    for channel, changed in channels(state, schema).items():
+        found = predict(changed)
+        rows.append({"off": channel, "auc": metrics.auc(found.label[:, 0], found.logit[:, 0])})
+    print("\n" + format_table(rows))
+
+
+def term_rows(
+    logit: Float[np.ndarray, " t"],
+    lifts: Float[np.ndarray, "t terms"],
+    names: Sequence[str],
+    weights: Sequence[float],
+) -> list[Row]:
+    """Weights of the true terms, by least squares of a logit on them and a constant."""
+    terms = np.column_stack([lifts, np.ones(len(lifts))])
+    found = np.linalg.lstsq(terms, logit.astype(np.float64), rcond=None)[0]
+    return [
+        {"term": name, "truth": float(weight), "model": float(value)}
+        for name, weight, value in zip(names, weights, found[:-1], strict=True)
+    ]
+
+
+def calibration_rows(
+    label: Float[np.ndarray, " t"],
+    logit: Float[np.ndarray, " t"],
+    events: Int[np.ndarray, " t"],
+) -> list[Row]:
+    """Calibration and AUC of targets with histories of each power of four events."""
+    octave = np.floor(np.log2(np.maximum(events, 1)) / 2).astype(int)
+    rows: list[Row] = []
+    for k in np.unique(octave):
+        of = octave == k
+        rows.append(
+            {
+                "events from": 4 ** int(k),
+                "targets": int(of.sum()),
+                "calibration": metrics.calibration(label[of], logit[of]),
+                "auc": metrics.auc(label[of], logit[of]),
+            }
+        )
+    return rows
+
+
+def channels(state: TrainState, schema: Schema) -> dict[str, TrainState]:
+    """The state with each channel's parameters set to zero.
+
+    "attention" is what layers gather (o^i of E5), "count channel" the log-sum-exps and the window's
+    size, "match channel" the exact-match statistics, "table of NAME" a feature's embeddings at
+    every level that has it. Weights that read a channel are zero, which is exactly what zeros in
+    the channel give.
+
+    Args:
+      state: Of a checkpoint of a `Ranker`.
+      schema: What its model reads.
+    """
+    off: dict[str, TrainState] = {}
+
+    def add(channel: str, rule: Callable[[str, Array], Array]) -> None:
+        def changed(path: Any, value: Array) -> Array:
+            return rule(jax.tree_util.keystr(path), value)
+
+        dense = jax.tree_util.tree_map_with_path(changed, state.dense)
+        pairs = zip(jax.tree.leaves(dense), jax.tree.leaves(state.dense), strict=True)
+        if any(new is not old for new, old in pairs):
+            off[channel] = dataclasses.replace(state, dense=dense)
+
+    numbers = [name for name in schema.target if not schema.is_categorical(name)]
+    embedded = sum(state.tables[n].shape[-1] for n in schema.target if n in state.tables)
+    up = state.dense["target_fusion"]["ffn"]["up"]
+    num_statistics = up.shape[0] - embedded - len(numbers)
+    first, last = len(numbers), len(numbers) + num_statistics
+
+    def without_attention(path: str, value: Array) -> Array:
+        return jnp.zeros_like(value) if "w_output" in path else value
+
+    def without_counts(path: str, value: Array) -> Array:
+        if "count_weight" in path:
+            return jnp.zeros_like(value)
+        is_read = "token_maps" in path and "numbers" in path and "weight" in path
+        return value.at[last:].set(0) if is_read and value.shape[0] > last else value
+
+    def without_matches(path: str, value: Array) -> Array:
+        if "target_fusion" in path and value.shape[:1] == up.shape[:1]:
+            return value.at[-num_statistics:].set(0)
+        is_read = "token_maps" in path and "numbers" in path and "weight" in path
+        return value.at[first:last].set(0) if is_read else value
+
+    add("attention", without_attention)
+    add("count channel", without_counts)
+    if num_statistics:
+        add("match channel", without_matches)
+    for name, rows in state.tables.items():
+        tables = {**state.tables, name: jnp.zeros_like(rows)}
+        off[f"table of {name}"] = dataclasses.replace(state, tables=tables)
+    return off
+
+
+def _step(workdir: pathlib.Path) -> int:
+    steps = Checkpointer(workdir).steps()
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoint yet")
+    if _STEP.value.isdigit() and int(_STEP.value) in steps:
+        return int(_STEP.value)
+    if _STEP.value not in ("best", "last"):
+        raise UserError(f"--step={_STEP.value}: give best, last or one of {steps}")
+    best = read_best(workdir) if _STEP.value == "best" else None
+    return best["step"] if best and best["step"] in steps else steps[-1]
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -1,0 +1,93 @@
+"""The validation of a training run at each of its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+
+from stca_jax.evaluation.best import Criterion, mark_best, score
+from stca_jax.evaluation.evaluator import EvaluationConfig, evaluate_split, metric_rows
+from stca_jax.files import read_json_lines
+from stca_jax.input.dataset import RequestDataset
+from stca_jax.input.pipeline import InputConfig
+from stca_jax.input.planning import select_requests
+from stca_jax.training.distributed import is_main_process
+from stca_jax.training.metrics_writer import MetricsWriter
+from stca_jax.training.state import TrainState
+from stca_jax.training.train_step import Program
+
+_log = logging.getLogger(__name__)
+
+
+class Validation:
+    """Scores the validation split at one length, and marks the best checkpoint."""
+
+    def __init__(
+        self,
+        dataset: RequestDataset,
+        input_config: InputConfig,
+        config: EvaluationConfig,
+        workdir: pathlib.Path,
+    ):
+        """See `stca_jax.evaluation.evaluator`; the workdir gets best.json.
+
+        Raises:
+          UserError: no request of the split has `config.min_history` earlier events.
+        """
+        scored = input_config.for_evaluation(
+            "validation", config.validation_length, min_history=config.min_history
+        )
+        select_requests(dataset.index, scored)
+        self._dataset = dataset
+        self._input = input_config
+        self._config = config
+        self._workdir = workdir
+
+    def run(self, program: Program, state: TrainState, step: int, writer: MetricsWriter) -> None:
+        """Scores the state of a step, writes its metrics, and marks it if it is the best.
+
+        Args:
+          program: The model's compiled functions.
+          state: After `step` steps.
+          step: Names the checkpoint.
+          writer: Gets one line per task, "validation/auc" or "validation/TASK/auc".
+        """
+        config = self._config
+        predictions = evaluate_split(
+            program,
+            state,
+            self._dataset,
+            self._input,
+            split="validation",
+            length=config.validation_length,
+            min_history=config.min_history,
+            max_requests=config.validation_requests,
+            max_targets=config.validation_targets,
+        )
+        rows = metric_rows(predictions, self._dataset.schema.tasks)
+        for row in rows:
+            prefix = "/".join(["validation", *([row["task"]] if "task" in row else [])])
+            numbers = {f"{prefix}/{n}": v for n, v in row.items() if n != "task"}
+            numbers[f"{prefix}/length"] = config.validation_length
+            writer.write(step, numbers)
+        value = score(rows, config.metric)
+        if value is None:
+            _log.warning(
+                "step %d: no task has a validation %s; its checkpoint is not marked as the best",
+                step,
+                config.metric,
+            )
+        else:
+            _log.info("step %d: validation %s %.4f", step, config.metric, value)
+        if is_main_process():
+            criterion = Criterion(
+                config.metric, "validation", config.validation_length, config.larger_is_better
+            )
+            mark_best(self._workdir, {step: value}, criterion)
+
+    def has_run(self, step: int) -> bool:
+        """Whether the metrics have the validation of that step."""
+        return any(
+            line["step"] == step and any(name.startswith("validation/") for name in line)
+            for line in read_json_lines(self._workdir / "metrics.jsonl")
+        )
