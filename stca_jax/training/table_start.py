@@ -10,32 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.cooccurrence import cooccurrence_rows
 from stca_jax.input.dataset import RequestDataset
+from stca_jax.models.ranker import RankerConfig
 from stca_jax.training.table_rows import stored_row
 
 Tables = Mapping[str, Float[Array, "V W"]]
 
 
 def start_from_cooccurrence(
-    tables: Tables, config: ExperimentConfig, dataset: RequestDataset
+    tables: Tables, model: RankerConfig, dataset: RequestDataset, seed: int
 ) -> dict[str, Float[Array, "V W"]]:
     """Tables of history features with rows from co-occurrence, where they have been seen.
 
     Args:
       tables: At random, as they are stored.
-      config: The experiment.
-      dataset: Its dataset.
+      model: The model that they are of.
+      dataset: Whose histories.
+      seed: Of the factorisation.
     """
-    schema = config.model.read_schema(dataset.schema)
+    schema = model.read_schema(dataset.schema)
     names = [n for n in schema.history if schema.is_categorical(n)]
-    shares = {
-        n: config.model.embedding.cooccurrence_share if n == schema.item else 1.0 for n in names
-    }
+    shares = {n: model.embedding.cooccurrence_share if n == schema.item else 1.0 for n in names}
     widths = {n: max(1, round(tables[n].shape[1] * shares[n])) for n in names}
-    found = cooccurrence_rows(dataset, widths, config.seed)
-    most = config.model.embedding.replicated_rows
+    found = cooccurrence_rows(dataset, widths, seed)
+    most = model.embedding.replicated_rows
     return {
         **tables,
         **{n: _start(tables[n], found[n], shares[n], len(found[n]) > most) for n in names},
@@ -45,7 +44,7 @@ def start_from_cooccurrence(
 def _start(
     table: Float[Array, "V W"], rows: Float[np.ndarray, "ids w"], share: float, is_divided: bool
 ) -> Float[Array, "V W"]:
-    """The random row's first W - w columns beside w from co-occurrence, which have a share of the square."""
+    """The random row's first W - w columns beside w from co-occurrence, a share of the square."""
     num_stored, width = table.shape
     num_random = width - rows.shape[1]
     stored = np.zeros((num_stored, rows.shape[1]), np.float32)
