@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from flax import nnx
 
 from stca_jax.data.preparation import prepare
 from stca_jax.data.synthetic_interests.truth import records_of, split_lifts, truth_of
@@ -28,6 +29,7 @@ from stca_jax.evaluation.tables import format_table
 from stca_jax.experiments import launch
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.planning import select_requests
+from stca_jax.models.ranker import Ranker
 from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.workdir import load_workdir_config, restore_for_evaluation
 
@@ -85,8 +87,8 @@ def main() -> None:
     events = np.array([history[i] for i in predictions.request_id.tolist()])
     print("\n" + format_table(calibration_rows(label, logit, np.minimum(events, length))))
     rows: list[Row] = [{"off": "nothing", "auc": metrics.auc(label, logit)}]
-    schema = config.model.read_schema(dataset.schema)
-    for channel, changed in channels(state, schema).items():
+    ranker = nnx.eval_shape(lambda: Ranker(config.model, dataset.schema, rngs=nnx.Rngs(0)))
+    for channel, changed in channels(state, ranker).items():
         found = predict(changed)
         rows.append({"off": channel, "auc": metrics.auc(found.label[:, 0], found.logit[:, 0])})
     print("\n" + format_table(rows))

@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from stca_jax.evaluation import metrics
 from stca_jax.evaluation.evaluator import Row
-from stca_jax.schema import Schema
+from stca_jax.models.ranker import Ranker
+from stca_jax.models.stca import StcaConfig
+from stca_jax.training.averaging import AveragedState
 from stca_jax.training.state import TrainState
 
 
@@ -53,55 +55,60 @@ def calibration_rows(
     return rows
 
 
-def channels(state: TrainState, schema: Schema) -> dict[str, TrainState]:
-    """The state with each channel's parameters set to zero.
+def channels(state: TrainState, ranker: Ranker) -> dict[str, TrainState]:
+    """The state with each channel switched off: weights that read or make it are zero.
 
-    "attention" is what layers gather (o^i of E5), "count channel" the log-sum-exps and the window's
-    size, "match channel" the exact-match statistics, "table of NAME" a feature's embeddings at
-    every level that has it. Weights that read a channel are zero, which is exactly what zeros in
-    the channel give.
+    Which is exactly what zeros in the channel give. "attention" is what layers gather (o^i of E5),
+    "count channel" the log-sum-exps and the window's size, "match channel" the exact-match
+    statistics, "table of NAME" a feature's embeddings at every level that has it.
 
     Args:
-      state: Of a checkpoint of a `Ranker`.
-      schema: What its model reads.
+      state: Of a checkpoint.
+      ranker: Its model; of the parameters, only shapes are looked at.
     """
-    off: dict[str, TrainState] = {}
-
-    def add(channel: str, rule: Callable[[str, Array], Array]) -> None:
-        def changed(path: Any, value: Array) -> Array:
-            return rule(jax.tree_util.keystr(path), value)
-
-        dense = jax.tree_util.tree_map_with_path(changed, state.dense)
-        pairs = zip(jax.tree.leaves(dense), jax.tree.leaves(state.dense), strict=True)
-        if any(new is not old for new, old in pairs):
-            off[channel] = dataclasses.replace(state, dense=dense)
-
-    numbers = [name for name in schema.target if not schema.is_categorical(name)]
-    embedded = sum(state.tables[n].shape[-1] for n in schema.target if n in state.tables)
-    up = state.dense["target_fusion"]["ffn"]["up"]
-    num_statistics = up.shape[0] - embedded - len(numbers)
-    first, last = len(numbers), len(numbers) + num_statistics
+    first = len(ranker.number_names)
+    last = first + ranker.num_statistics
+    reads_matches = first < last and not ranker.config.match_time_scales_days
 
     def without_attention(path: str, value: Array) -> Array:
-        return jnp.zeros_like(value) if "w_output" in path else value
+        return jnp.zeros_like(value) if "sequence" in path and "w_output" in path else value
 
     def without_counts(path: str, value: Array) -> Array:
-        if "count_weight" in path:
+        if path.endswith("count_weight"):
             return jnp.zeros_like(value)
-        is_read = "token_maps" in path and "numbers" in path and "weight" in path
-        return value.at[last:].set(0) if is_read and value.shape[0] > last else value
+        return value.at[last:].set(0) if path == "token_maps/numbers/weight" else value
 
     def without_matches(path: str, value: Array) -> Array:
-        if "target_fusion" in path and value.shape[:1] == up.shape[:1]:
-            return value.at[-num_statistics:].set(0)
-        is_read = "token_maps" in path and "numbers" in path and "weight" in path
-        return value.at[first:last].set(0) if is_read else value
+        if path == "token_maps/numbers/weight":
+            return value.at[first:last].set(0)
+        if reads_matches and path.startswith("target_fusion/ffn/") and not path.endswith("out"):
+            return value.at[-ranker.num_statistics :].set(0)
+        is_linear = path == "target_fusion/side/match statistics"
+        return jnp.zeros_like(value) if is_linear else value
 
-    add("attention", without_attention)
-    add("count channel", without_counts)
-    if num_statistics:
-        add("match channel", without_matches)
+    off = {}
+    if isinstance(ranker.config.sequence, StcaConfig):
+        off["attention"] = _changed(state, without_attention)
+    if ranker.config.sequence.num_counts:
+        off["count channel"] = _changed(state, without_counts)
+    if ranker.num_statistics:
+        off["match channel"] = _changed(state, without_matches)
     for name, rows in state.tables.items():
         tables = {**state.tables, name: jnp.zeros_like(rows)}
         off[f"table of {name}"] = dataclasses.replace(state, tables=tables)
     return off
+
+
+def _changed(state: TrainState, rule: Callable[[str, Array], Array]) -> TrainState:
+    """The state with other dense parameters, and another average of them if one is kept."""
+
+    def changed(parameters: Any) -> Any:
+        def of_leaf(path: Any, value: Array) -> Array:
+            return rule(jax.tree_util.keystr(path, simple=True, separator="/"), value)
+
+        return jax.tree_util.tree_map_with_path(of_leaf, parameters)
+
+    optimizer = state.optimizer
+    if isinstance(optimizer, AveragedState):
+        optimizer = optimizer._replace(average=changed(optimizer.average))
+    return dataclasses.replace(state, dense=changed(state.dense), optimizer=optimizer)
