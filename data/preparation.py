@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from stca_jax.data.base import STAGING, UserDatasetBuilder
 from stca_jax.errors import UserError
 from stca_jax.files import refuse_scheme
+from stca_jax.imports import import_object, is_import_path
 
 OWN_LOGS = "interaction_log"  # the dataset whose configs are its users' own
 _log = logging.getLogger(__name__)
@@ -108,18 +109,24 @@ def prepare_builder(
 
 
 def make_builder(name: str, data_dir: pathlib.Path) -> UserDatasetBuilder:
-    """The builder of "dataset" or "dataset/config".
+    """The builder of "dataset" or "dataset/config"; of one's own, "package.module:Builder".
 
     Raises:
       UserError: there is no such dataset or config, or it needs a package that is not installed.
     """
     dataset, _, config = name.partition("/")
-    module = import_builder(dataset)
-    if dataset == OWN_LOGS:
-        return module.find_builder(config, data_dir)
+    if is_import_path(dataset):
+        builder = import_object(dataset)
+        if not (isinstance(builder, type) and issubclass(builder, UserDatasetBuilder)):
+            raise UserError(f"dataset {dataset} does not derive from {UserDatasetBuilder.__name__}")
+    else:
+        module = import_builder(dataset)
+        if dataset == OWN_LOGS:
+            return module.find_builder(config, data_dir)
+        builder = module.Builder
     if config:
-        _check_name(config, list(module.Builder.builder_configs), f"config of {dataset}")
-    return module.Builder(data_dir=data_dir, config=config or None)
+        _check_name(config, list(builder.builder_configs), f"config of {dataset}")
+    return builder(data_dir=data_dir, config=config or None)
 
 
 def import_builder(dataset: str) -> types.ModuleType:

@@ -10,7 +10,7 @@ from stca_jax.batch import empty_batch
 from stca_jax.evaluation.evaluator import EvaluationConfig
 from stca_jax.input import pipeline
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import InputConfig
+from stca_jax.input.planning import InputConfig
 from stca_jax.models.ranker import RankerConfig
 from stca_jax.schema import Schema
 from stca_jax.training.checkpointing import CheckpointConfig

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from stca_jax.data.base import UserData, UserDatasetBuilder
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import InputConfig, select_requests
+from stca_jax.input.planning import InputConfig, select_requests
 from stca_jax.input.records import UserRecord
 
 

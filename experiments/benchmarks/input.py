@@ -46,17 +46,11 @@ from stca_jax.data.synthetic_interests.synthetic_interests_dataset_builder impor
 )
 from stca_jax.experiments import launch
 from stca_jax.experiments.benchmarks.history_copies import HistoryCopies
+from stca_jax.input.assembly import Assembler, Fill
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.length import FixedLength
-from stca_jax.input.pipeline import (
-    Assembler,
-    Fill,
-    InputConfig,
-    epoch_fill,
-    make_input,
-    select_requests,
-)
-from stca_jax.input.planning import BatchPlan, Planner, Position
+from stca_jax.input.pipeline import epoch_fill, make_input
+from stca_jax.input.planning import BatchPlan, InputConfig, Planner, Position, select_requests
 
 _LOGS = flags.DEFINE_multi_enum(
     "log", None, ["complete_journey", "zipf", "10k"], "Logs to measure; by default all."

@@ -13,7 +13,7 @@ import dataclasses
 from stca_jax.evaluation.evaluator import EvaluationConfig
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import BetaLength
-from stca_jax.input.pipeline import InputConfig
+from stca_jax.input.planning import InputConfig
 from stca_jax.models.ranker import similarity_config
 from stca_jax.training.checkpointing import CheckpointConfig
 from stca_jax.training.optimizer import OptimizerConfig

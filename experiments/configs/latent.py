@@ -9,7 +9,7 @@ python -m experiments.diagnose --workdir=DIR
 from stca_jax.evaluation.evaluator import EvaluationConfig
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import BetaLength
-from stca_jax.input.pipeline import InputConfig
+from stca_jax.input.planning import InputConfig
 
 
 def get_config() -> ExperimentConfig:

@@ -10,7 +10,7 @@ of an Intel Xeon 2.5 GHz server (AVX-512), 2026-11-27.
 from stca_jax.evaluation.evaluator import EvaluationConfig
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import BetaLength
-from stca_jax.input.pipeline import InputConfig
+from stca_jax.input.planning import InputConfig
 from stca_jax.training.checkpointing import CheckpointConfig
 from stca_jax.training.train_step import TrainingConfig
 

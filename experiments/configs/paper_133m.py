@@ -17,7 +17,7 @@ import dataclasses
 
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import BetaLength
-from stca_jax.input.pipeline import InputConfig
+from stca_jax.input.planning import InputConfig
 from stca_jax.models.embedding import EmbeddingConfig
 from stca_jax.models.ranker import RankerConfig
 from stca_jax.models.stca import StcaConfig

@@ -6,7 +6,7 @@ Command: python -m experiments.train --config=experiments/configs/tiny.py --work
 from stca_jax.evaluation.evaluator import EvaluationConfig
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import FixedLength
-from stca_jax.input.pipeline import InputConfig
+from stca_jax.input.planning import InputConfig
 from stca_jax.models.ranker import RankerConfig
 from stca_jax.models.stca import StcaConfig
 from stca_jax.training.checkpointing import CheckpointConfig

@@ -56,7 +56,8 @@ from stca_jax.evaluation.evaluator import evaluate_split, metric_rows
 from stca_jax.evaluation.references.scoring import evaluate_references
 from stca_jax.experiments.configs import complete_journey
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import make_input, select_requests
+from stca_jax.input.pipeline import make_input
+from stca_jax.input.planning import select_requests
 from stca_jax.models import stca
 from stca_jax.models.ranker import Ranker, RankerConfig
 from stca_jax.models.stca import StcaConfig

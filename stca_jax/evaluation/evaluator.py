@@ -15,7 +15,8 @@ from tqdm import tqdm
 from stca_jax.batch import RequestBatch
 from stca_jax.evaluation.metrics import check_choice, ranking_metrics
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import InputConfig, make_input
+from stca_jax.input.pipeline import make_input
+from stca_jax.input.planning import InputConfig
 from stca_jax.training.distributed import is_main_process
 from stca_jax.training.sharding import device_batch, input_share
 from stca_jax.training.state import TrainState

@@ -9,8 +9,7 @@ from stca_jax.evaluation.best import Criterion, mark_best, score
 from stca_jax.evaluation.evaluator import EvaluationConfig, evaluate_split, metric_rows
 from stca_jax.files import read_json_lines
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import InputConfig
-from stca_jax.input.planning import select_requests
+from stca_jax.input.planning import InputConfig, select_requests
 from stca_jax.training.distributed import is_main_process
 from stca_jax.training.metrics_writer import MetricsWriter
 from stca_jax.training.state import TrainState

@@ -161,7 +161,7 @@ class Units:
     Attributes:
       first_piece: Unit u holds pieces `[first_piece[u], first_piece[u] + num_pieces[u])`.
       num_pieces: At least 1.
-      history_start: First event of the user's log that the unit stores.
+      log_start: First event of the user's log that the unit stores.
       tokens: Events it stores; at most L.
       targets: At most M.
       piece_request: Of each piece, its request's place in the planner's index.
@@ -173,7 +173,7 @@ class Units:
 
     first_piece: Int[np.ndarray, " u"]
     num_pieces: Int[np.ndarray, " u"]
-    history_start: Int[np.ndarray, " u"]
+    log_start: Int[np.ndarray, " u"]
     tokens: Int[np.ndarray, " u"]
     targets: Int[np.ndarray, " u"]
     piece_request: Int[np.ndarray, " p"]
@@ -290,7 +290,7 @@ class Planner:
         return Units(
             first_piece=first[order],
             num_pieces=num_pieces[order],
-            history_start=start[first][order],
+            log_start=start[first][order],
             tokens=(stop[first + num_pieces - 1] - start[first])[order],
             targets=np.add.reduceat(pieces.num_targets, first)[order],
             piece_request=pieces.request,

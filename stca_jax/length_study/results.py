@@ -16,7 +16,8 @@ from stca_jax.evaluation.report.runs import load_run
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.files import read_json_lines
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import InputConfig, epoch_fill
+from stca_jax.input.pipeline import epoch_fill
+from stca_jax.input.planning import InputConfig
 from stca_jax.length_study.points import Point
 
 COLUMNS = ("split", "length", "auc", "gauc_user", "log_loss", "calibration")

@@ -196,7 +196,8 @@ def test_training_s_own_validation_stands_in(tmp_path):
     (workdir / "evaluation" / "checkpoints.jsonl").unlink()
     run = load_run(workdir, "run")
     selection = best_selection([run], None, across_steps=True)
-    assert selection == Selection("validation", 0, 2_000)
+    assert selection == Selection("validation", 0, None, 30_000)
+    assert str(selection) == "Up to 30,000 targets of requests of the validation split"
     (line,) = lines_by_step([run], selection, None, "auc", in_minutes=False)
     assert line == Line("256 events", [20, 40], [0.7, 0.7])
 

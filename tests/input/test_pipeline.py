@@ -15,10 +15,9 @@ from in_memory_dataset import SCHEMA, make_dataset, random_dataset
 
 from stca_jax.batch import validate_batch
 from stca_jax.errors import UserError
-from stca_jax.experiment import count_steps
 from stca_jax.input.length import BetaLength, FixedLength, UniformLength
-from stca_jax.input.pipeline import InputConfig, count_batches, epoch_fill, make_input
-from stca_jax.input.planning import Planner, select_requests
+from stca_jax.input.pipeline import count_batches, count_steps, epoch_fill, make_input
+from stca_jax.input.planning import InputConfig, Planner, select_requests
 from stca_jax.input.records import SPLITS
 from stca_jax.models.ranker import Ranker, RankerConfig
 from stca_jax.models.rankmixer import RankMixerConfig

@@ -34,16 +34,26 @@ class Selection(NamedTuple):
       split: "train", "validation" or "test".
       min_history: Least number of earlier events.
       max_requests: Size of the sample; None is all of them.
+      max_targets: Targets that it has at most, as a training's own validation; None is any number.
     """
 
     split: str
     min_history: int
     max_requests: int | None
+    max_targets: int | None = None
 
     def __str__(self) -> str:
-        number = "All" if self.max_requests is None else f"Up to {self.max_requests:,}"
+        limits = [
+            f"up to {limit:,} {of}"
+            for limit, of in ((self.max_targets, "targets of"), (self.max_requests, ""))
+            if limit is not None
+        ]
+        number = " ".join(limits).strip().capitalize() or "All"
         least = f" after at least {self.min_history:,} events" if self.min_history else ""
         return f"{number} requests of the {self.split} split{least}"
+
+
+_REQUIRED = ("split", "min_history", "max_requests")  # of a row; the rest came later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +146,7 @@ def load_run(workdir: str | os.PathLike[str], name: str) -> Run:
     lines = read_json_lines(workdir / "metrics.jsonl")
     rows = _validation_rows(lines, config)
     for path in sorted((workdir / "evaluation").glob("*.jsonl")):
-        rows += [row for row in read_json_lines(path) if row.keys() >= set(Selection._fields)]
+        rows += [row for row in read_json_lines(path) if row.keys() >= set(_REQUIRED)]
     keys = (*Selection._fields, "model", "task", "step", "length")
     unique = {tuple(row.get(key) for key in keys): row for row in rows}
     best = read_best(workdir)
@@ -185,7 +195,7 @@ def median(values: Iterable[float | None]) -> float | None:
 
 def selection_of(row: Row) -> Selection:
     """Which requests a row is of."""
-    return Selection(*(row[name] for name in Selection._fields))
+    return Selection(*(row.get(name) for name in Selection._fields))
 
 
 def _validation_rows(lines: Sequence[Row], config: Mapping[str, Any]) -> list[Row]:
@@ -207,6 +217,7 @@ def _validation_rows(lines: Sequence[Row], config: Mapping[str, Any]) -> list[Ro
                     "split": "validation",
                     "min_history": config["evaluation.min_history"],
                     "max_requests": config["evaluation.validation_requests"],
+                    "max_targets": config["evaluation.validation_targets"],
                     "step": line["step"],
                     "length": int(
                         line.get("/".join([prefix, *task, "length"]))
