@@ -93,13 +93,6 @@ EXCEPTIONS = {
     },
     "experiments/benchmarks/sequence_modules.py::torch_steps": "PyTorch's side of a comparison",
     "experiments/study.py::make_points": "being divided",
-    "stca_jax/ops/attention.py::_attention": "being divided",
-    "stca_jax/ops/attention.py::_check": "being divided",
-    "stca_jax/ops/attention.py::history_layer": "being divided",
-    "stca_jax/ops/attention.py::target_to_history_attention": "being divided",
-    "stca_jax/ops/kernels.py::kernel_attention": "being divided",
-    "stca_jax/ops/pallas_tpu.py::_gradients": "being divided",
-    "stca_jax/training/train_step.py::make_program": "being divided",
     "data/interaction_log/events.py": "being divided",
     "data/synthetic_interests/generator.py": "being divided",
     "experiments/plan.py": "being divided",
@@ -108,8 +101,6 @@ EXCEPTIONS = {
     "stca_jax/evaluation/references.py": "being divided",
     "stca_jax/evaluation/report.py": "being divided",
     "stca_jax/input/pipeline.py": "being divided",
-    "stca_jax/training/table_rows.py": "being divided",
-    "stca_jax/training/train_step.py": "being divided",
 }
 
 
