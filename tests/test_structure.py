@@ -92,15 +92,6 @@ EXCEPTIONS = {
         )
     },
     "experiments/benchmarks/sequence_modules.py::torch_steps": "PyTorch's side of a comparison",
-    "experiments/study.py::make_points": "being divided",
-    "data/interaction_log/events.py": "being divided",
-    "data/synthetic_interests/generator.py": "being divided",
-    "experiments/plan.py": "being divided",
-    "experiments/study.py": "being divided",
-    "stca_jax/config.py": "being divided",
-    "stca_jax/evaluation/references.py": "being divided",
-    "stca_jax/evaluation/report.py": "being divided",
-    "stca_jax/input/pipeline.py": "being divided",
 }
 
 

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
-if TYPE_CHECKING:
-    from stca_jax.data.synthetic_interests.generator import GeneratorConfig
+from stca_jax.data.synthetic_interests.drawing import LogConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratorConfig(LogConfig):
+    """Size of a dataset.
+
+    Attributes:
+      num_topics: Hidden clusters of categories.
+      categories_per_topic: Number of categories of each.
+      items_per_category: Number of items of each.
+    """
+
+    num_topics: int = 32
+    categories_per_topic: int = 5
+    items_per_category: int = 64
 
 
 @dataclasses.dataclass(frozen=True)

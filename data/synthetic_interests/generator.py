@@ -33,10 +33,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int
 
-from stca_jax.data.synthetic_interests.catalogue import Catalogue, make_catalogue
+from stca_jax.data.synthetic_interests.catalogue import Catalogue, GeneratorConfig, make_catalogue
 from stca_jax.data.synthetic_interests.drawing import (
     SECONDS_PER_DAY,
-    LogConfig,
     draw_below,
     draw_labels,
     draw_requests,
@@ -86,21 +85,6 @@ _FAVOURITE_SHARE = 0.5  # of events on a user's own ranking of items; others are
 _TOPIC_ZIPF, _CATEGORY_ZIPF, _ITEM_ZIPF = 0.8, 1.0, 1.0
 # Of candidates: items met before, other items of categories met before; others are of any category.
 _PAST_SHARE, _RELATED_SHARE = 0.4, 0.2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GeneratorConfig(LogConfig):
-    """Size of a dataset.
-
-    Attributes:
-      num_topics: Hidden clusters of categories.
-      categories_per_topic: Number of categories of each.
-      items_per_category: Number of items of each.
-    """
-
-    num_topics: int = 32
-    categories_per_topic: int = 5
-    items_per_category: int = 64
 
 
 CONFIGS = {

@@ -190,6 +190,9 @@ class Ranker(nnx.Module):
             mixer_width, len(schema.tasks), rngs=rngs, logical_axes=("embed", None), use_bias=True
         )
 
+        if isinstance(config.sequence, StcaConfig) and config.sequence.initialization == "scaled":
+            self.head.weight[...] = jnp.zeros_like(self.head.weight[...])
+
     def __call__(
         self,
         batch: RequestBatch,

@@ -36,6 +36,7 @@ from stca_jax.schema import SECONDS_PER_DAY
 
 # Log-sum-exps and log counts over 10,000 events are of order 10; the tokens they join, of order 1.
 _COUNT_SCALE = 0.25
+_SCORE_OF_EQUALS = 4.0  # of an event that equals the target, at step 0 of a "scaled" start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,11 @@ class StcaConfig(SequenceConfig):
       num_layers: N.
       num_heads: h; must divide `width`.
       initialization: "matched" starts target side and history side equal, so that at step 0 an
-        event's score is the similarity of its item to the target; "independent" draws every weight
-        on its own, as the paper presumably does.
+        event's score is the similarity of its item to the target; "scaled" is that, with sizes that
+        depend on neither width nor depth: the score of an event that equals the target starts at 4
+        for any head width (it is sqrt(d_h) otherwise), a layer after the first starts as no change,
+        o^i = 0, and the model's head starts at zero; "independent" draws every weight on its own,
+        as the paper presumably does.
       skip_paths: Encode history tokens and queries as LN(x + SwiGLU(x)) instead of LN(SwiGLU(x)) of
         E1, E2 and E6. Tokens have entries far below 1, of which SwiGLU is a quadratic form: without
         the path, the attention sees the square of the similarity of two tokens.
@@ -67,7 +71,7 @@ class StcaConfig(SequenceConfig):
 
     num_layers: int = 2
     num_heads: int = 4
-    initialization: Literal["matched", "independent"] = "matched"
+    initialization: Literal["matched", "scaled", "independent"] = "matched"
     skip_paths: bool = False
     count_channel: bool = True
     temperature_length: int | None = None
@@ -174,8 +178,12 @@ class StcaLayer(nnx.Module):
             parameter(rngs, (H,), ("head",), _recency_rates) if config.recency_score else None
         )
         self.sink = parameter(rngs, (H,), ("head",), zeros) if config.attention_sink else None
-        if config.initialization == "matched":
+        if config.initialization != "independent":
             self._match(config, rngs)
+        if config.initialization == "scaled":
+            self.w_query[...] *= _SCORE_OF_EQUALS / math.sqrt(K)
+            if index:
+                self.w_output.weight[...] = jnp.zeros((d, d))
 
     def _match(self, config: StcaConfig, rngs: nnx.Rngs) -> None:
         for name in ("up", "gate", "out"):

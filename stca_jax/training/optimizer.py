@@ -27,6 +27,9 @@ class OptimizerConfig:
     Attributes:
       dense: Optimizer of everything but the tables.
       learning_rate: Its peak learning rate.
+      base_width: Width of the model for which the learning rate was found; a matrix whose fan-in is
+        k times that of a model of this width learns at 1/k of the rate, so that the same settings
+        serve any width (muP's rule for Adam, arXiv 2203.03466). None: all learn alike.
       weight_decay: Decoupled weight decay of the matrices: see `is_matrix`.
       clip_norm: The dense gradient is scaled down to at most this global norm.
       tables: Optimizer of the embedding tables, row by row. Adagrad keeps one number per row,
@@ -39,6 +42,7 @@ class OptimizerConfig:
 
     dense: Literal["adamw", "rmsprop"] = "adamw"
     learning_rate: float = 3e-3
+    base_width: int | None = None
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     tables: Literal["adagrad", "adam"] = "adagrad"
@@ -52,6 +56,8 @@ class OptimizerConfig:
         for name in ("learning_rate", "clip_norm", "table_learning_rate", "table_accumulator"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.base_width is not None and self.base_width < 1:
+            raise ValueError(f"base_width is {self.base_width}; it must be at least 1")
         for name in ("weight_decay", "warmup_steps", "final_fraction"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
@@ -69,8 +75,16 @@ def schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     )
 
 
-def dense_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW or RMSProp with the schedule."""
+def dense_optimizer(
+    config: OptimizerConfig, num_steps: int, rates: Any = None
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW or RMSProp with the schedule.
+
+    Args:
+      config: How parameters learn.
+      num_steps: Length of the schedule.
+      rates: Learning rate of each parameter over the config's, as a tree; None is 1 for all.
+    """
     fraction = schedule(config, num_steps)
 
     def learning_rate(step: Array) -> Array:
@@ -80,8 +94,31 @@ def dense_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTr
         optax.scale_by_adam() if config.dense == "adamw" else optax.scale_by_rms(),
         _decay_matrices(config.weight_decay),
         optax.scale_by_learning_rate(learning_rate),
+        *([] if rates is None else [_scale_each(rates)]),
     )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def width_rates(parameters: Any, at_base_width: Any) -> Any:
+    """1 over how many times its fan-in at the base width each matrix has; 1 for other parameters.
+
+    Args:
+      parameters: Arrays or shapes, nested by module.
+      at_base_width: The same of a model of the base width.
+    """
+
+    def rate(path: tuple[Any, ...], parameter: Any, base: Any) -> float:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        if not is_matrix(name, parameter):
+            return 1.0
+        axis = 0 if name.startswith("w_") else -2  # [D, H, K] of the attention; [T, in, out] of E9
+        return base.shape[axis] / parameter.shape[axis]
+
+    return jax.tree_util.tree_map_with_path(rate, parameters, at_base_width)
+
+
+def _scale_each(rates: Any) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, r: u * r, updates, rates))
 
 
 def _decay_matrices(weight_decay: float) -> optax.GradientTransformation:

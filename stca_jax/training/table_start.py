@@ -47,10 +47,10 @@ def _start(
     num_stored, width = table.shape
     num_random = width - rows.shape[1]
     stored = np.zeros((num_stored, rows.shape[1]), np.float32)
-    places = np.arange(len(rows))
+    places = jnp.arange(len(rows))
     if is_divided:  # over devices: stored in an order of its own
-        places = np.asarray(stored_row(places, num_stored))
-    stored[places] = rows
+        places = stored_row(places, num_stored)
+    stored[np.asarray(places)] = rows
     sharded = jax.make_array_from_callback(stored.shape, table.sharding, lambda part: stored[part])
 
     def mix(table: Array, known: Array) -> Array:
@@ -60,4 +60,5 @@ def _start(
             mixed = jnp.concatenate([random, known * math.sqrt(0.5)], -1)
         return jnp.where((known != 0).any(-1, keepdims=True), mixed, table)
 
-    return jax.jit(mix, out_shardings=table.format)(table, sharded)
+    mixed = jax.jit(mix, out_shardings=table.format)  # type: ignore[attr-defined]
+    return mixed(table, sharded)

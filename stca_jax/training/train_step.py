@@ -28,6 +28,7 @@ from stca_jax.training.optimizer import (
     dense_optimizer,
     row_optimizer,
     schedule,
+    width_rates,
 )
 from stca_jax.training.sharding import ShardingRules, batch_shardings
 from stca_jax.training.state import TrainState, merge_ranker, split_ranker, state_shardings
@@ -342,6 +343,26 @@ class Program:
         schema = self.model.read_schema(self.schema)
         return table_rows.stored_schema(schema, self.model.embedding.replicated_rows)
 
+    def _rates(self) -> Any:
+        """Learning rates of the dense parameters over the config's; None if all are 1.
+
+        Raises:
+          UserError: there is no such model of the base width.
+        """
+        if self.optimizer.base_width is None:
+            return None
+        try:
+            sequence = dataclasses.replace(self.model.sequence, width=self.optimizer.base_width)
+        except ValueError as error:
+            raise UserError(f"optimizer.base_width={self.optimizer.base_width}: {error}") from error
+        model = dataclasses.replace(self.model, sequence=sequence)
+
+        def dense_parameters(model: RankerConfig) -> Any:
+            return split_ranker(Ranker(model, self._stored, rngs=nnx.Rngs(0)))[1]
+
+        shapes = jax.eval_shape(lambda: dense_parameters(self.model))
+        return width_rates(shapes, jax.eval_shape(lambda: dense_parameters(model)))
+
     @functools.cached_property
     def _divided(self) -> dict[str, int]:
         """Stored rows of the tables that are divided over devices."""
@@ -358,7 +379,7 @@ class Program:
 
     @functools.cached_property
     def _transform(self) -> optax.GradientTransformation:
-        transform = dense_optimizer(self.optimizer, self.num_steps)
+        transform = dense_optimizer(self.optimizer, self.num_steps, self._rates())
         decay = self.training.ema_decay
         return with_average(transform, decay) if decay else transform
 
