@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -241,3 +241,26 @@ def device_batch(batch: RequestBatch, shardings: RequestBatch) -> RequestBatch:
             batch,
             shardings,
         )
+
+
+def check_rows(num_rows: int, data: int, accumulate_steps: int) -> None:
+    """Raises UserError for a batch that cannot be divided."""
+    unit = data * accumulate_steps
+    if num_rows % unit:
+        raise UserError(
+            f"a batch of {num_rows} rows cannot be divided over mesh axis 'data' of size {data} "
+            f"and {accumulate_steps} micro-batches: set --config.input.rows_per_batch="
+            f"{-(-num_rows // unit) * unit} or another multiple of {unit}, or change mesh.data or "
+            "training.accumulate_steps"
+        )
+
+
+def with_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls a jitted function with the mesh set, by which ops shard themselves."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    return wrapped

@@ -30,7 +30,7 @@ from stca_jax.training.optimizer import (
     schedule,
     width_rates,
 )
-from stca_jax.training.sharding import ShardingRules, batch_shardings
+from stca_jax.training.sharding import ShardingRules, batch_shardings, check_rows, with_mesh
 from stca_jax.training.state import TrainState, merge_ranker, split_ranker, state_shardings
 from stca_jax.training.table_rows import Tables, TouchedRows
 
@@ -165,7 +165,7 @@ class Program:
 
     def __post_init__(self) -> None:
         """Raises UserError for what cannot be compiled."""
-        _check_rows(self.batch.num_rows, self.mesh.shape["data"], self.training.accumulate_steps)
+        check_rows(self.batch.num_rows, self.mesh.shape["data"], self.training.accumulate_steps)
         names = [loss.name for loss in self.losses]
         if len(set(names)) < len(names):
             raise UserError(f"losses are called {', '.join(names)}: give each a name of its own")
@@ -313,14 +313,14 @@ class Program:
         shardings = (self._state_shardings, self.batch_shardings)
         out = (self._state_shardings, NamedSharding(self.mesh, PartitionSpec()))
         step = jax.jit(self.step, donate_argnums=0, in_shardings=shardings, out_shardings=out)
-        return _on_mesh(self.mesh, step)
+        return with_mesh(self.mesh, step)
 
     @functools.cached_property
     def predict(self) -> Callable[[TrainState, RequestBatch], Predictions]:
         """(state, batch) -> `Predictions`, replicated."""
         shardings = (self._state_shardings, self.batch_shardings)
         out = NamedSharding(self.mesh, PartitionSpec())
-        return _on_mesh(
+        return with_mesh(
             self.mesh, jax.jit(self.predictions, in_shardings=shardings, out_shardings=out)
         )
 
@@ -391,26 +391,3 @@ class Program:
     def _state_shardings(self) -> Any:
         abstract_state = jax.eval_shape(self.initial_state)
         return state_shardings(abstract_state, self._abstract_ranker, self.mesh, self.rules)
-
-
-def _check_rows(num_rows: int, data: int, accumulate_steps: int) -> None:
-    """Raises UserError for a batch that cannot be divided."""
-    unit = data * accumulate_steps
-    if num_rows % unit:
-        raise UserError(
-            f"a batch of {num_rows} rows cannot be divided over mesh axis 'data' of size {data} "
-            f"and {accumulate_steps} micro-batches: set --config.input.rows_per_batch="
-            f"{-(-num_rows // unit) * unit} or another multiple of {unit}, or change mesh.data or "
-            "training.accumulate_steps"
-        )
-
-
-def _on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls a jitted function with the mesh set, by which ops shard themselves."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any) -> Any:
-        with jax.set_mesh(mesh):
-            return function(*args)
-
-    return wrapped
