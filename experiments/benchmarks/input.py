@@ -89,10 +89,13 @@ class Log:
 
 LOGS = {
     "complete_journey": Log(4_096, 4_096, 16),
-    "zipf": Log(10_000, 32_768, 8, generator=GeneratorConfig(300, 64, 10_000)),
+    "zipf": Log(
+        10_000, 32_768, 8,
+        generator=GeneratorConfig(num_users=300, min_events=64, max_events=10_000),
+    ),
     "10k": Log(
         10_000, 21_000, 8, split="test", min_history=10_000,
-        generator=GeneratorConfig(200, 10_500, 10_500, events_per_request=64),
+        generator=GeneratorConfig(num_users=200, min_events=10_500, max_events=10_500),
     ),
 }  # fmt: skip
 

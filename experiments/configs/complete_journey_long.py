@@ -13,7 +13,6 @@ import dataclasses
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments.configs import complete_journey
 from stca_jax.input.length import BetaLength
-from stca_jax.training.train_step import TrainingConfig
 
 
 def get_config() -> ExperimentConfig:
@@ -24,5 +23,5 @@ def get_config() -> ExperimentConfig:
         input=dataclasses.replace(
             short.input, length=BetaLength(minimum=8, maximum=4096, average=1024, alpha=0.25)
         ),
-        training=TrainingConfig(num_epochs=2),
+        training=dataclasses.replace(short.training, num_epochs=2),
     )

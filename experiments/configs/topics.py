@@ -10,6 +10,8 @@ from stca_jax.evaluation.evaluator import EvaluationConfig
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import BetaLength
 from stca_jax.input.pipeline import InputConfig
+from stca_jax.models.ranker import similarity_config
+from stca_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> ExperimentConfig:
@@ -24,5 +26,7 @@ def get_config() -> ExperimentConfig:
             rows_per_batch=1,
             rows="user",
         ),
+        model=similarity_config(),
+        optimizer=OptimizerConfig(table_learning_rate=0.003),
         evaluation=EvaluationConfig(lengths=(64, 256, 1_024), validation_length=1_024),
     )

@@ -31,8 +31,9 @@ class EmbeddingConfig:
         history, since the feature depends on the request.
       initialization: What rows start from: "random", or "cooccurrence", a factorisation of which
         ids occur together in the training-time histories (`stca_jax.input.cooccurrence`): the whole
-        row of a side feature, and half of an item's, the other half staying random so that every
-        item is told from any other. A trainer does it; a model made by hand starts at random.
+        row of a side feature, and a share of an item's, the rest staying random so that every item
+        is told from any other. A trainer does it; a model made by hand starts at random.
+      cooccurrence_share: That share, of the item's columns and of its square norm.
       linear_path: Add to a token a linear map of each side feature, x = e_item + sum_f e_f W_f +
         SwiGLU(...): of small entries the SwiGLU alone is a quadratic form, in which a side feature
         moves a token by a hundredth of what its item does. A feature of both history and target
@@ -49,6 +50,7 @@ class EmbeddingConfig:
     recency_index: bool = False
     linear_path: bool = False
     initialization: Literal["random", "cooccurrence"] = "random"
+    cooccurrence_share: float = 0.5
 
     def __post_init__(self) -> None:
         """Raises ValueError for widths below 1."""
@@ -56,6 +58,10 @@ class EmbeddingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not 0 < self.cooccurrence_share <= 1:
+            raise ValueError(
+                f"cooccurrence_share is {self.cooccurrence_share}; it must be in (0, 1]"
+            )
         if self.replicated_rows < 0:
             raise ValueError(f"replicated_rows is {self.replicated_rows}; it must not be negative")
 

@@ -159,7 +159,7 @@ class Ranker(nnx.Module):
         # The item first: it is what TokenFusion adds.
         self.history_names = _item_first(schema, schema.history)
         self.target_names = _item_first(schema, schema.target)
-        num_statistics = self._num_statistics()
+        self.num_statistics = num_statistics = self._num_statistics()
         history_widths = self.embedding.widths_of(self.history_names) | self.time_features.widths
         target_widths = self.embedding.widths_of(self.target_names)
         if num_statistics and not config.match_time_scales_days:

@@ -11,7 +11,8 @@ import numpy as np
 
 from stca_jax.errors import UserError
 from stca_jax.input.pipeline import InputElement
-from stca_jax.training.flops import ModelFlops, chip_of
+from stca_jax.models.sequence import SequenceCost
+from stca_jax.training.flops import chip_of
 from stca_jax.training.metrics_writer import MetricsWriter
 from stca_jax.training.monitoring import PhaseClock, device_memory
 from stca_jax.training.train_step import StepMetrics, TrainingConfig
@@ -40,7 +41,7 @@ class RecentSteps:
       clock: Of the loop; its laps since the last report are averaged over the steps reported.
     """
 
-    def __init__(self, config: TrainingConfig, flops: ModelFlops, num_shares: int):
+    def __init__(self, config: TrainingConfig, flops: SequenceCost, num_shares: int):
         """Starts the clock.
 
         Args:

@@ -19,31 +19,32 @@ Tables = Mapping[str, Float[Array, "V W"]]
 
 
 def start_from_cooccurrence(
-    tables: Tables, config: RankerConfig, dataset: RequestDataset, seed: int
+    tables: Tables, model: RankerConfig, dataset: RequestDataset, seed: int
 ) -> dict[str, Float[Array, "V W"]]:
     """Tables of history features with rows from co-occurrence, where they have been seen.
 
     Args:
       tables: At random, as they are stored.
-      config: The model.
-      dataset: What it is trained on.
-      seed: Of the decomposition.
+      model: The model that they are of.
+      dataset: Whose histories.
+      seed: Of the factorisation.
     """
-    schema = config.read_schema(dataset.schema)
+    schema = model.read_schema(dataset.schema)
     names = [n for n in schema.history if schema.is_categorical(n)]
-    widths = {
-        n: max(1, tables[n].shape[1] // 2) if n == schema.item else tables[n].shape[1]
-        for n in names
-    }
+    shares = {n: model.embedding.cooccurrence_share if n == schema.item else 1.0 for n in names}
+    widths = {n: max(1, round(tables[n].shape[1] * shares[n])) for n in names}
     found = cooccurrence_rows(dataset, widths, seed)
-    most = config.embedding.replicated_rows
-    return {**tables, **{n: _start(tables[n], found[n], len(found[n]) > most) for n in names}}
+    most = model.embedding.replicated_rows
+    return {
+        **tables,
+        **{n: _start(tables[n], found[n], shares[n], len(found[n]) > most) for n in names},
+    }
 
 
 def _start(
-    table: Float[Array, "V W"], rows: Float[np.ndarray, "ids w"], is_divided: bool
+    table: Float[Array, "V W"], rows: Float[np.ndarray, "ids w"], share: float, is_divided: bool
 ) -> Float[Array, "V W"]:
-    """The random row's first W - w columns beside w from co-occurrence, half of the square each."""
+    """The random row's first W - w columns beside w from co-occurrence, a share of the square."""
     num_stored, width = table.shape
     num_random = width - rows.shape[1]
     stored = np.zeros((num_stored, rows.shape[1]), np.float32)
@@ -56,9 +57,9 @@ def _start(
     def mix(table: Array, known: Array) -> Array:
         mixed = known
         if num_random:
-            random = table[:, :num_random] * math.sqrt(0.5 * width / num_random)
-            mixed = jnp.concatenate([random, known * math.sqrt(0.5)], -1)
+            random = table[:, :num_random] * math.sqrt((1 - share) * width / num_random)
+            mixed = jnp.concatenate([random, known * math.sqrt(share)], -1)
         return jnp.where((known != 0).any(-1, keepdims=True), mixed, table)
 
-    mixed = jax.jit(mix, out_shardings=table.format)  # type: ignore[attr-defined]
-    return mixed(table, sharded)
+    as_before = table.format  # type: ignore[attr-defined]  # sharding and layout
+    return jax.jit(mix, out_shardings=as_before)(table, sharded)

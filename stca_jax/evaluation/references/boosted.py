@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class BoostedTrees:
 
     def logit(self, features: Float32[np.ndarray, "n f"]) -> Float32[np.ndarray, " n"]:
         """The log odds of a positive label for each row of features."""
-        return self._booster.predict(features, raw_score=True).astype(np.float32)
+        return np.asarray(self._booster.predict(features, raw_score=True), np.float32)
 
 
 def is_installed() -> bool:
@@ -113,7 +114,8 @@ def fit_boosted(
         label[~held_out],
         categorical_feature=np.flatnonzero(is_categorical).tolist(),
     )
-    callbacks, valid = [], []
+    valid: list[Any] = []
+    callbacks: list[Callable[..., Any]] = []
     if stops:
         valid = [data.create_valid(features[held_out], label[held_out])]
         callbacks = [lightgbm.early_stopping(_PATIENCE, verbose=False)]

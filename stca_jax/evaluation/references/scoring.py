@@ -254,8 +254,8 @@ def _to_text(model: Model) -> str:
 def _from_text(kind: str, text: str) -> Model:
     if kind == "boosted":
         return boosted.BoostedTrees(text)
-    values = json.loads(text)
-    return LogisticModel(**{n: np.asarray(v) for n, v in values.items()})
+    values: dict[str, Any] = {n: np.asarray(v) for n, v in json.loads(text).items()}
+    return LogisticModel(**values)
 
 
 def _read(path: pathlib.Path) -> str | None:
