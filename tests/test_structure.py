@@ -92,7 +92,6 @@ EXCEPTIONS = {
         )
     },
     "experiments/benchmarks/sequence_modules.py::torch_steps": "PyTorch's side of a comparison",
-    "stca_jax/ops/pallas_tpu.py::_gradients": "as the Pallas kernels that call it",
 }
 
 

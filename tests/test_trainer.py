@@ -282,7 +282,5 @@ def test_signal_saves_a_checkpoint_and_the_run_goes_on(
 def test_best_checkpoint_survives_retention(tiny_config, tiny_dataset, tmp_path):
     config = short(tiny_config, **{"checkpoint.keep_last": 1, "checkpoint.every_steps": 5,
                                    "evaluation.larger_is_better": False})  # fmt: skip
-    train(
-        config, tiny_dataset, tmp_path
-    )  # the first has the smallest AUC
+    train(config, tiny_dataset, tmp_path)  # the first has the smallest AUC
     assert Checkpointer(tmp_path).steps() == [5, 25]

@@ -71,7 +71,7 @@ class RankerConfig:
         """Raises ValueError for a decay that is not positive."""
         if not self.match_decay_days > 0:
             raise ValueError(f"match_decay_days is {self.match_decay_days}; it must be positive")
-        if min(self.match_time_scales_days, default=1) <= 0:
+        if not all(days > 0 for days in self.match_time_scales_days):
             raise ValueError(
                 f"match_time_scales_days are {self.match_time_scales_days}; each must be positive"
             )

@@ -210,11 +210,11 @@ def _forward_kernel(first, last, start, end, query, key, value, output, log_sum_
         log_sum_exp[0, 0] = jnp.where(nonempty, peak[...] + jnp.log(safe_total), 0)
 
 
-def _gradients(start, end, log_sum_exp, delta, query, d_output, key, value, position):
+def _gradients(ranges, statistics, query, d_output, key, value, position):
     """[t, C] weights and gradients of the scores, in the dtype of the keys."""
-    score = mask_scores(dot(key[0, 0], query[0, 0], 1, 0), start[0], end[0], position)
+    score = mask_scores(dot(key[0, 0], query[0, 0], 1, 0), *(x[0] for x in ranges), position)
     d_weight = dot(value[0, 0], d_output[0, 0], 1, 0)
-    weight, d_score = score_gradients(score, d_weight, log_sum_exp[0, 0], delta[0, 0])
+    weight, d_score = score_gradients(score, d_weight, *(x[0, 0] for x in statistics))
     return weight.astype(key.dtype), d_score.astype(key.dtype)
 
 
@@ -228,8 +228,9 @@ def _query_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, 
 
     @pl.when(first[j] + i < last[j])
     def _():
-        _, d_score = _gradients(start, end, log_sum_exp, delta, query, d_output, key, value,
-                                (first[j] + i) * tile)  # fmt: skip
+        _, d_score = _gradients(
+            (start, end), (log_sum_exp, delta), query, d_output, key, value, (first[j] + i) * tile
+        )
         summed[...] += dot(key[0, 0], d_score, 0, 0)
 
     @pl.when(i == pl.num_programs(2) - 1)
@@ -250,7 +251,7 @@ def _key_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, ke
     @pl.when((first[target_tile] <= i) & (i < last[target_tile]))
     def _():
         weight, d_score = _gradients(
-            start, end, log_sum_exp, delta, query, d_output, key, value, i * tile
+            (start, end), (log_sum_exp, delta), query, d_output, key, value, i * tile
         )
         key_sum[...] += dot(d_score, query[0, 0], 1, 1)
         value_sum[...] += dot(weight, d_output[0, 0], 1, 1)

@@ -255,7 +255,7 @@ def check_rows(num_rows: int, data: int, accumulate_steps: int) -> None:
         )
 
 
-def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def with_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """Calls a jitted function with the mesh set, by which ops shard themselves."""
 
     @functools.wraps(function)

@@ -30,7 +30,7 @@ from stca_jax.training.optimizer import (
     schedule,
     width_rates,
 )
-from stca_jax.training.sharding import ShardingRules, batch_shardings, check_rows, on_mesh
+from stca_jax.training.sharding import ShardingRules, batch_shardings, check_rows, with_mesh
 from stca_jax.training.state import TrainState, merge_ranker, split_ranker, state_shardings
 from stca_jax.training.table_rows import Tables, TouchedRows
 
@@ -313,14 +313,14 @@ class Program:
         shardings = (self._state_shardings, self.batch_shardings)
         out = (self._state_shardings, NamedSharding(self.mesh, PartitionSpec()))
         step = jax.jit(self.step, donate_argnums=0, in_shardings=shardings, out_shardings=out)
-        return on_mesh(self.mesh, step)
+        return with_mesh(self.mesh, step)
 
     @functools.cached_property
     def predict(self) -> Callable[[TrainState, RequestBatch], Predictions]:
         """(state, batch) -> `Predictions`, replicated."""
         shardings = (self._state_shardings, self.batch_shardings)
         out = NamedSharding(self.mesh, PartitionSpec())
-        return on_mesh(
+        return with_mesh(
             self.mesh, jax.jit(self.predictions, in_shardings=shardings, out_shardings=out)
         )
 

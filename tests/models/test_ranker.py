@@ -266,6 +266,8 @@ def test_config_rejects_a_decay_that_is_not_positive():
 def test_config_rejects_any_decay_that_is_not_positive(value):
     with pytest.raises(ValueError, match="it must be positive"):
         RankerConfig(match_decay_days=value)
+    with pytest.raises(ValueError, match="match_time_scales_days"):
+        RankerConfig(match_time_scales_days=(1.0, value))
 
 
 @pytest.mark.parametrize(("row_length", "targets_per_row"), [(0, 3), (5, 0)])

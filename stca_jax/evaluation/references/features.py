@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64, Shaped
 
 from stca_jax.evaluation.references.history import HistoryView
+from stca_jax.schema import SECONDS_PER_DAY
 
 DECAYS = (1.0, 7.0, 28.0, 90.0)  # days
-_SECONDS_PER_DAY = 86_400
 _COUNT_DECAY = 28.0  # days, of `count_features`
 _LONGEST_AGE = 3_650.0  # days; stands for the age of a match where there is none
 # The same in `count_features`. The fit is free to move it, by the weight of "any match"; log1p of
@@ -152,9 +152,9 @@ class _Matches:
         keys = _keys(history.event_ids, fields, stride)
         keys = np.sort((keys + np.arange(stride - 1)).ravel())
         self._ids, position = np.divmod(keys, stride)
-        self._days = history.event_time[position] / _SECONDS_PER_DAY
+        self._days = history.event_time[position] / SECONDS_PER_DAY
         self._request_days = np.repeat(
-            history.request_time / _SECONDS_PER_DAY, np.diff(history.target_offset)
+            history.request_time / SECONDS_PER_DAY, np.diff(history.target_offset)
         )
         # Entry r is about the sorted event before rank r; there is none before rank 0.
         self._days_before = np.append(-np.inf, self._days)
