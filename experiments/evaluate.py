@@ -176,7 +176,8 @@ def watch(workdir: pathlib.Path) -> int:
             max_requests=settings.max_requests,
         )
         tasks = dataset.schema.tasks
-        return metric_rows(predictions, tasks, on_failure=on_failure, model="stca")
+        own = settings.extra_metrics
+        return metric_rows(predictions, tasks, own=own, on_failure=on_failure, model="stca")
 
     watcher = CheckpointWatcher(
         workdir / "checkpoints",

@@ -1,5 +1,7 @@
 """The distribution: built, installed where there is no checkout, and run from there."""
 
+import csv
+import json
 import os
 import pathlib
 import re
@@ -128,24 +130,14 @@ def test_the_wheel_holds_one_package(wheel):
 
 
 @pytest.mark.slow
-def test_wheel_works_beside_packages_of_the_same_names(tmp_path, project, wheel, data_dir):
+def test_wheel_works_beside_packages_of_the_same_names(tmp_path, project, wheel):
     python = install(tmp_path / "environment", wheel)
     where = run(python, "-c", "import stca_jax; print(stca_jax.__file__)", cwd=project)
     assert where.startswith(str(tmp_path / "environment"))
     assert "1 passed" in run(python, "-m", "pytest", "test_own.py", cwd=project)
     check_types(python, project)
     check_beam(python, project)
-    train = (python, "-m", "stca_jax.experiments.train", "--config=experiments/configs/tiny.py")
-    output = run(
-        *train,
-        f"--workdir={tmp_path}/run",
-        f"--data_dir={data_dir}",
-        "--config.training.max_steps=2",
-        "--config.evaluation.validation_requests=20",
-        cwd=project,
-    )
-    assert "finished 2 steps" in output
-    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    check_extensions(python, project, tmp_path)
 
 
 @pytest.mark.slow
@@ -181,3 +173,25 @@ def check_types(python, project):
     assert "def (self: stca_jax.schema.Schema, features: typing.Collection[str]" in shown
     assert "def (options: typing.Sequence[str])" in shown
     assert "def (cls: type) -> dict[str, str]" in shown
+
+
+def check_extensions(python, project, tmp_path):
+    """docs/extending.md, followed to the letter: a package of a user's beside the installed one."""
+    page = (REPOSITORY / "docs" / "extending.md").read_text()
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        file = project / code.splitlines()[0].removeprefix("# ")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(code)
+    (commands,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    commands = commands.replace("/tmp/stca", str(tmp_path))
+    commands = re.sub(
+        r"python (-m stca_jax\S+)", rf"{python} \1 --data_dir={tmp_path}/data", commands
+    )
+    run("bash", "-euo", "pipefail", "-c", commands, cwd=project)
+    (table,) = (tmp_path / "cafe" / "evaluation").glob("test-*.csv")
+    with table.open() as file:
+        rows = {(r["model"], r["task"], r["length"]): r for r in csv.DictReader(file)}
+    assert float(rows["stca", "buy", "128"]["precision_at_1"]) > 0
+    assert float(rows["stca", "click", "128"]["auc"]) > 0.5
+    lines = (tmp_path / "cafe" / "metrics.jsonl").read_text().splitlines()
+    assert any(json.loads(line).get("train/loss/logit_penalty", 0) > 0 for line in lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ class EvaluationConfig:
       validation_requests: Likewise at most so many requests.
       metric: Column that chooses the best checkpoint on the validation split.
       larger_is_better: Whether a larger value of the metric is better.
+      extra_metrics: Import paths of metrics of one's own, functions of `metrics.ScoredTargets`.
     """
 
     lengths: tuple[int, ...] = (50, 100, 200, 500, 1_000, 2_000, 4_000)
@@ -50,6 +51,7 @@ class EvaluationConfig:
     validation_requests: int | None = None
     metric: str = "auc"
     larger_is_better: bool = True
+    extra_metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ValueError for lengths or numbers of requests below 1, or an unknown metric."""
@@ -62,7 +64,7 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:  # NaN is refused
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
-        check_choice(self.metric, larger_is_better=self.larger_is_better)
+        check_choice(self.metric, larger_is_better=self.larger_is_better, own=self.extra_metrics)
 
 
 def evaluate_split(
@@ -191,7 +193,8 @@ def score_lengths(
             max_requests=config.max_requests,
         )
         columns = {**selection_columns(config, split), "step": step, "length": length}
-        rows += metric_rows(predictions, dataset.schema.tasks, **columns, model="stca")
+        tasks, own = dataset.schema.tasks, config.extra_metrics
+        rows += metric_rows(predictions, tasks, own=own, **columns, model="stca")
         _log.info("length %d: %.1f s", length, time.perf_counter() - started)
     return rows
 
@@ -200,6 +203,7 @@ def metric_rows(
     predictions: Predictions,
     tasks: tuple[str, ...],
     *,
+    own: Sequence[str] = (),
     on_failure: Callable[[str, Exception], None] | None = None,
     **columns: Any,
 ) -> list[Row]:
@@ -208,6 +212,7 @@ def metric_rows(
     Args:
       predictions: From `predict_all`.
       tasks: Names of the tasks; a column "task" is added if there are several.
+      own: Import paths of further metrics.
       on_failure: See `ranking_metrics`.
       **columns: Put first in each row, such as `model="stca"`.
     """
@@ -218,6 +223,7 @@ def metric_rows(
             predictions.logit[:, k],
             predictions.user_id,
             predictions.request_id,
+            own=own,
             on_failure=on_failure,
         )
         named = {"task": task} if len(tasks) > 1 else {}

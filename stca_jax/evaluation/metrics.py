@@ -4,37 +4,19 @@ Every metric takes one label and one score for each target, in any order, withou
 only; a million predictions take tens of milliseconds, whatever the number of users or requests.
 """
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int64, Integer, Shaped, UInt64
+from jaxtyping import Bool, Float, Integer, Shaped, UInt64
 
-_LABEL_BITS = 1
-_SCORE_BITS = 32
-_GROUP_BITS = 64 - _SCORE_BITS - _LABEL_BITS
+from stca_jax.errors import UserError
+from stca_jax.evaluation.ranks import GROUP_BITS, GroupedAuc, mean_auc, ordered_bits, sort_keys
+from stca_jax.imports import import_object
 
 Labels = Shaped[np.ndarray, " n"]
 Scores = Float[np.ndarray, " n"]
 Groups = Integer[np.ndarray, " n"]
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupedAuc:
-    """Mean of per-group AUCs, each weighted by its number of targets.
-
-    Attributes:
-      value: the mean over groups that have both classes; NaN if no group has.
-      num_groups: distinct groups.
-      num_one_class_groups: groups left out because all their labels are equal.
-      num_targets: targets of the groups that count, the total weight of `value`.
-    """
-
-    value: float
-    num_groups: int
-    num_one_class_groups: int
-    num_targets: int
 
 
 def auc(label: Labels, score: Scores) -> float:
@@ -50,7 +32,7 @@ def auc(label: Labels, score: Scores) -> float:
     Raises:
       ValueError: on empty input, shapes that differ, NaN scores or labels other than 0 and 1.
     """
-    return _mean_auc(_sort_keys(*_checked(label, score))).value
+    return mean_auc(sort_keys(*_checked(label, score))).value
 
 
 def auc_standard_error(label: Labels, score: Scores, group: Groups) -> float:
@@ -73,7 +55,7 @@ def auc_standard_error(label: Labels, score: Scores, group: Groups) -> float:
     label, score = _checked(label, score)
     cluster = np.unique(_checked_groups(group, label), return_inverse=True)[1]
     _, value, size = np.unique(
-        _ordered_bits(score.astype(np.float32)), return_inverse=True, return_counts=True
+        ordered_bits(score.astype(np.float32)), return_inverse=True, return_counts=True
     )
     positive = np.bincount(value, label, size.size)
     negative = size - positive
@@ -113,7 +95,7 @@ def grouped_auc(label: Labels, score: Scores, group: Groups) -> GroupedAuc:
       ValueError: as for `auc`, or if `group` has another shape or is not of integers.
     """
     label, score = _checked(label, score)
-    return _mean_auc(_sort_keys(label, score, _small_ids(_checked_groups(group, label))))
+    return mean_auc(sort_keys(label, score, _small_ids(_checked_groups(group, label))))
 
 
 def log_loss(label: Labels, logit: Scores) -> float:
@@ -189,8 +171,9 @@ class ScoredTargets(NamedTuple):
     request_id: Groups
 
 
-# The columns of a result table. A new metric is registered here.
-METRICS: dict[str, Callable[[ScoredTargets], float | GroupedAuc]] = {
+# The columns of a result table; those of one's own come after them, see `own_metrics`.
+Metric = Callable[[ScoredTargets], float | GroupedAuc]
+METRICS: dict[str, Metric] = {
     "auc": lambda t: auc(t.label, t.logit),
     "auc_se": lambda t: auc_standard_error(t.label, t.logit, t.user_id),
     "gauc_user": lambda t: grouped_auc(t.label, t.logit, t.user_id),
@@ -213,13 +196,35 @@ COUNTS = (
 )
 
 
-def check_choice(metric: str, *, larger_is_better: bool) -> None:
+def own_metrics(paths: Sequence[str]) -> dict[str, Metric]:
+    """Metrics by name that import paths name: functions of `ScoredTargets`.
+
+    Raises:
+      UserError: there is no such function, or its name is taken.
+    """
+    found: dict[str, Metric] = {}
+    for path in paths:
+        metric, name = import_object(path), path.rpartition(":")[2]
+        if not callable(metric):
+            raise UserError(f"{path} is no function")
+        if name in METRICS or name in COUNTS or name in found:
+            raise UserError(f"{path}: there is a metric {name!r} already; give it another name")
+        found[name] = metric
+    return found
+
+
+def check_choice(metric: str, *, larger_is_better: bool, own: Sequence[str] = ()) -> None:
     """Checks that checkpoints can be chosen by a metric.
+
+    Args:
+      metric: Its name.
+      larger_is_better: Whether the largest value is the best.
+      own: Import paths of further metrics.
 
     Raises:
       ValueError: it is unknown, orders no models, as counts and calibration, or the other way.
     """
-    known = [name for name in METRICS if name not in NOT_COMPARABLE]
+    known = [name for name in METRICS if name not in NOT_COMPARABLE] + [*own_metrics(own)]
     if metric not in known:
         why = "is best near 1, not at either end" if metric == "calibration" else "ranks no models"
         is_column = metric in METRICS or metric in COUNTS
@@ -237,6 +242,7 @@ def ranking_metrics(
     user_id: Groups,
     request_id: Groups,
     *,
+    own: Sequence[str] = (),
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, float]:
     """All metrics of one set of predictions, as one row of a result table.
@@ -249,13 +255,14 @@ def ranking_metrics(
       logit: [n] floats.
       user_id: [n] integers.
       request_id: [n] integers that differ between the requests of all users.
+      own: import paths of further metrics.
       on_failure: called with the name and the error of each metric that fails, which is then left
         out of the row; None raises the error.
 
     Returns:
-      The values of `METRICS`, in their order; then the counts `num_targets`, `num_positives`, and
-      of users and of requests `num_users`, `num_requests`, with `one_class_users` and
-      `one_class_requests` which grouped AUCs leave out.
+      The values of `METRICS` and of one's own, in their order; then the counts `num_targets`,
+      `num_positives`, and of users and of requests `num_users`, `num_requests`, with
+      `one_class_users` and `one_class_requests` which grouped AUCs leave out.
 
     Raises:
       ValueError: as for `auc` and `grouped_auc`, without `on_failure`.
@@ -263,7 +270,7 @@ def ranking_metrics(
     values: dict[str, float] = {}
     counts = {"num_targets": np.size(label), "num_positives": int(np.count_nonzero(label))}
     targets = ScoredTargets(label, logit, user_id, request_id)
-    for name, metric in METRICS.items():
+    for name, metric in (METRICS | own_metrics(own)).items():
         try:
             value = metric(targets)
         except Exception as error:
@@ -320,75 +327,6 @@ def _small_ids(group: Groups) -> UInt64[np.ndarray, " n"]:
 
     Ids less than 2**31 apart differ in their low 31 bits, whatever their sign; others are numbered.
     """
-    if int(group.max()) - int(group.min()) >> _GROUP_BITS:
+    if int(group.max()) - int(group.min()) >> GROUP_BITS:
         group = np.unique(group, return_inverse=True)[1]
     return group.astype(np.uint64)
-
-
-def _sort_keys(
-    label: Bool[np.ndarray, " n"], score: Scores, group: UInt64[np.ndarray, " n"] | None = None
-) -> UInt64[np.ndarray, " n"]:
-    """Packs group, score and label into integers and sorts them.
-
-    One sort of plain integers is vectorised by NumPy, several times faster than an argsort
-    followed by gathers. Bits, high to low: 31 of the group, 32 of the score, 1 of the label.
-    """
-    keys = _ordered_bits(score.astype(np.float32)).astype(np.uint64)
-    keys <<= np.uint64(_LABEL_BITS)
-    keys |= label
-    if group is not None:
-        keys |= group << np.uint64(_SCORE_BITS + _LABEL_BITS)
-    keys.sort()
-    return keys
-
-
-def _ordered_bits(score: Float32[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
-    """Returns uint32 that compare as the floats do."""
-    bits = (score + np.float32(0)).view(np.int32)  # -0 + 0 is +0, so that both zeros tie
-    # IEEE floats compare like sign and magnitude: flip all bits of negatives, else only the sign.
-    return (bits ^ ((bits >> 31) | np.int32(-(2**31)))).view(np.uint32)
-
-
-def _mean_auc(keys: UInt64[np.ndarray, " n"]) -> GroupedAuc:
-    """Weighted mean AUC of the groups in sorted keys."""
-    runs = _boundaries(keys >> np.uint64(_LABEL_BITS))  # a run is a set of tied targets
-    groups = _boundaries(keys >> np.uint64(_SCORE_BITS + _LABEL_BITS))
-    first_run = np.searchsorted(runs, groups)
-
-    # The ROC curve in counts, climbing from the lowest score: one point at each boundary of runs.
-    positives = _counts_before(keys & np.uint64(1), runs)
-    negatives = runs - positives
-    # Trapezoids under it. Left doubled, so that ties, worth half a pair, stay exact integers.
-    twice_won = np.diff(positives) * (negatives[1:] + negatives[:-1])
-
-    size = np.diff(groups)
-    num_positive = np.diff(positives[first_run])
-    pairs = num_positive * (size - num_positive)
-    # The curve did not restart at each group: take away the negatives of earlier groups.
-    group_won = np.add.reduceat(twice_won, first_run[:-1])
-    group_won -= 2 * negatives[first_run[:-1]] * num_positive
-
-    both = pairs > 0
-    weight = size[both]
-    area = group_won[both] / (2 * pairs[both])
-    return GroupedAuc(
-        value=float(weight @ area / weight.sum()) if both.any() else float("nan"),
-        num_groups=size.size,
-        num_one_class_groups=int((~both).sum()),
-        num_targets=int(weight.sum()),
-    )
-
-
-def _boundaries(sorted_keys: UInt64[np.ndarray, " n"]) -> Int64[np.ndarray, " runs+1"]:
-    """Returns where runs of equal keys begin, then n."""
-    changes = np.flatnonzero(sorted_keys[1:] != sorted_keys[:-1]) + 1
-    return np.concatenate([[0], changes, [sorted_keys.size]])
-
-
-def _counts_before(
-    flag: UInt64[np.ndarray, " n"], position: Int64[np.ndarray, " k"]
-) -> Int64[np.ndarray, " k"]:
-    """Returns how many flags are set before each position in [0, n]."""
-    total = np.zeros(flag.size + 1, np.int64)
-    np.cumsum(flag.view(np.int64), out=total[1:])
-    return total[position]

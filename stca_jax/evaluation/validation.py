@@ -63,7 +63,7 @@ class Validation:
             max_requests=config.validation_requests,
             max_targets=config.validation_targets,
         )
-        rows = metric_rows(predictions, self._dataset.schema.tasks)
+        rows = metric_rows(predictions, self._dataset.schema.tasks, own=config.extra_metrics)
         for row in rows:
             prefix = "/".join(["validation", *([row["task"]] if "task" in row else [])])
             numbers = {f"{prefix}/{n}": v for n, v in row.items() if n != "task"}

@@ -10,6 +10,7 @@ A sampler maps uniform numbers to lengths.  The numbers come from `uniform`, a h
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import itertools
 from typing import Literal, TypeAlias
@@ -25,7 +26,26 @@ _MULTIPLE = 8  # drawn lengths are multiples of it, as in the paper
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedLength:
+class LengthSampler(abc.ABC):
+    """What the config of a length sampler has; one of one's own is named by its import path."""
+
+    @property
+    @abc.abstractmethod
+    def longest(self) -> int:
+        """The longest length that can be drawn."""
+
+    @abc.abstractmethod
+    def lengths(self, uniform: Float[np.ndarray, " n"], epoch: Epoch = 0) -> Int[np.ndarray, " n"]:
+        """Lengths at the given quantiles.
+
+        Args:
+          uniform: Quantiles in [0, 1).
+          epoch: When each request is read, in epochs; may be fractional.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedLength(LengthSampler):
     """Every request reads up to `length` events.
 
     Attributes:
@@ -51,7 +71,7 @@ class FixedLength:
 
 
 @dataclasses.dataclass(frozen=True)
-class UniformLength:
+class UniformLength(LengthSampler):
     """Every multiple of 8 from `minimum` to `maximum` is equally likely.
 
     Attributes:
@@ -79,7 +99,7 @@ class UniformLength:
 
 
 @dataclasses.dataclass(frozen=True)
-class BetaLength:
+class BetaLength(LengthSampler):
     """The paper's stochastic length: Beta-distributed between two bounds, with a given mean.
 
     s ~ Beta(alpha, beta), length = minimum + s (maximum - minimum), rounded to a multiple of 8;
@@ -151,7 +171,7 @@ class BetaLength:
         return (self.minimum + _MULTIPLE * value).astype(np.int32)
 
 
-LengthConfig: TypeAlias = FixedLength | UniformLength | BetaLength
+LengthConfig: TypeAlias = FixedLength | UniformLength | BetaLength | LengthSampler
 
 
 def window_start(

@@ -23,7 +23,7 @@ from stca_jax.models.embedding import (
 )
 from stca_jax.models.layers import Linear, recomputed
 from stca_jax.models.rankmixer import RankMixer, RankMixerConfig
-from stca_jax.models.sequence import SequenceInput
+from stca_jax.models.sequence import SequenceConfig, SequenceInput
 from stca_jax.models.stca import StcaConfig, log_count
 from stca_jax.models.transformer import TransformerConfig
 from stca_jax.ops.match import match_statistics
@@ -38,7 +38,8 @@ class RankerConfig:
     """The whole model.
 
     Attributes:
-      sequence: The sequence module; `StcaConfig`, or a rival of the same interface.
+      sequence: The sequence module: `StcaConfig`, a rival of the same interface, or a class of
+        one's own that derives from `SequenceConfig`, by import path.
       embedding: Tables and token features.
       backbone: RankMixer.
       match_channel: Give the target and the backbone exact-match statistics of the target's ids
@@ -57,7 +58,7 @@ class RankerConfig:
         neither scores nor encoded tokens in any case, unless by kernels.)
     """
 
-    sequence: StcaConfig | DinConfig | TransformerConfig = StcaConfig()
+    sequence: StcaConfig | DinConfig | TransformerConfig | SequenceConfig = StcaConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
     backbone: RankMixerConfig = RankMixerConfig()
     match_channel: bool = True

@@ -1,7 +1,7 @@
 """What every sequence module receives and returns, so that one launch can compare them.
 
-A module is one file: a config that derives from `SequenceConfig`, and what its `make` returns.  It
-is registered by its config's name in the union `RankerConfig.sequence`.
+A module is one file: a config that derives from `SequenceConfig`, and what its `make` returns.  A
+run chooses it by its config's name, or by the import path of one that is not of this package.
 """
 
 from __future__ import annotations

@@ -212,7 +212,8 @@ def _forward_kernel(first, last, start, end, query, key, value, output, log_sum_
 
 def _gradients(ranges, statistics, query, d_output, key, value, position):
     """[t, C] weights and gradients of the scores, in the dtype of the keys."""
-    score = mask_scores(dot(key[0, 0], query[0, 0], 1, 0), *(x[0] for x in ranges), position)
+    start, end = (x[0] for x in ranges)
+    score = mask_scores(dot(key[0, 0], query[0, 0], 1, 0), start, end, position)
     d_weight = dot(value[0, 0], d_output[0, 0], 1, 0)
     weight, d_score = score_gradients(score, d_weight, *(x[0, 0] for x in statistics))
     return weight.astype(key.dtype), d_score.astype(key.dtype)

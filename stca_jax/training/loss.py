@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -75,29 +76,32 @@ class LossInputs(NamedTuple):
     key: Key[Array, ""]
 
 
-class Loss(Protocol):
-    """Something that a step minimises; every gradient of `inputs` counts.
+@dataclasses.dataclass(frozen=True)
+class Loss(abc.ABC):
+    """Something that a step minimises, with its settings as fields.
 
-    A frozen dataclass, for instance, whose fields are its settings.
+    Attributes:
+      weight: What its value is multiplied by in the sum that is minimised.
     """
 
+    weight: float = dataclasses.field(default=1.0, kw_only=True)
+
     @property
+    @abc.abstractmethod
     def name(self) -> str:
         """By which its value is reported, as `train/loss/NAME`."""
 
-    @property
-    def weight(self) -> float:
-        """What its value is multiplied by in the sum that is minimised."""
-
+    @abc.abstractmethod
     def total_weight(self, batch: RequestBatch) -> Float[Array, ""]:
         """What the mean of a whole batch is divided by, before it is cut into micro-batches."""
 
+    @abc.abstractmethod
     def __call__(self, inputs: LossInputs, total_weight: Float[Array, ""]) -> Float[Array, ""]:
         """The loss, or a micro-batch's share of it: the shares add up to the batch's loss."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelLoss:
+class LabelLoss(Loss):
     """`binary_cross_entropy` of the logits.
 
     Attributes:
@@ -105,8 +109,11 @@ class LabelLoss:
     """
 
     weighting: LossWeighting = "target"
-    name: str = dataclasses.field(default="label", init=False)
-    weight: float = dataclasses.field(default=1.0, init=False)
+
+    @property
+    def name(self) -> str:
+        """The first of all losses."""
+        return "label"
 
     def total_weight(self, batch: RequestBatch) -> Float[Array, ""]:
         """Sum of the targets' weights."""

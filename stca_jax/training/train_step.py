@@ -47,6 +47,7 @@ class TrainingConfig:
         ones, which draw other lengths, are taken to have as many.
       max_steps: Stop earlier, after this many steps; the schedule ends there too.
       loss_weighting: "target" is the per-impression objective; see `stca_jax.training.loss`.
+      auxiliary_losses: Minimised beside the label loss, each times its weight; by import path.
       accumulate_steps: Micro-batches that a batch is cut into, one after the other in the memory of
         one; the update is that of the whole batch.
       on_divergence: What to do about a step that is not finite, or exceeds `max_gradient_norm`:
@@ -61,6 +62,7 @@ class TrainingConfig:
     num_epochs: int = 1
     max_steps: int | None = None
     loss_weighting: LossWeighting = "target"
+    auxiliary_losses: tuple[Loss, ...] = ()
     accumulate_steps: int = 1
     on_divergence: OnDivergence = "stop"
     max_gradient_norm: float | None = None
@@ -144,7 +146,6 @@ class Program:
       batch: A batch, or its abstract shapes.
       num_steps: Length of the learning-rate schedule.
       seed: Of the initial parameters, and of the keys that losses get.
-      auxiliary_losses: What is minimised beside the label loss.
 
     Raises:
       UserError: a parameter or the batch cannot be divided by the mesh, or the dataset lacks a
@@ -159,7 +160,6 @@ class Program:
     batch: RequestBatch
     num_steps: int
     seed: int
-    auxiliary_losses: tuple[Loss, ...] = ()
 
     rules: ClassVar[ShardingRules] = ShardingRules()
 
@@ -174,7 +174,7 @@ class Program:
     @functools.cached_property
     def losses(self) -> tuple[Loss, ...]:
         """What is minimised: their weighted sum."""
-        return LabelLoss(self.training.loss_weighting), *self.auxiliary_losses
+        return LabelLoss(self.training.loss_weighting), *self.training.auxiliary_losses
 
     def new_ranker(self) -> Ranker:
         """The model with initial parameters, tables at the sizes at which they are stored."""

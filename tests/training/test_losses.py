@@ -11,7 +11,7 @@ from strategies import SCHEMA, SHARED_LAYOUT, make_batch
 from tiny_ranker import CONFIGS
 
 from stca_jax.errors import UserError
-from stca_jax.training.loss import LabelLoss
+from stca_jax.training.loss import LabelLoss, Loss
 from stca_jax.training.optimizer import OptimizerConfig
 from stca_jax.training.sharding import MESH_AXES, device_batch
 from stca_jax.training.train_step import Program, TrainingConfig
@@ -20,11 +20,10 @@ MESH = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenSize:
+class TokenSize(Loss):
     """Mean square of the history tokens that some range covers."""
 
-    name: str = "token_size"
-    weight: float = 0.25
+    name = "token_size"
 
     def total_weight(self, batch):
         return _covered(batch).sum()
@@ -37,11 +36,10 @@ class TokenSize:
 
 
 @dataclasses.dataclass(frozen=True)
-class Noise:
+class Noise(Loss):
     """A random number for each micro-batch; nothing is learned from it."""
 
-    name: str = "noise"
-    weight: float = 0.0
+    name = "noise"
 
     def total_weight(self, batch):
         del batch
@@ -62,8 +60,8 @@ def make_program(losses, **training):
         embedding=dataclasses.replace(CONFIGS["shared"].embedding, replicated_rows=0),
     )
     return Program(
-        model, SCHEMA, OptimizerConfig(warmup_steps=0), TrainingConfig(**training), MESH,
-        batch(), num_steps=10, seed=0, auxiliary_losses=losses,
+        model, SCHEMA, OptimizerConfig(warmup_steps=0),
+        TrainingConfig(auxiliary_losses=losses, **training), MESH, batch(), num_steps=10, seed=0,
     )  # fmt: skip
 
 
@@ -77,7 +75,7 @@ def batch():
 def test_losses_are_weighted_named_and_independent_of_the_cut():
     on_device = {}
     for parts in (1, 2):
-        program = make_program((TokenSize(), Noise()), accumulate_steps=parts)
+        program = make_program((TokenSize(weight=0.25), Noise(weight=0.0)), accumulate_steps=parts)
         on_mesh = device_batch(batch(), program.batch_shardings)
         state, steps = program.initialize(), []
         for _ in range(2):

@@ -195,7 +195,7 @@ def median(values: Iterable[float | None]) -> float | None:
 
 def selection_of(row: Row) -> Selection:
     """Which requests a row is of."""
-    return Selection(*(row.get(name) for name in Selection._fields))
+    return Selection(**{name: row[name] for name in Selection._fields if name in row})
 
 
 def _validation_rows(lines: Sequence[Row], config: Mapping[str, Any]) -> list[Row]:
