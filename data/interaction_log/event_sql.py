@@ -14,6 +14,7 @@ from stca_jax.data.interaction_log.source import Table
 from stca_jax.data.interaction_log.times import TimeReading
 
 LEFT_OUT = "left out by history_filter"  # counted with the rejected rows, though nothing is wrong
+NO_LABEL = "label {} is neither 0 nor 1"
 LONGEST_ID = 1_000  # characters
 
 
@@ -151,8 +152,7 @@ def _row_reasons(
     config: LogConfig, inner: dict[str, str], labels: Sequence[str]
 ) -> list[tuple[str, str]]:
     cases = [
-        (f"{inner[name]} = 2", f"label {name.removeprefix('label_')} is neither 0 nor 1")
-        for name in labels
+        (f"{inner[name]} = 2", NO_LABEL.format(name.removeprefix("label_"))) for name in labels
     ]
     missing = " + ".join(f"({inner[name]} IS NULL)::INT" for name in labels)
     if len(labels) > 1:

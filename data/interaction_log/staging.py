@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stca_jax.data.interaction_log.events import DUPLICATE, LogSource, group_events, read_events
+from stca_jax.data.interaction_log.labels import check_classes, check_values
 from stca_jax.data.interaction_log.odd_rows import PartSummary, check_events, check_rows
 from stca_jax.data.interaction_log.records import Plan, make_plan
 from stca_jax.data.interaction_log.requests import Shard
@@ -56,6 +57,7 @@ class Staging:
       reasons: How many rows were left out, by reason.
       times: Where validation and test begin, Unix seconds.
       counts: How often each value of each column occurs in training events.
+      warnings: What people should know before they train.
     """
 
     def __init__(self, source: LogSource, folder: pathlib.Path, run: Runner):
@@ -77,6 +79,7 @@ class Staging:
         rejected = folder.parent / "rejected_rows.csv"
         self._gather_rejected(rejected)
         self.read = self._add_up_parts()
+        check_values(source, self.read.reasons)
         check_rows(source, self.read, rejected)
         run("Sorting by user", self.sort_shard, num_shards)
         described = [_read_json(self._shard_file(i, "json")) for i in range(num_shards)]
@@ -90,6 +93,7 @@ class Staging:
         self.times = split_times(source, self.total)
         run("Counting values", self.count_values, num_shards)
         self.counts = self._add_up_counts()
+        self.warnings = check_classes(source, self.counts)
 
     def shard(self, index: int) -> Shard:
         """Reads a shard's events."""
@@ -105,9 +109,10 @@ class Staging:
     def profile(self) -> str:
         """The log in numbers, for people."""
         num_items = len(self.counts.columns["item"])
-        return format_profile(
+        text = format_profile(
             self.source, self.read, self.total, self.reasons, num_items, self.times
         )
+        return "\n".join([text, *(f"warning: {warning}" for warning in self.warnings)])
 
     def read_part(self, index: int) -> None:
         """Splits the events of a part by shard."""
@@ -153,7 +158,7 @@ class Staging:
         path = self._shard_file(index, "counts")
         if self.statistics[index] is not None and not path.exists():
             unfinished = path.with_suffix(".unfinished")
-            counts = ValueCounts.of(self.shard(index), self.times[0])
+            counts = ValueCounts.of(self.shard(index), self.times)
             unfinished.write_bytes(pickle.dumps(counts))
             unfinished.rename(path)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Int
 
 from stca_jax.data.interaction_log.event_sql import LEFT_OUT
 from stca_jax.data.interaction_log.events import DUPLICATE, LogSource
@@ -178,16 +179,18 @@ class ValueCounts:
       columns: For each categorical column, "value" and "count"; 0 for values first seen later.
       moments: Of each numeric column.
       users: Ids of users with training events.
+      classes: Targets that are 0 and that are 1, [splits, tasks, 2]; no tasks without labels.
     """
 
     columns: dict[str, pa.Table]
     moments: dict[str, Moments]
     users: pa.Array
+    classes: Int[np.ndarray, "splits tasks 2"]
 
     @classmethod
-    def of(cls, shard: Shard, validation_start: int) -> ValueCounts:
-        """Counts a shard's columns "item" and "feature_…"."""
-        is_train = pa.array(shard.time < validation_start)
+    def of(cls, shard: Shard, times: Sequence[int]) -> ValueCounts:
+        """Counts a shard's columns "item" and "feature_…", and labels; `times` start the splits."""
+        is_train = pa.array(shard.time < times[0])
         columns: dict[str, pa.Table] = {}
         moments: dict[str, Moments] = {}
         for name in shard.events.column_names:
@@ -199,8 +202,9 @@ class ValueCounts:
             else:
                 counted = pa.table({"value": column, "count": is_train.cast(pa.int64())})
                 columns[name] = _sum_counts(counted.filter(pc.is_valid(column)))
-        trained = np.unique(shard.user[shard.time < validation_start])
-        return cls(columns, moments, shard.user_ids.take(pa.array(trained)))
+        trained = np.unique(shard.user[shard.time < times[0]])
+        users = shard.user_ids.take(pa.array(trained))
+        return cls(columns, moments, users, _count_classes(shard, times))
 
     def __add__(self, other: ValueCounts) -> ValueCounts:
         """The counts of two shards together."""
@@ -209,7 +213,16 @@ class ValueCounts:
             {n: _sum_counts(pa.concat_tables(pair)) for n, pair in tables.items()},
             {n: m + other.moments[n] for n, m in self.moments.items()},
             pa.concat_arrays([self.users, other.users]),
+            self.classes + other.classes,
         )
+
+
+def _count_classes(shard: Shard, times: Sequence[int]) -> Int[np.ndarray, "splits tasks 2"]:
+    if not shard.config.labels:
+        return np.zeros((len(SPLITS), 0, 2), np.int64)
+    split = np.searchsorted(times, shard.time, side="right")
+    of_split = [shard.labels[shard.is_target & (split == k)] for k in range(len(SPLITS))]
+    return np.array([np.stack([(v == 0).sum(0), (v == 1).sum(0)], 1) for v in of_split], np.int64)
 
 
 def _sum_counts(table: pa.Table) -> pa.Table:
