@@ -5,7 +5,7 @@
                          rejected.csv summary.json
       shards/            00017.parquet           events of one shard, sorted, each once
                          00017.json              its statistics: it is whole
-                         00017.counts            how often each value occurs in training
+                         00017.counts            its requests; values that occur in training
       records/           00017.array_record      (written by data.base)
 
 A part or a shard that has its last file is whole.  Memory holds some blocks of rows, or a shard.
@@ -36,6 +36,7 @@ from stca_jax.data.interaction_log.statistics import (
     ShardStatistics,
     ValueCounts,
     add_up,
+    check_splits,
     format_profile,
     split_times,
 )
@@ -93,12 +94,16 @@ class Staging:
         self.times = split_times(source, self.total)
         run("Counting values", self.count_values, num_shards)
         self.counts = self._add_up_counts()
-        self.warnings = check_classes(source, self.counts)
+        self.total = add_up([s for s in self.statistics if s is not None])
+        self.warnings = [
+            *check_splits(source, self.total, self.times),
+            *check_classes(source, self.counts),
+        ]
 
     def shard(self, index: int) -> Shard:
         """Reads a shard's events."""
         table = pq.read_table(self._shard_file(index, "parquet"))
-        return Shard(table.combine_chunks(), self.source.config)
+        return Shard(table.combine_chunks(), self.source.config, self.times)
 
     def plan(self) -> Plan:
         """Fits what the records need."""
@@ -154,18 +159,22 @@ class Staging:
             piece.unlink()
 
     def count_values(self, index: int) -> None:
-        """Counts the values of a shard's training events."""
-        path = self._shard_file(index, "counts")
-        if self.statistics[index] is not None and not path.exists():
-            unfinished = path.with_suffix(".unfinished")
-            counts = ValueCounts.of(self.shard(index), self.times)
-            unfinished.write_bytes(pickle.dumps(counts))
+        """Counts a shard's requests, and the values of its training events."""
+        path, statistics = self._shard_file(index, "counts"), self.statistics[index]
+        if statistics is not None and not path.exists():
+            unfinished, shard = path.with_suffix(".unfinished"), self.shard(index)
+            counted = ValueCounts.of(shard, self.times), statistics.with_requests(shard)
+            unfinished.write_bytes(pickle.dumps(counted))
             unfinished.rename(path)
 
     def _add_up_counts(self) -> ValueCounts:
-        full = (i for i, s in enumerate(self.statistics) if s is not None)
-        counts = (pickle.loads(self._shard_file(i, "counts").read_bytes()) for i in full)
-        return functools.reduce(operator.add, counts)
+        """Of all shards; keeps the statistics that were counted with them."""
+        total: ValueCounts | None = None
+        for i in (i for i, s in enumerate(self.statistics) if s is not None):
+            counts, self.statistics[i] = pickle.loads(self._shard_file(i, "counts").read_bytes())
+            total = counts if total is None else total + counts
+        assert total is not None
+        return total
 
     def _add_up_parts(self) -> PartSummary:
         parts = range(len(self.source.log.parts))

@@ -84,7 +84,9 @@ def test_labelled_events_are_targets_of_the_requests_they_name(tmp_path, small_s
     rows = random_rows()
     log = write(tmp_path / "log.parquet", rows)
     folder = prepare(tmp_path, config(log, request_id="request", labels=("click", "buy")))
-    expected = log_oracle.expected_requests(rows, request_id="request", labels=("click", "buy"))
+    expected = log_oracle.expected_requests(
+        rows, request_id="request", labels=("click", "buy"), starts=log_oracle.split_starts(folder)
+    )
     assert log_oracle.prepared_requests(folder) == log_oracle.without_user(expected)
     assert len(list(folder.glob("*array_record*"))) == 4
 
@@ -94,7 +96,9 @@ def test_without_a_request_id_a_request_is_a_session(tmp_path):
     log = write(tmp_path / "log.parquet", rows)
     gap = 7_200
     folder = prepare(tmp_path, config(log, labels=("buy",), session_gap=gap))
-    expected = log_oracle.expected_requests(rows, gap=gap, labels=("buy",))
+    expected = log_oracle.expected_requests(
+        rows, gap=gap, labels=("buy",), starts=log_oracle.split_starts(folder)
+    )
     assert log_oracle.prepared_requests(folder) == log_oracle.without_user(expected)
 
 
