@@ -130,12 +130,20 @@ def check_rows(source: LogSource, read: PartSummary, file: pathlib.Path) -> None
     _check_span(read.times)
 
 
-def check_events(source: LogSource, duplicates: int, num_events: int, most_of_a_user: int) -> None:
+def check_events(source: LogSource, duplicates: int, log_length: collections.Counter[int]) -> None:
     """Checks that not too many rows are equal, or one user's.
 
+    Args:
+      source: The log.
+      duplicates: Rows equal to another.
+      log_length: Users by their number of events.
+
     Raises:
-      UserError: more than `allow_odd` are, or more than a third are one user's.
+      UserError: more than `allow_odd` are, or one user has more than a third of the events, and
+        thrice an equal share.
     """
+    num_users, most_of_a_user = log_length.total(), max(log_length)
+    num_events = sum(length * users for length, users in log_length.items())
     allowed, rows = source.config.allow_odd, duplicates + num_events
     if duplicates > allowed * rows:
         raise UserError(
@@ -145,7 +153,7 @@ def check_events(source: LogSource, duplicates: int, num_events: int, most_of_a_
             f"--history_features{_allow(duplicates / rows)}"
         )
     share = most_of_a_user / max(num_events, 1)
-    if share > max(_ONE_USER, allowed):
+    if share > max(_ONE_USER, allowed, 3 / num_users):
         raise UserError(
             f"one user has {most_of_a_user:,} of {num_events:,} events ({share:.1%}). If its id "
             "stands for unknown users, name it in --null_words, or leave it out by SQL: "

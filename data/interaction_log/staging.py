@@ -90,7 +90,7 @@ class Staging:
         self.total = add_up([s for s in self.statistics if s is not None])
         duplicates = sum(d["duplicates"] for d in described)
         self.reasons = self.read.reasons + collections.Counter({DUPLICATE: duplicates})
-        check_events(source, duplicates, self.total.num_events, max(self.total.log_length))
+        check_events(source, duplicates, self.total.log_length)
         self.times = split_times(source, self.total)
         run("Counting values", self.count_values, num_shards)
         self.counts = self._add_up_counts()

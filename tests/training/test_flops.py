@@ -63,6 +63,12 @@ def test_counts_every_matrix_product(name, order):
     expected = flops.train_step(*amounts)
     forward = count_dots(jax.make_jaxpr(loss)(params).jaxpr)
     assert forward == expected / 3
+    # A linear path multiplies numbers alone; nothing needs the gradient of those.
+    numbers = {"history": 1, "target": 1}  # price, position
+    if not config.match_time_scales_days:
+        numbers["target"] += ranker.num_statistics
+    needless = 2 * config.sequence.width * (R * L * numbers["history"] + R * M * numbers["target"])
+    expected -= needless * config.embedding.linear_path
     assert count_dots(jax.make_jaxpr(jax.value_and_grad(loss))(params).jaxpr) == expected
 
 
