@@ -179,7 +179,10 @@ def side_query(
       kinds: Of each feature.
       is_text: Whether the log's ids are text.
     """
-    id_ = f"TRY_CAST({id_sql(table.sql(key), key_type)} AS {'VARCHAR' if is_text else 'BIGINT'})"
+    id_ = id_sql(table.sql(key), key_type)
+    if key_type == "VARCHAR" and not is_text:  # a cast would round 105.5 to 106
+        id_ = rf"CASE WHEN regexp_full_match(trim({id_}), '[+-]?\d+(\.0*)?') THEN {id_} END"
+    id_ = f"TRY_CAST({id_} AS {'VARCHAR' if is_text else 'BIGINT'})"
     read = {"id": id_} | {
         f"feature_{c.name}": feature_sql(table.sql(c), kinds[c.name]) for c in columns
     }

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stca_jax.data.interaction_log.coverage import check_features, check_side_tables
 from stca_jax.data.interaction_log.events import DUPLICATE, LogSource, group_events, read_events
 from stca_jax.data.interaction_log.labels import check_classes, check_values
 from stca_jax.data.interaction_log.odd_rows import PartSummary, check_events, check_rows
@@ -58,6 +59,7 @@ class Staging:
       reasons: How many rows were left out, by reason.
       times: Where validation and test begin, Unix seconds.
       counts: How often each value of each column occurs in training events.
+      coverage: Of each feature and side table, what of it reaches the model.
       warnings: What people should know before they train.
     """
 
@@ -99,6 +101,10 @@ class Staging:
             *check_splits(source, self.total, self.times),
             *check_classes(source, self.counts),
         ]
+        self.coverage = check_features(source, self.counts)
+        lines, warnings = check_side_tables(source, self.counts)
+        self.coverage += lines
+        self.warnings += warnings
 
     def shard(self, index: int) -> Shard:
         """Reads a shard's events."""
@@ -117,7 +123,8 @@ class Staging:
         text = format_profile(
             self.source, self.read, self.total, self.reasons, num_items, self.times
         )
-        return "\n".join([text, *(f"warning: {warning}" for warning in self.warnings)])
+        features = [f"{name}: {line}" for name, line in self.coverage]
+        return "\n".join([text, *features, *(f"warning: {warning}" for warning in self.warnings)])
 
     def read_part(self, index: int) -> None:
         """Splits the events of a part by shard."""

@@ -80,10 +80,10 @@ def test_the_second_task_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([1] * 100, "click is 1 in all 80 targets of train; .*leave --labels out"),
-        ([0] * 100, "click is 0 in all 80 targets of train; .*SQL of what counts as 1"),
+        ([1] * 100, "click is 1 in all 79 targets of train; .*leave --labels out"),
+        ([0] * 100, "click is 0 in all 79 targets of train; .*SQL of what counts as 1"),
         ([None if k % 2 else 1 for k in range(100)], "click is 1 in all .* coalesce"),
-        ([int(k > 90) for k in range(100)], "click is 0 in all 80 .*later --validation_start"),
+        ([int(k > 90) for k in range(100)], "click is 0 in all 79 .*later --validation_start"),
     ],
 )
 def test_one_class_in_training_is_an_error(tmp_path, labels, message):
@@ -93,10 +93,10 @@ def test_one_class_in_training_is_an_error(tmp_path, labels, message):
 
 
 def test_one_class_later_is_a_warning(tmp_path):
-    file = log(tmp_path / "log.parquet", [int(k > 90 or k % 2) for k in range(100)])
+    file = log(tmp_path / "log.parquet", [int(k > 88 or k % 2) for k in range(100)])
     profile = stage(tmp_path, file, labels=("click",)).profile()
     (warning,) = re.findall("^warning: .*", profile, re.MULTILINE)
-    assert "label click is 1 in all 10 targets of test" in warning
+    assert "label click is 1 in all 11 targets of test" in warning
 
 
 def test_without_labels_one_item_gives_positives_only(tmp_path):
