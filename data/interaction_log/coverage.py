@@ -32,8 +32,8 @@ def check_features(source: LogSource, counts: ValueCounts) -> list[tuple[str, st
         if not len(own) and count.sum():
             raise UserError(
                 f"{name}: none of {len(count):,} values occurs {source.config.min_count} times in "
-                f"training (min_count), so that none has an id of its own; the most frequent occurs "
-                f"{count.max():,} times. Give --min_count=1, or leave {name} out"
+                f"training (min_count), so that none has an id of its own; the most frequent "
+                f"occurs {count.max():,} times. Give --min_count=1, or leave {name} out"
             )
         missing = 1 - count.sum() / max(num_train, 1)
         lines.append((
@@ -71,6 +71,7 @@ def check_side_tables(
         if has.mean() >= _FEW:
             continue
         option = f"{what[:-1]}_id"
+        column = getattr(source.config, option)
         text = (
             f"{found}: the log has {_examples(ids.filter(pa.array(~has)))}, {what} has "
             f"{_examples(table)}. SQL can make them equal (it reads both): "
