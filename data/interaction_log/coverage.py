@@ -75,7 +75,7 @@ def check_side_tables(
         text = (
             f"{found}: the log has {_examples(ids.filter(pa.array(~has)))}, {what} has "
             f"{_examples(table)}. SQL can make them equal (it reads both): "
-            f"--{option}=\"{what[:-1]}=ltrim(trim({getattr(source.config, option)}::VARCHAR), 'P0')\""
+            f"--{option}=\"{what[:-1]}=ltrim(trim({column}::VARCHAR), 'P0')\""
         )
         if not has.any():
             raise UserError(text)
@@ -88,8 +88,8 @@ def _check_numbers(name: str, moments: Moments) -> tuple[str, str]:
     share = moments.unreadable / max(present, 1)
     if share > _UNREADABLE:
         raise UserError(
-            f"{name}: {moments.unreadable:,} of {present:,} values in training ({share:.1%}) are no "
-            f'numbers within float32. Mend them by SQL, such as "{name}=TRY_CAST(regexp_replace('
+            f"{name}: {moments.unreadable:,} of {present:,} values in training ({share:.1%}) are "
+            f'no numbers within float32. Mend them by SQL, such as "{name}=TRY_CAST(regexp_replace('
             f"COLUMN, '[^0-9.eE+-]', '', 'g') AS DOUBLE)\", or give {name}:categorical"
         )
     if not moments.count:

@@ -35,7 +35,7 @@ def test_numbers_written_as_text(tmp_path):
     sql = "price=TRY_CAST(regexp_replace(price, '[^0-9.eE+-]', '', 'g') AS DOUBLE)"
     profile = stage(tmp_path, history_features=(sql,)).profile()
     assert "price: 0.5 to 6.5, mean" in profile
-    assert "missing in 10.0%, unreadable in 0.0%" in profile
+    assert "missing in 10.1%, unreadable in 0.0%" in profile
 
 
 def test_no_item_with_an_id_of_its_own(tmp_path):
