@@ -14,6 +14,7 @@ from stca_jax.data.interaction_log.source import Table
 from stca_jax.data.interaction_log.times import TimeReading
 
 LEFT_OUT = "left out by history_filter"  # counted with the rejected rows, though nothing is wrong
+NO_LABEL = "label {} is neither 0 nor 1"
 LONGEST_ID = 1_000  # characters
 
 
@@ -151,8 +152,7 @@ def _row_reasons(
     config: LogConfig, inner: dict[str, str], labels: Sequence[str]
 ) -> list[tuple[str, str]]:
     cases = [
-        (f"{inner[name]} = 2", f"label {name.removeprefix('label_')} is neither 0 nor 1")
-        for name in labels
+        (f"{inner[name]} = 2", NO_LABEL.format(name.removeprefix("label_"))) for name in labels
     ]
     missing = " + ".join(f"({inner[name]} IS NULL)::INT" for name in labels)
     if len(labels) > 1:
@@ -179,7 +179,10 @@ def side_query(
       kinds: Of each feature.
       is_text: Whether the log's ids are text.
     """
-    id_ = f"TRY_CAST({id_sql(table.sql(key), key_type)} AS {'VARCHAR' if is_text else 'BIGINT'})"
+    id_ = id_sql(table.sql(key), key_type)
+    if key_type == "VARCHAR" and not is_text:  # a cast would round 105.5 to 106
+        id_ = rf"CASE WHEN regexp_full_match(trim({id_}), '[+-]?\d+(\.0*)?') THEN {id_} END"
+    id_ = f"TRY_CAST({id_} AS {'VARCHAR' if is_text else 'BIGINT'})"
     read = {"id": id_} | {
         f"feature_{c.name}": feature_sql(table.sql(c), kinds[c.name]) for c in columns
     }

@@ -12,6 +12,9 @@ from stca_jax.data.interaction_log.events import id_keys
 from stca_jax.data.interaction_log.log_config import LogConfig
 from stca_jax.input import request_building as rb
 
+LONGEST_GAP = 6 * 3_600
+"""Seconds between targets of one request id; after a longer gap the id was given anew."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -20,10 +23,12 @@ class Shard:
     Attributes:
       events: As `events.group_events` gives them; n rows.
       config: Of the log.
+      times: Where validation and test begin, Unix seconds; requests need them.
     """
 
     events: pa.Table
     config: LogConfig
+    times: tuple[int, int] | None = None
 
     @functools.cached_property
     def user(self) -> np.ndarray:
@@ -86,6 +91,9 @@ class Requests:
       target_row: Rows of the events that are targets, by request, [t].
       of_target: The request of each of them, ascending, [t].
       key: Identifies each request, whatever else is in the log, [q].
+      span: Seconds from the first of its targets to the last, [q].
+      num_cut: How often a request's id came back in another split or after a long gap, or a
+        session went on in another split.
     """
 
     user: np.ndarray
@@ -94,16 +102,36 @@ class Requests:
     target_row: np.ndarray
     of_target: np.ndarray
     key: np.ndarray
+    span: np.ndarray
+    num_cut: int
 
 
 def _find_requests(shard: Shard) -> Requests:
+    """Groups targets by request id or session; none spans a long gap or two splits."""
+    assert shard.times is not None
     row = np.flatnonzero(shard.is_target)
-    if shard.config.request_id:
-        first, of_target = _by_request_id(shard, row)
-        order = np.argsort(of_target, kind="stable")
-        row, of_target = row[order], of_target[order]
-    else:
-        first, of_target = _by_session(shard, row)
+    same, max_gap = _named_same(shard, row)
+    order = np.argsort(same, kind="stable")  # within it, rows stay sorted by time
+    same, time = same[order], shard.time[row][order]
+    split = rb.time_split(time, *shard.times)
+    other, late, crosses = np.diff(same) != 0, np.diff(time) > max_gap, np.diff(split) != 0
+    begins = np.ones(len(row), bool)
+    begins[1:] = other | late | crosses
+    is_cut = ~other & (crosses | late if shard.config.request_id else crosses & ~late)
+    first = order[begins]
+    # Rows are sorted by user and time, so that order of first rows is that of requests.
+    rank = np.empty_like(first)
+    rank[np.argsort(first)] = np.arange(len(first))
+    of_target = np.empty_like(order)
+    of_target[order] = rank[np.cumsum(begins) - 1]
+    return _requests(shard, row, of_target, int(is_cut.sum()))
+
+
+def _requests(shard: Shard, row: np.ndarray, of_target: np.ndarray, num_cut: int) -> Requests:
+    order = np.argsort(of_target, kind="stable")
+    row, of_target = row[order], of_target[order]
+    begins = np.flatnonzero(np.diff(of_target, prepend=-1))
+    first, last = row[begins], row[np.append(begins[1:], len(row))[: len(begins)] - 1]
     user, time = shard.user[first], shard.time[first]
     in_history = np.flatnonzero(shard.is_history)
     return Requests(
@@ -113,25 +141,17 @@ def _find_requests(shard: Shard) -> Requests:
         target_row=row,
         of_target=of_target,
         key=rb.counter_hash(shard.config.seed, id_keys(shard.user_ids)[user], time),
+        span=shard.time[last] - time,
+        num_cut=num_cut,
     )
 
 
-def _by_session(shard: Shard, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each request, and each target's request, when gaps in time separate them."""
-    user, time = shard.user[row], shard.time[row]
-    begins = np.ones(len(row), bool)
-    begins[1:] = (user[1:] != user[:-1]) | (time[1:] - time[:-1] > shard.config.session_gap)
-    return row[begins], np.cumsum(begins) - 1
-
-
-def _by_request_id(shard: Shard, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Likewise, when each target names its request; ids may repeat between users."""
+def _named_same(shard: Shard, row: np.ndarray) -> tuple[np.ndarray, int]:
+    """Numbers of what may be one request, and the longest gap, in seconds, that it may have."""
+    gap = shard.config.session_gap
+    if not shard.config.request_id:
+        return shard.user[row], gap
+    # Ids may repeat between users.
     encoded = shard.events["request"].combine_chunks().take(pa.array(row)).dictionary_encode()
     request = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    pair = shard.user[row] * (len(encoded.dictionary) + 1) + request
-    _, first, of_target = np.unique(pair, return_index=True, return_inverse=True)
-    # Rows are sorted by user and time, so that order of first rows is that of requests.
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return row[first[order]], rank[of_target]
+    return shard.user[row] * (len(encoded.dictionary) + 1) + request, max(gap, LONGEST_GAP)

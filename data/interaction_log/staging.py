@@ -5,7 +5,7 @@
                          rejected.csv summary.json
       shards/            00017.parquet           events of one shard, sorted, each once
                          00017.json              its statistics: it is whole
-                         00017.counts            how often each value occurs in training
+                         00017.counts            its requests; values that occur in training
       records/           00017.array_record      (written by data.base)
 
 A part or a shard that has its last file is whole.  Memory holds some blocks of rows, or a shard.
@@ -27,7 +27,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stca_jax.data.interaction_log.coverage import check_features, check_side_tables
 from stca_jax.data.interaction_log.events import DUPLICATE, LogSource, group_events, read_events
+from stca_jax.data.interaction_log.labels import check_classes, check_values
 from stca_jax.data.interaction_log.odd_rows import PartSummary, check_events, check_rows
 from stca_jax.data.interaction_log.records import Plan, make_plan
 from stca_jax.data.interaction_log.requests import Shard
@@ -35,6 +37,7 @@ from stca_jax.data.interaction_log.statistics import (
     ShardStatistics,
     ValueCounts,
     add_up,
+    check_splits,
     format_profile,
     split_times,
 )
@@ -56,6 +59,8 @@ class Staging:
       reasons: How many rows were left out, by reason.
       times: Where validation and test begin, Unix seconds.
       counts: How often each value of each column occurs in training events.
+      coverage: Of each feature and side table, what of it reaches the model.
+      warnings: What people should know before they train.
     """
 
     def __init__(self, source: LogSource, folder: pathlib.Path, run: Runner):
@@ -77,6 +82,7 @@ class Staging:
         rejected = folder.parent / "rejected_rows.csv"
         self._gather_rejected(rejected)
         self.read = self._add_up_parts()
+        check_values(source, self.read.reasons)
         check_rows(source, self.read, rejected)
         run("Sorting by user", self.sort_shard, num_shards)
         described = [_read_json(self._shard_file(i, "json")) for i in range(num_shards)]
@@ -90,11 +96,20 @@ class Staging:
         self.times = split_times(source, self.total)
         run("Counting values", self.count_values, num_shards)
         self.counts = self._add_up_counts()
+        self.total = add_up([s for s in self.statistics if s is not None])
+        self.warnings = [
+            *check_splits(source, self.total, self.times),
+            *check_classes(source, self.counts),
+        ]
+        self.coverage = check_features(source, self.counts)
+        lines, warnings = check_side_tables(source, self.counts)
+        self.coverage += lines
+        self.warnings += warnings
 
     def shard(self, index: int) -> Shard:
         """Reads a shard's events."""
         table = pq.read_table(self._shard_file(index, "parquet"))
-        return Shard(table.combine_chunks(), self.source.config)
+        return Shard(table.combine_chunks(), self.source.config, self.times)
 
     def plan(self) -> Plan:
         """Fits what the records need."""
@@ -105,9 +120,11 @@ class Staging:
     def profile(self) -> str:
         """The log in numbers, for people."""
         num_items = len(self.counts.columns["item"])
-        return format_profile(
+        text = format_profile(
             self.source, self.read, self.total, self.reasons, num_items, self.times
         )
+        features = [f"{name}: {line}" for name, line in self.coverage]
+        return "\n".join([text, *features, *(f"warning: {warning}" for warning in self.warnings)])
 
     def read_part(self, index: int) -> None:
         """Splits the events of a part by shard."""
@@ -149,18 +166,22 @@ class Staging:
             piece.unlink()
 
     def count_values(self, index: int) -> None:
-        """Counts the values of a shard's training events."""
-        path = self._shard_file(index, "counts")
-        if self.statistics[index] is not None and not path.exists():
-            unfinished = path.with_suffix(".unfinished")
-            counts = ValueCounts.of(self.shard(index), self.times[0])
-            unfinished.write_bytes(pickle.dumps(counts))
+        """Counts a shard's requests, and the values of its training events."""
+        path, statistics = self._shard_file(index, "counts"), self.statistics[index]
+        if statistics is not None and not path.exists():
+            unfinished, shard = path.with_suffix(".unfinished"), self.shard(index)
+            counted = ValueCounts.of(shard, self.times), statistics.with_requests(shard)
+            unfinished.write_bytes(pickle.dumps(counted))
             unfinished.rename(path)
 
     def _add_up_counts(self) -> ValueCounts:
-        full = (i for i, s in enumerate(self.statistics) if s is not None)
-        counts = (pickle.loads(self._shard_file(i, "counts").read_bytes()) for i in full)
-        return functools.reduce(operator.add, counts)
+        """Of all shards; keeps the statistics that were counted with them."""
+        total: ValueCounts | None = None
+        for i in (i for i, s in enumerate(self.statistics) if s is not None):
+            counts, self.statistics[i] = pickle.loads(self._shard_file(i, "counts").read_bytes())
+            total = counts if total is None else total + counts
+        assert total is not None
+        return total
 
     def _add_up_parts(self) -> PartSummary:
         parts = range(len(self.source.log.parts))

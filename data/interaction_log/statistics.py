@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Int
 
 from stca_jax.data.interaction_log.event_sql import LEFT_OUT
 from stca_jax.data.interaction_log.events import DUPLICATE, LogSource
@@ -19,7 +20,7 @@ from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.errors import UserError
 from stca_jax.input.records import SPLITS
 
-_MINUTE = 60
+_MINUTE, _DAY = 60, 86_400
 
 Histogram = collections.Counter[int]
 
@@ -41,41 +42,54 @@ class ShardStatistics:
       request_minute: Requests by minute.
       num_targets: Labelled events.
       num_positive: Of them, those with label 1, by task.
+      num_cut: Requests and sessions that were cut in two.
+      longest_span: Seconds between two targets of a request, at most.
     """
 
     num_users: int
     num_events: int
-    num_requests: int
     num_tied: int
     first_time: int
     last_time: int
     log_length: Histogram
-    history_length: Histogram
     event_minute: Histogram
-    request_minute: Histogram
     num_targets: int
     num_positive: list[int]
+    num_requests: int = 0
+    history_length: Histogram = dataclasses.field(default_factory=collections.Counter)
+    request_minute: Histogram = dataclasses.field(default_factory=collections.Counter)
+    num_cut: int = 0
+    longest_span: int = 0
 
     @classmethod
     def of(cls, shard: Shard) -> ShardStatistics:
-        """Counts a shard that has events."""
-        requests, targets = shard.requests, shard.is_target
+        """Counts a shard that has events, but not its requests, which need times of splits."""
+        targets = shard.is_target
         same = (shard.user[1:] == shard.user[:-1]) & (shard.time[1:] == shard.time[:-1])
         tied = np.append(same, False) | np.insert(same, 0, False)
         positive = (shard.labels[targets] == 1).sum(0).tolist() if shard.config.labels else []
         return cls(
             num_users=len(shard.user_ids),
             num_events=len(shard.time),
-            num_requests=len(requests.time),
             num_tied=int(tied.sum()),
             first_time=int(shard.time.min()),
             last_time=int(shard.time.max()),
             log_length=_histogram(np.bincount(shard.user)),
-            history_length=_histogram(requests.history_end),
             event_minute=_histogram(shard.time // _MINUTE),
-            request_minute=_histogram(requests.time // _MINUTE),
             num_targets=int(targets.sum()),
             num_positive=positive,
+        )
+
+    def with_requests(self, shard: Shard) -> ShardStatistics:
+        """These, and counts of the shard's requests."""
+        requests = shard.requests
+        return dataclasses.replace(
+            self,
+            num_requests=len(requests.time),
+            history_length=_histogram(requests.history_end),
+            request_minute=_histogram(requests.time // _MINUTE),
+            num_cut=requests.num_cut,
+            longest_span=int(requests.span.max(initial=0)),
         )
 
     def to_dict(self) -> dict:
@@ -102,7 +116,7 @@ def add_up(shards: Sequence[ShardStatistics]) -> ShardStatistics:
         values = [getattr(s, field.name) for s in shards]
         if field.name == "first_time":
             total[field.name] = min(values)
-        elif field.name == "last_time":
+        elif field.name in ("last_time", "longest_span"):
             total[field.name] = max(values)
         elif field.name == "num_positive":
             total[field.name] = [sum(task) for task in zip(*values, strict=True)]
@@ -119,13 +133,27 @@ def split_times(source: LogSource, total: ShardStatistics) -> tuple[int, int]:
     Shares of events are rounded to whole minutes.
 
     Raises:
-      UserError: a value is no share and no date, or a split has no requests.
+      UserError: a value is no share and no date.
     """
     config = source.config
-    times = tuple(
-        _split_time(name, getattr(config, name), total)
-        for name in ("validation_start", "test_start")
+    return (
+        _split_time("validation_start", config.validation_start, total),
+        _split_time("test_start", config.test_start, total),
     )
+
+
+def check_splits(source: LogSource, total: ShardStatistics, times: Sequence[int]) -> list[str]:
+    """Checks that each split has requests.
+
+    Returns:
+      Warnings: of requests that last long.
+
+    Raises:
+      UserError: a split has none.
+    """
+    config = source.config
+    if not total.num_requests:
+        raise UserError("the log has no requests, since no row has labels")
     for split, count in zip(SPLITS, split_counts(total, times), strict=True):
         if not count:
             raise UserError(
@@ -134,7 +162,12 @@ def split_times(source: LogSource, total: ShardStatistics) -> tuple[int, int]:
                 f"requests run from {_date(min(total.request_minute) * _MINUTE)} to "
                 f"{_date(max(total.request_minute) * _MINUTE)}"
             )
-    return times[0], times[1]
+    if total.longest_span <= _DAY:
+        return []
+    return [
+        f"a request spans {total.longest_span / _DAY:.1f} days: events between its targets are in "
+        "no history of theirs. Give a finer --request_id, or a smaller --session_gap"
+    ]
 
 
 def split_counts(total: ShardStatistics, times: Sequence[int]) -> list[int]:
@@ -178,16 +211,18 @@ class ValueCounts:
       columns: For each categorical column, "value" and "count"; 0 for values first seen later.
       moments: Of each numeric column.
       users: Ids of users with training events.
+      classes: Targets that are 0 and that are 1, [splits, tasks, 2]; no tasks without labels.
     """
 
     columns: dict[str, pa.Table]
     moments: dict[str, Moments]
     users: pa.Array
+    classes: Int[np.ndarray, "splits tasks 2"]
 
     @classmethod
-    def of(cls, shard: Shard, validation_start: int) -> ValueCounts:
-        """Counts a shard's columns "item" and "feature_…"."""
-        is_train = pa.array(shard.time < validation_start)
+    def of(cls, shard: Shard, times: Sequence[int]) -> ValueCounts:
+        """Counts a shard's columns "item" and "feature_…", and labels; `times` start the splits."""
+        is_train = pa.array(shard.time < times[0])
         columns: dict[str, pa.Table] = {}
         moments: dict[str, Moments] = {}
         for name in shard.events.column_names:
@@ -199,8 +234,9 @@ class ValueCounts:
             else:
                 counted = pa.table({"value": column, "count": is_train.cast(pa.int64())})
                 columns[name] = _sum_counts(counted.filter(pc.is_valid(column)))
-        trained = np.unique(shard.user[shard.time < validation_start])
-        return cls(columns, moments, shard.user_ids.take(pa.array(trained)))
+        trained = np.unique(shard.user[shard.time < times[0]])
+        users = shard.user_ids.take(pa.array(trained))
+        return cls(columns, moments, users, _count_classes(shard, times))
 
     def __add__(self, other: ValueCounts) -> ValueCounts:
         """The counts of two shards together."""
@@ -209,7 +245,16 @@ class ValueCounts:
             {n: _sum_counts(pa.concat_tables(pair)) for n, pair in tables.items()},
             {n: m + other.moments[n] for n, m in self.moments.items()},
             pa.concat_arrays([self.users, other.users]),
+            self.classes + other.classes,
         )
+
+
+def _count_classes(shard: Shard, times: Sequence[int]) -> Int[np.ndarray, "splits tasks 2"]:
+    if not shard.config.labels:
+        return np.zeros((len(SPLITS), 0, 2), np.int64)
+    split = np.searchsorted(times, shard.time, side="right")
+    of_split = [shard.labels[shard.is_target & (split == k)] for k in range(len(SPLITS))]
+    return np.array([np.stack([(v == 0).sum(0), (v == 1).sum(0)], 1) for v in of_split], np.int64)
 
 
 def _sum_counts(table: pa.Table) -> pa.Table:
@@ -247,7 +292,8 @@ def format_profile(
         ("rejected rows", f"{num_rejected:,}"),
         *((f"  {reason}", f"{count:,}") for reason, count in rejected.items()),
         *((r, f"{reasons[r]:,}") for r in (DUPLICATE, LEFT_OUT) if reasons.get(r)),
-        ("requests", f"{total.num_requests:,}"),
+        ("requests", f"{total.num_requests:,}, the longest spans {total.longest_span:,} seconds"),
+        ("requests cut", f"{total.num_cut:,}, after a long gap or where a split begins"),
         ("history of a request", _percentiles(total.history_length)),
         *_target_lines(source, total),
         *_split_lines(total, times),

@@ -11,8 +11,17 @@ import pyarrow.parquet as pq
 from stca_jax.input.dataset import RequestDataset
 
 
-def expected_requests(rows, *, request_id=None, gap=0, labels=(), in_history=lambda row: True):
+def expected_requests(rows, *, request_id=None, gap=0, labels=(), in_history=lambda row: True,
+                      starts=()):  # fmt: skip
     """Requests of rows (dicts with user, item, time): user, time, history, targets, as values.
+
+    Args:
+      rows: Of the log.
+      request_id: The column that names requests; without it, gaps in time separate them.
+      gap: Seconds, at most, between targets of a request.
+      labels: Columns; rows in which the first is None are no targets.
+      in_history: Which rows are.
+      starts: Of validation and test, as `split_starts` reads them.
 
     Returns:
       A counter of (user, time, history, targets); history is a tuple of sorted (time, item), and
@@ -27,11 +36,14 @@ def expected_requests(rows, *, request_id=None, gap=0, labels=(), in_history=lam
         log.sort(key=lambda r: r["time"])
         shown = [r for r in log if not labels or r[labels[0]] is not None]
         groups = collections.defaultdict(list)
-        last, session = None, 0
-        for row in shown:
-            session += last is None or row["time"] - last > gap
-            last = row["time"]
-            groups[row[request_id] if request_id else session].append(row)
+        last, piece = {}, collections.Counter()
+        for row in shown:  # a name that comes back late, or in another split, is a new request
+            name, split = request_id and row[request_id], sum(row["time"] >= s for s in starts)
+            before, split_before = last.get(name, (row["time"], split))
+            longest = max(gap, 6 * 3_600) if request_id else gap
+            piece[name] += row["time"] - before > longest or split != split_before
+            last[name] = row["time"], split
+            groups[name, piece[name]].append(row)
         for group in groups.values():
             time = min(r["time"] for r in group)
             history = sorted((r["time"], r["item"]) for r in log
@@ -62,6 +74,12 @@ def prepared_requests(folder: pathlib.Path):
             history = sorted((int(time), value[item]) for time, item in history)
             found[int(time) + origin, tuple(history), tuple(sorted(targets))] += 1
     return found
+
+
+def split_starts(folder: pathlib.Path):
+    """Where validation and test begin, as `expected_requests` takes them."""
+    metadata = RequestDataset(folder).metadata
+    return [metadata["time_origin"] + metadata[n] for n in ("validation_start", "test_start")]
 
 
 def without_user(requests):
