@@ -30,7 +30,9 @@ def run_here(
         "/tmp/stca", str(tmp_path)
     )
     command = re.sub(
-        r"(-m experiments\.(?:prepare|train|evaluate|plan))", rf"\1 --data_dir={data_dir}", command
+        r"(-m experiments\.(?:prepare|train|evaluate|diagnose|plan))",
+        rf"\1 --data_dir={data_dir}",
+        command,
     )
     finished = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],

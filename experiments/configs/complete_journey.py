@@ -1,9 +1,9 @@
 """Next purchase on the 84.51 degrees Complete Journey grocery data: the README's main job.
 
 Command: python -m experiments.train --config=experiments/configs/complete_journey.py --workdir=DIR
-Reaches: test AUC .849 at 4,000 events, .721 at 50 (python -m experiments.evaluate --workdir=DIR)
-Measured: 9 minutes of training, one busy core of an AMD EPYC server (AVX-512), 2026-11-28, one
-seed, with a prototype of these options: see docs/similarity.md
+Reaches: test AUC .848 at 4,000 events, .716 at 50 (python -m experiments.evaluate --workdir=DIR)
+Measured: 17 minutes of training, a shared core of a busy AMD EPYC server (AVX-512), 2026-11-28,
+seed 0; what each option is for: docs/similarity.md
 
 One row a batch: for a mesh of several devices, raise input.rows_per_batch.
 """

@@ -2,10 +2,7 @@
 
 Command: python -m experiments.train --workdir=DIR
     --config=experiments/configs/complete_journey_long.py
-Reached, when requests still read longer windows than were drawn: test AUC .842 at 4,000 events,
-.696 at 50 (python -m experiments.evaluate --workdir=DIR)
-Measured: 18 minutes of training on a busy machine, 2 cores of an AMD EPYC server (AVX2),
-2026-11-25, one seed
+Reaches: not measured yet with this model (python -m experiments.evaluate --workdir=DIR)
 """
 
 import dataclasses
