@@ -50,7 +50,7 @@ OWN = {
     "data/__init__.py": "OWN = True",
     "experiments/__init__.py": "raise AssertionError('imported by stca_jax')",
     "test_own.py": """
-        import stca_jax.data
+        import data
         import stca_jax.data.base
         import stca_jax.experiments.launch
 
