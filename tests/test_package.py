@@ -67,7 +67,8 @@ OWN = {
         reveal_type(beam_runner)
         reveal_type(attribute_descriptions)
         """,
-    "log.csv": "user,item,time\n" + "".join(f"{i % 7},{i % 5},{60 * i}\n" for i in range(200)),
+    "log.csv": "user,item,time\n"
+    + "".join(f"{i % 7},{i % 5},{1_700_000_000 + 60 * i}\n" for i in range(200)),
 }
 
 
