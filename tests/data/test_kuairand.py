@@ -60,7 +60,7 @@ def write_files(folder, last_outcome=(1, 1, 1), last_played=12_000) -> None:
         for user in range(3):
             for video in range(5):
                 when = f"2022-04-{day:02}T10:0{user}:{video * 10:02}"
-                outcome = (1, 0, video % 2)
+                outcome = (1, int(user == 1 and video == 4), video % 2)
                 first.append(line(user, video, when, outcome, played=day * 1_000, tab=video % 2))
     first += [
         line(PICKED, 0, "2022-04-21T23:59:58.001", (1, 0, 0), played=4_000, duration=0, tab=0),

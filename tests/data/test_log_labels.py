@@ -82,7 +82,7 @@ def test_the_second_task_is_named(tmp_path):
     [
         ([1] * 100, "click is 1 in all 79 targets of train; .*leave --labels out"),
         ([0] * 100, "click is 0 in all 79 targets of train; .*SQL of what counts as 1"),
-        ([None if k % 2 else 1 for k in range(100)], "click is 1 in all .* coalesce"),
+        ([None if k % 2 else 1 for k in range(100)], "click is 1 in all .*coalesce"),
         ([int(k > 90) for k in range(100)], "click is 0 in all 79 .*later --validation_start"),
     ],
 )
