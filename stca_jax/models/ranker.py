@@ -38,7 +38,7 @@ class RankerConfig:
     """The whole model.
 
     Attributes:
-      sequence: The sequence module: `StcaConfig`, a rival of the same interface, or a class of
+      sequence: The sequence module; `StcaConfig`, a rival of the same interface, or a class of
         one's own that derives from `SequenceConfig`, by import path.
       embedding: Tables and token features.
       backbone: RankMixer.

@@ -79,10 +79,10 @@ def test_other_settings_keep_their_rows(workdir, data_dir, tmp_path):
     arguments = ["--step=6", "--split=validation"]
     assert evaluate(copy, data_dir, *arguments, "--noreferences", "--lengths=16")[0] == 0
     assert evaluate(copy, data_dir, *arguments, "--noreferences", "--lengths=64")[0] == 0
-    filtered = ["--min_history=40", "--noreferences", "--lengths=64"]
+    filtered = ["--min_history=200", "--noreferences", "--lengths=64"]
     assert evaluate(copy, data_dir, *arguments, *filtered)[0] == 0
     rows = read_rows(copy / "evaluation" / "validation-6.jsonl")
-    assert [(r["length"], r["min_history"]) for r in rows] == [(16, 0), (64, 0), (64, 40)]
+    assert [(r["length"], r["min_history"]) for r in rows] == [(16, 0), (64, 0), (64, 200)]
     assert rows[2]["num_requests"] < rows[1]["num_requests"]  # the filter filters
 
 
