@@ -237,7 +237,8 @@ def test_null_words(tmp_path, make):
     [
         ({"user": [None] * 10 + [k % 5 for k in range(50)]}, "10 of 60 rows.*user is missing"),
         ({"user": [1] * 25 + list(range(35)), "item": list(range(60))}, "one user has 26 of 60"),
-        ({"time": [T0 + 3_600 * (k // 12 * 12) for k in range(60)], "item": [k % 2 for k in range(60)]},
+        ({"time": [T0 + 3_600 * (k // 12 * 12) for k in range(60)],
+          "item": [k % 2 for k in range(60)]},
          r"30 of 60 rows \(50.0%\) are equal"),
     ],
 )  # fmt: skip
