@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stca_jax.data.interaction_log.events import LogSource, id_keys, read_side_table
+from stca_jax.data.interaction_log.events import LogSource, id_keys
 from stca_jax.data.interaction_log.moments import Moments
 from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.data.interaction_log.statistics import ShardStatistics, ValueCounts
@@ -141,6 +141,7 @@ def make_plan(
     source: LogSource,
     statistics: Sequence[ShardStatistics | None],
     counts: ValueCounts,
+    side_tables: Mapping[str, pa.Table],
     first_time: int,
     times: Sequence[int],
 ) -> Plan:
@@ -150,6 +151,7 @@ def make_plan(
       source: The log.
       statistics: Of each shard, None for an empty one.
       counts: Of the whole log.
+      side_tables: "items" and "users", where there are.
       first_time: Of all events, Unix seconds.
       times: Where validation and test begin, Unix seconds.
     """
@@ -171,16 +173,17 @@ def make_plan(
     vocabularies = {"item": item_encoder.size, "hour": 24, "weekday": 7}
     vocabularies |= {c.name: _LABEL_IDS for c in config.feature_columns["label"]}
     vocabularies |= {n: e.size for n, e in encoders.items() if isinstance(e, Encoder)}
-    users, user_columns = pa.array([], counts.users.type), dict[str, np.ndarray]()
-    if source.items is not None:
-        table = read_side_table(source, "items")
-        found = _side_features(table, items, item_count, fit_on)
+    log_users = counts.users["value"].combine_chunks()
+    users, user_columns = log_users[:0], dict[str, np.ndarray]()
+    if "items" in side_tables:
+        found = _side_features(side_tables["items"], items, item_count, fit_on)
         item_columns |= {n: column for n, (column, _) in found.items()}
         vocabularies |= {n: size for n, (_, size) in found.items() if size}
-    if source.users is not None:
-        table = read_side_table(source, "users")
+    if "users" in side_tables:
+        table = side_tables["users"]
         users = table["id"].combine_chunks()
-        trained = pc.is_in(users, counts.users).to_numpy(zero_copy_only=False)
+        in_training = log_users.filter(pc.greater(counts.users["count"], 0).combine_chunks())
+        trained = pc.is_in(users, in_training).to_numpy(zero_copy_only=False)
         # One more user, who is not in the table, has no features.
         known = pa.concat_arrays([users, pa.nulls(1, users.type)])
         found = _side_features(table, known, np.append(trained, 0).astype(np.int64), (1, fit_on[1]))

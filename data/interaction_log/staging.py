@@ -28,7 +28,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stca_jax.data.interaction_log.coverage import check_features, check_side_tables
-from stca_jax.data.interaction_log.events import DUPLICATE, LogSource, group_events, read_events
+from stca_jax.data.interaction_log.events import (
+    DUPLICATE,
+    LogSource,
+    group_events,
+    read_events,
+    read_side_table,
+)
 from stca_jax.data.interaction_log.labels import check_classes, check_values
 from stca_jax.data.interaction_log.odd_rows import PartSummary, check_events, check_rows
 from stca_jax.data.interaction_log.records import Plan, make_plan
@@ -59,6 +65,7 @@ class Staging:
       reasons: How many rows were left out, by reason.
       times: Where validation and test begin, Unix seconds.
       counts: How often each value of each column occurs in training events.
+      side_tables: "items" and "users", where there are.
       coverage: Of each feature and side table, what of it reaches the model.
       warnings: What people should know before they train.
     """
@@ -99,10 +106,15 @@ class Staging:
         self.total = add_up([s for s in self.statistics if s is not None])
         self.warnings = [
             *check_splits(source, self.total, self.times),
-            *check_classes(source, self.counts),
+            *check_classes(source, self.total, self.counts),
         ]
         self.coverage = check_features(source, self.counts)
-        lines, warnings = check_side_tables(source, self.counts)
+        self.side_tables = {
+            what: read_side_table(source, what)
+            for what in ("items", "users")
+            if getattr(source, what) is not None
+        }
+        lines, warnings = check_side_tables(source, self.counts, self.side_tables)
         self.coverage += lines
         self.warnings += warnings
 
@@ -114,7 +126,12 @@ class Staging:
     def plan(self) -> Plan:
         """Fits what the records need."""
         return make_plan(
-            self.source, self.statistics, self.counts, self.total.first_time, self.times
+            self.source,
+            self.statistics,
+            self.counts,
+            self.side_tables,
+            self.total.first_time,
+            self.times,
         )
 
     def profile(self) -> str:
