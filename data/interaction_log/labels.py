@@ -69,8 +69,8 @@ def check_classes(source: LogSource, total: ShardStatistics, counts: ValueCounts
             raise UserError(
                 f"the log has no labels, and every request of training has all {train_items:,} "
                 "items: every target would be positive, since no other item can be sampled. Give "
-                f"--labels, or a smaller --session_gap than {source.config.session_gap}, if more "
-                "than one request is meant"
+                f"--labels, a log with more items, or a --session_gap that makes shorter requests "
+                f"(it is {source.config.session_gap:,} s)"
             )
         return []
     warnings = []

@@ -48,6 +48,7 @@ from stca_jax.data.interaction_log.statistics import (
     split_times,
 )
 from stca_jax.data.running import Runner
+from stca_jax.errors import UserError
 from stca_jax.files import write_json
 
 _BUFFERED_BYTES = 256 << 20  # of events of a part, before they go to their shards
@@ -83,14 +84,26 @@ class Staging:
             requests.
         """
         self.source, self.folder = source, folder / source.fingerprint[:16]
-        num_parts, num_shards = len(source.log.parts), source.log.num_shards
+        self._rejected = folder.parent / "rejected_rows.csv"
+        for other in folder.glob("*"):  # of the log as it was, or was described, before
+            if other != self.folder:
+                shutil.rmtree(other)
         (self.folder / "shards").mkdir(parents=True, exist_ok=True)
+        try:
+            self._sort(run)
+            self._check()
+        except UserError:
+            self.discard()
+            raise
+
+    def _sort(self, run: Runner) -> None:
+        source = self.source
+        num_parts, num_shards = len(source.log.parts), source.log.num_shards
         run("Reading the log", self.read_part, num_parts)
-        rejected = folder.parent / "rejected_rows.csv"
-        self._gather_rejected(rejected)
+        self._gather_rejected(self._rejected)
         self.read = self._add_up_parts()
         check_values(source, self.read.reasons)
-        check_rows(source, self.read, rejected)
+        check_rows(source, self.read, self._rejected)
         run("Sorting by user", self.sort_shard, num_shards)
         described = [_read_json(self._shard_file(i, "json")) for i in range(num_shards)]
         self.statistics = [
@@ -104,6 +117,10 @@ class Staging:
         run("Counting values", self.count_values, num_shards)
         self.counts = self._add_up_counts()
         self.total = add_up([s for s in self.statistics if s is not None])
+
+    def _check(self) -> None:
+        """Looks for what cannot be meant, and gathers what the profile says of it."""
+        source = self.source
         self.warnings = [
             *check_splits(source, self.total, self.times),
             *check_classes(source, self.total, self.counts),
@@ -117,6 +134,15 @@ class Staging:
         lines, warnings = check_side_tables(source, self.counts, self.side_tables)
         self.coverage += lines
         self.warnings += warnings
+
+    def discard(self) -> None:
+        """Removes the sorted log; rejected rows stay, if there are any."""
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        if self._rejected.exists():
+            with open(self._rejected, "rb") as file:
+                is_empty = not file.readline() or not file.readline()
+            if is_empty:
+                self._rejected.unlink()
 
     def shard(self, index: int) -> Shard:
         """Reads a shard's events."""

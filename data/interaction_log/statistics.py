@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -114,7 +115,7 @@ class ShardStatistics:
 
 def add_up(shards: Sequence[ShardStatistics]) -> ShardStatistics:
     """Statistics of the log, of one shard with events or more."""
-    total = {}
+    total: dict[str, Any] = {}
     for field in dataclasses.fields(ShardStatistics):
         values = [getattr(s, field.name) for s in shards]
         if field.name in ("first_time", "fewest_items"):
