@@ -108,8 +108,7 @@ def test_item_ids_that_pandas_made_floats(tmp_path):
     sql = re.search(r'--item_id="([^"]*)"', str(error.value))[1]
     folder = prepare(tmp_path, log, item_id=sql, **options)
     assert RequestDataset(folder).schema.vocabularies["cat"] == 3 + 16
-    value = pq.read_table(folder / "vocabulary_item.parquet").to_pydict()
-    of_item = dict(zip(value["id"], map(int, value["value"]), strict=True))
+    of_item = {i: int(item) for item, i in log_oracle.feature_ids(folder, "item").items()}
     found = {
         (of_item[int(i)] % 3, int(c))
         for i, c in zip(history(folder, "item"), history(folder, "cat"), strict=True)
