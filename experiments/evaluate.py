@@ -47,6 +47,7 @@ from stca_jax.evaluation.evaluator import (
     metric_rows,
     score_lengths,
     selection_columns,
+    selection_limits,
 )
 from stca_jax.evaluation.references.scoring import ReferenceOptions
 from stca_jax.evaluation.tables import add_rows, format_table, write_table
@@ -172,8 +173,7 @@ def watch(workdir: pathlib.Path) -> int:
             config.input,
             split=split,
             length=length,
-            min_history=settings.min_history,
-            max_requests=settings.max_requests,
+            **selection_limits(settings),
         )
         tasks = dataset.schema.tasks
         own = settings.extra_metrics

@@ -73,7 +73,7 @@ class TrainingConfig:
         """Raises ValueError for values outside their range."""
         for name in ("num_epochs", "max_steps", "accumulate_steps", "log_every_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not value >= 1:  # NaN is refused
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
             raise ValueError(f"max_gradient_norm is {self.max_gradient_norm}; it must be positive")
