@@ -63,7 +63,7 @@ def test_metrics_of_either_direction_can_choose_the_best():
 # Every class that can stand somewhere, so that all their fields are met.
 VARIANTS = [
     {},
-    {"input.length": "BetaLength", "input.length.minimum": "4", "input.length.maximum": "256",
+    {"input.length": "BetaLength", "input.length.minimum": "8", "input.length.maximum": "256",
      "input.length.average": "64", "input.length.alpha": "1", "model.sequence": "DinConfig",
      "wandb": "WandbConfig",
      "wandb.project": "p"},
