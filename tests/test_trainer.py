@@ -329,13 +329,11 @@ def test_an_error_closes_input_checkpointer_and_lock(
         train(config, tiny_dataset, tmp_path)
     with pytest.raises(ValueError, match="the input is closed"):
         next(inputs[0])
+    assert not (tmp_path / "training.lock").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if kind is RuntimeError:  # after Ctrl-C nothing is waited for
         assert len(closed) == 1
         assert Checkpointer(tmp_path).steps() == [10]
-    assert not (tmp_path / "training.lock").exists()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    monkeypatch.setattr(trainer, "device_batch", original)
-    assert train(config, tiny_dataset, tmp_path).step == 25
 
 
 def test_validation_shows_how_far_chance_moves_it(finished, tiny_dataset, tmp_path, caplog):
@@ -394,10 +392,10 @@ def test_evaluation_is_limited_by_targets(finished, tiny_dataset):
     assert row["max_targets"] == 100
 
 
-@pytest.mark.parametrize("name", ["a b", "it's {x} 100% #1 $HOME", "ü日本", "=,;:~"])
-def test_a_workdir_of_any_other_name_works_to_the_end(tiny_config, tiny_dataset, tmp_path, name):
+@pytest.mark.slow
+def test_a_workdir_of_any_other_name_works_to_the_end(tiny_config, tiny_dataset, tmp_path):
     config = short(tiny_config, **{"training.max_steps": 2, "checkpoint.every_steps": 1})
-    workdir = tmp_path / name
+    workdir = tmp_path / "it's {x} 100% #1 $HOME ü日本 =,;:~"
     train(config, tiny_dataset, workdir)
     shutil.rmtree(workdir / "checkpoints" / "2")
     assert train(config, tiny_dataset, workdir).step == 2

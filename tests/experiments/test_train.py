@@ -128,6 +128,7 @@ def test_sigterm_saves_and_exits_with_143(tmp_path, data_dir, uninterrupted, tin
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_of_two_trainings_in_one_workdir_the_second_is_refused(tmp_path, data_dir):
     """Started at once, with other settings: one trains on, and nothing of it is overwritten."""
     rates = ("0.01", "0.00001")
