@@ -44,7 +44,8 @@ class TrainingConfig:
 
     Attributes:
       num_epochs: Passes over the training requests.  The steps of the first are counted; later
-        ones, which draw other lengths, are taken to have as many.
+        ones, which draw other lengths, are taken to have as many.  The last batch of each has the
+        rows that are left, and its targets weigh as much together as those of a whole batch.
       max_steps: Stop earlier, after this many steps; the schedule ends there too.
       loss_weighting: "target" is the per-impression objective; see `stca_jax.training.loss`.
       auxiliary_losses: Minimised beside the label loss, each times its weight; by import path.
