@@ -8,9 +8,11 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow_datasets as tfds
 
+from stca_jax.data import request_building as rb
 from stca_jax.data.base import UserData, UserDatasetBuilder
 from stca_jax.data.complete_journey import source
-from stca_jax.input import request_building as rb
+from stca_jax.input.arrays import offsets, run_starts
+from stca_jax.input.hashing import counter_hash, uniform
 
 _SEED = 0
 _MAX_POSITIVES = 16
@@ -137,7 +139,7 @@ class Visits:
 
 def group_visits(purchases: source.Purchases) -> Visits:
     """Groups purchases, which are sorted by household and time."""
-    start = rb.run_starts(purchases.user, purchases.time)
+    start = run_starts(purchases.user, purchases.time)
     sizes = np.diff(np.append(start, len(purchases.time)))
     user, time = purchases.user[start], purchases.time[start]
     return Visits(
@@ -145,7 +147,7 @@ def group_visits(purchases: source.Purchases) -> Visits:
         time=time,
         store_week=purchases.store_week[start],
         split=purchases.split[start],
-        key=rb.counter_hash(_SEED, purchases.household_id[user], time),
+        key=counter_hash(_SEED, purchases.household_id[user], time),
         of_purchase=np.repeat(np.arange(len(start)), sizes),
     )
 
@@ -183,12 +185,10 @@ def promotion_targets(
     positive = bought[promotions.find(visits.store_week[visit], product) >= 0]
     kept = [np.empty(0, np.int64)]
     by_place = np.argsort(visits.store_week, kind="stable")
-    for group in np.split(by_place, rb.run_starts(visits.store_week[by_place])[1:]):
+    for group in np.split(by_place, run_starts(visits.store_week[by_place])[1:]):
         product = promotions.products_of(visits.store_week[group[0]])
-        uniform = rb.uniform(
-            _SEED, _KEPT, visits.key[group][:, None], purchases.product_id[product]
-        )
-        row, column = np.nonzero(uniform < negative_rate)
+        chance = uniform(_SEED, _KEPT, visits.key[group][:, None], purchases.product_id[product])
+        row, column = np.nonzero(chance < negative_rate)
         kept.append(group[row] * num_products + product[column])
     negative = np.setdiff1d(np.concatenate(kept), positive, assume_unique=True)
     return rb.arrange_targets(
@@ -211,17 +211,17 @@ def user_logs(
     clock = purchases.origin + time + _STORE_CLOCK
     return rb.UserLogs(
         user_id=np.arange(num_users),
-        event_offset=rb.offsets(purchases.user, num_users),
+        event_offset=offsets(purchases.user, num_users),
         event_time=purchases.time,
         history=products.of(purchases.product) | {"quantity": purchases.quantity},
-        request_offset=rb.offsets(user, num_users),
+        request_offset=offsets(user, num_users),
         request_id=np.arange(len(visit)),
         request_time=time,
         request_split=visits.split[visit],
         history_end=rb.history_end(purchases.user, purchases.time, user, time),
         request=households.of(user)
         | {"hour": clock // _HOUR % 24, "weekday": (clock // _DAY + 3) % 7},  # Monday is 0
-        target_offset=rb.offsets(np.searchsorted(visit, targets.request), len(visit)),
+        target_offset=offsets(np.searchsorted(visit, targets.request), len(visit)),
         target=products.of(targets.item)
         | {"log_popularity": rb.log_popularity(purchases.train_count[targets.item])}
         | promotion,

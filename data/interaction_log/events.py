@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stca_jax.data import request_building as rb
 from stca_jax.data.interaction_log import event_sql, times
 from stca_jax.data.interaction_log.columns import ROW, BadRow
 from stca_jax.data.interaction_log.event_sql import LEFT_OUT
@@ -29,7 +30,7 @@ from stca_jax.data.interaction_log.log_config import Column, LogConfig
 from stca_jax.data.interaction_log.source import Part, Table, fingerprint, open_table
 from stca_jax.data.interaction_log.times import NS, TimeReading
 from stca_jax.errors import UserError
-from stca_jax.input import request_building as rb
+from stca_jax.input.hashing import counter_hash
 
 DUPLICATE = "equal to another row"  # counted with the rejected rows, though nothing is wrong
 _SHARD = 5  # a stream of hashes of its own
@@ -314,7 +315,7 @@ def _explain_sql(what: str, where: str) -> Iterator[None]:
 def _shard_of(users: pa.ChunkedArray, num_shards: int) -> np.ndarray:
     """By a hash of the user, so that it does not depend on what else is in the log."""
     encoded = users.combine_chunks().dictionary_encode()
-    of_user = rb.counter_hash(_SHARD, id_keys(encoded.dictionary)) % np.uint64(num_shards)
+    of_user = counter_hash(_SHARD, id_keys(encoded.dictionary)) % np.uint64(num_shards)
     return of_user.astype(np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stca_jax.data import request_building as rb
 from stca_jax.data.interaction_log.events import LogSource, id_keys, read_side_table
 from stca_jax.data.interaction_log.moments import Moments
 from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.data.interaction_log.statistics import ShardStatistics, ValueCounts
-from stca_jax.input import request_building as rb
+from stca_jax.input.arrays import offsets
 from stca_jax.schema import Schema
 
 _HOUR, _DAY = 3_600, 86_400
@@ -264,10 +265,10 @@ def build_user_logs(plan: Plan, shard: Shard, index: int) -> rb.UserLogs:
         target[column.name] = plan.encoders[column.name].encode(shown[f"feature_{column.name}"])
     return rb.UserLogs(
         user_id=plan.first_user[index] + np.arange(num_users),
-        event_offset=rb.offsets(shard.user[in_history], num_users),
+        event_offset=offsets(shard.user[in_history], num_users),
         event_time=shard.time[in_history] - plan.time_origin,
         history=history,
-        request_offset=rb.offsets(requests.user, num_users),
+        request_offset=offsets(requests.user, num_users),
         request_id=plan.first_request[index] + np.arange(num_requests),
         request_time=requests.time - plan.time_origin,
         request_split=rb.time_split(requests.time, plan.validation_start, plan.test_start),
@@ -277,7 +278,7 @@ def build_user_logs(plan: Plan, shard: Shard, index: int) -> rb.UserLogs:
             "weekday": (requests.time // _DAY + _THURSDAY) % 7,
             **{n: column[user_row] for n, column in plan.user_columns.items()},
         },
-        target_offset=rb.offsets(targets.request, num_requests),
+        target_offset=offsets(targets.request, num_requests),
         target=target,
         label=label,
     )

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int
 
+from stca_jax.data import request_building as rb
 from stca_jax.data.synthetic_interests.catalogue import Catalogue, GeneratorConfig, make_catalogue
 from stca_jax.data.synthetic_interests.drawing import (
     SECONDS_PER_DAY,
@@ -42,7 +43,6 @@ from stca_jax.data.synthetic_interests.drawing import (
     draw_sessions,
     draw_zipf,
 )
-from stca_jax.input import request_building as rb
 from stca_jax.input.records import UserRecord
 from stca_jax.schema import Schema
 

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int
 
+from stca_jax.data import request_building as rb
 from stca_jax.data.synthetic_interests.drawing import (
     SECONDS_PER_DAY,
     LogConfig,
@@ -37,7 +38,6 @@ from stca_jax.data.synthetic_interests.drawing import (
     draw_requests,
     draw_sessions,
 )
-from stca_jax.input import request_building as rb
 from stca_jax.input.records import UserRecord
 from stca_jax.schema import Schema
 

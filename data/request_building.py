@@ -21,45 +21,17 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
+from stca_jax.input.arrays import ragged_arange, rank_in_run
+from stca_jax.input.hashing import counter_hash
 from stca_jax.input.records import UserRecord
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _POSITIVE, _NEGATIVE, _ORDER, _VOCABULARY = 1, 2, 3, 4  # separate streams of one seed
-
-
-def counter_hash(seed: int, *keys: np.ndarray | int) -> UInt64[np.ndarray, " n"]:
-    """Uniform 64-bit integers, one for each combination of a seed and integer keys.
-
-    A chain of SplitMix64 finalisers (Steele, Lea and Flood, 2014, doi:10.1145/2660193.2660195).
-
-    Args:
-      seed: Any integer.
-      *keys: Integer arrays or integers, broadcast against each other.
-    """
-    state = np.full((), seed & (2**64 - 1), np.uint64)
-    with np.errstate(over="ignore"):
-        for key in keys:
-            z = (state ^ np.asarray(key).astype(np.uint64)) + _GOLDEN
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = z ^ (z >> np.uint64(31))
-    return np.atleast_1d(state)
 
 
 def text_hash(values: Sequence[str]) -> Int[np.ndarray, " n"]:
     """A 64-bit integer for each text, the same in every run."""
     digests = b"".join(hashlib.blake2b(v.encode(), digest_size=8).digest() for v in values)
     return np.frombuffer(digests, "<i8").astype(np.int64)
-
-
-def uniform(seed: int, *keys: np.ndarray | int) -> Float[np.ndarray, " n"]:
-    """Uniform numbers in [0, 1): a pure function of the seed and the integer keys.
-
-    Args:
-      seed: Any integer.
-      *keys: Integers or integer arrays, such as a stream, an epoch and request ids.
-    """
-    return (counter_hash(seed, *keys) >> np.uint64(11)) * 2.0**-53
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,15 +94,6 @@ class Vocabulary:
             values = np.array([zlib.crc32(str(v).encode()) for v in distinct], np.int64)[inverse]
         bucket = counter_hash(_VOCABULARY, values) % np.uint64(self.num_oov)
         return (len(self.known) + bucket.astype(np.int64)).astype(np.int32)
-
-
-def run_starts(*columns: np.ndarray) -> Int[np.ndarray, " runs"]:
-    """Where each run of equal rows of the columns begins, e.g. of (user, time): the requests."""
-    changes = np.zeros(len(columns[0]), bool)
-    changes[:1] = True
-    for column in columns:
-        changes[1:] |= column[1:] != column[:-1]
-    return np.flatnonzero(changes)
 
 
 def history_end(
@@ -223,7 +186,7 @@ def next_item_targets(
     order = np.lexsort(
         (counter_hash(seed, _POSITIVE, request_key[owner], item_key[candidate]), owner)
     )
-    positive = bought[order][_rank_in_run(owner[order]) < max_positives]
+    positive = bought[order][rank_in_run(owner[order]) < max_positives]
     wanted = negatives_per_positive * np.bincount(positive // num_items, minlength=len(request_key))
     negative = _sample_negatives(bought, wanted, request_key, train_count, seed)
     return arrange_targets(
@@ -268,8 +231,7 @@ def _sample_negatives(
 
     def draw(request: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """What so many draws give each request, the first ones it can use."""
-        owner = np.repeat(request, draws)
-        count = np.arange(len(owner)) - np.repeat(np.cumsum(draws) - draws, draws)
+        owner, count = np.repeat(request, draws), ragged_arange(draws)
         hashed = counter_hash(seed, _NEGATIVE, request_key[owner], count)
         # An item of count c owns c consecutive integers; one of count 0 owns none.
         uniform = (hashed % np.uint64(cumulative[-1])).astype(np.int64)
@@ -278,7 +240,7 @@ def _sample_negatives(
         position = np.minimum(np.searchsorted(bought, pair), len(bought) - 1)
         pair = pair[bought[position] != pair]
         owner = pair // len(train_count)
-        return pair[_rank_in_run(owner) < wanted[owner]]
+        return pair[rank_in_run(owner) < wanted[owner]]
 
     # Few draws do for most requests; the others start again with all of theirs.
     request = np.flatnonzero(wanted)
@@ -288,12 +250,6 @@ def _sample_negatives(
     rest = draw(short, 4 * wanted[short] + 16)
     enough = few[found[few // len(train_count)] >= wanted[few // len(train_count)]]
     return np.concatenate([enough, rest])
-
-
-def _rank_in_run(run: np.ndarray) -> np.ndarray:
-    """0, 1, 2 … within each run of equal values."""
-    starts = run_starts(run)
-    return np.arange(len(run)) - np.repeat(starts, np.diff(np.append(starts, len(run))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,11 +313,6 @@ class UserLogs:
             target={n: v[targets] for n, v in self.target.items()},
             label=self.label[targets],
         )
-
-
-def offsets(owner: Int[np.ndarray, " n"], num_owners: int) -> Int[np.ndarray, " owners+1"]:
-    """Where the items of each owner begin, when `owner` is ascending in `[0, num_owners)`."""
-    return np.searchsorted(owner, np.arange(num_owners + 1), side="left")
 
 
 def log_popularity(train_count: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
