@@ -14,9 +14,8 @@ processed, or on how they are spread over files and processes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
@@ -26,12 +25,6 @@ from stca_jax.input.hashing import counter_hash
 from stca_jax.input.records import UserRecord
 
 _POSITIVE, _NEGATIVE, _ORDER, _VOCABULARY = 1, 2, 3, 4  # separate streams of one seed
-
-
-def text_hash(values: Sequence[str]) -> Int[np.ndarray, " n"]:
-    """A 64-bit integer for each text, the same in every run."""
-    digests = b"".join(hashlib.blake2b(v.encode(), digest_size=8).digest() for v in values)
-    return np.frombuffer(digests, "<i8").astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stca_jax.data import request_building as rb
 from stca_jax.data.interaction_log import event_sql, times
 from stca_jax.data.interaction_log.columns import ROW, BadRow
 from stca_jax.data.interaction_log.event_sql import LEFT_OUT
@@ -30,7 +29,7 @@ from stca_jax.data.interaction_log.log_config import Column, LogConfig
 from stca_jax.data.interaction_log.source import Part, Table, fingerprint, open_table
 from stca_jax.data.interaction_log.times import NS, TimeReading
 from stca_jax.errors import UserError
-from stca_jax.input.hashing import counter_hash
+from stca_jax.input.hashing import counter_hash, text_hash
 
 DUPLICATE = "equal to another row"  # counted with the rejected rows, though nothing is wrong
 _SHARD = 5  # a stream of hashes of its own
@@ -226,7 +225,7 @@ def id_keys(ids: pa.Array) -> np.ndarray:
     """A 64-bit number for each id, the same in every run: itself, or a hash of the text."""
     if pa.types.is_integer(ids.type):
         return ids.to_numpy(zero_copy_only=False).astype(np.int64)
-    return rb.text_hash(ids.to_pylist())
+    return text_hash(ids.to_pylist())
 
 
 def _side_rows(table: Table, what: str) -> pa.Table:

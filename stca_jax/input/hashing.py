@@ -6,8 +6,11 @@ hash, the same in whatever order, file, process or thread it is made.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
 import numpy as np
-from jaxtyping import Float, UInt64
+from jaxtyping import Float, Int, UInt64
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -29,6 +32,12 @@ def counter_hash(seed: int, *keys: np.ndarray | int) -> UInt64[np.ndarray, " n"]
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = z ^ (z >> np.uint64(31))
     return np.atleast_1d(state)
+
+
+def text_hash(values: Sequence[str]) -> Int[np.ndarray, " n"]:
+    """A 64-bit integer for each text, the same in every run."""
+    digests = b"".join(hashlib.blake2b(v.encode(), digest_size=8).digest() for v in values)
+    return np.frombuffer(digests, "<i8").astype(np.int64)
 
 
 def uniform(seed: int, *keys: np.ndarray | int) -> Float[np.ndarray, " n"]:
