@@ -11,17 +11,15 @@ import tensorflow_datasets as tfds
 from stca_jax.data.base import UserData, UserDatasetBuilder
 from stca_jax.data.synthetic_interests.generator import (
     CONFIGS,
-    FEATURES,
     GeneratorConfig,
     generate_users,
-    make_schema,
 )
 from stca_jax.data.synthetic_interests.latent import (
     LATENT_CONFIGS,
     LatentConfig,
     generate_latent_users,
-    make_latent_schema,
 )
+from stca_jax.data.synthetic_interests.users import FEATURES, make_schema
 
 
 @dataclasses.dataclass
@@ -58,13 +56,13 @@ class Builder(UserDatasetBuilder):
         """Generates the users while they are written; nothing is downloaded."""
         config = self.builder_config.generator
         if isinstance(config, LatentConfig):
-            kind, schema = "latent", make_latent_schema(config)
+            kind = "latent"
             shard = functools.partial(generate_latent_users, config)
         else:
-            kind, schema = "generator", make_schema(config)
+            kind = "generator"
             shard = functools.partial(generate_users, config)
         return UserData(
-            schema=schema,
+            schema=make_schema(config),
             time_origin=0,
             validation_start=config.validation_start,
             test_start=config.test_start,
