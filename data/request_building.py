@@ -14,7 +14,6 @@ processed, or on how they are spread over files and processes.
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -24,69 +23,7 @@ from stca_jax.input.arrays import ragged_arange, rank_in_run
 from stca_jax.input.hashing import counter_hash
 from stca_jax.input.records import UserRecord
 
-_POSITIVE, _NEGATIVE, _ORDER, _VOCABULARY = 1, 2, 3, 4  # separate streams of one seed
-
-
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """Ids of one categorical feature: `[0, len(known))` by value, then out-of-vocabulary rows.
-
-    Attributes:
-      known: The values that have an id of their own, ascending; integers or strings.
-      num_oov: Rows that all other values are hashed into.
-    """
-
-    known: np.ndarray
-    num_oov: int
-
-    @classmethod
-    def fit(
-        cls,
-        values: np.ndarray,
-        counts: np.ndarray | None = None,
-        *,
-        min_count: int = 1,
-        num_oov: int = 1,
-    ) -> Vocabulary:
-        """Keeps the values that training events have often enough.
-
-        Args:
-          values: Integers or strings, repeated or not.
-          counts: How many training events each entry of `values` stands for; by default 1.
-          min_count: Training events that earn a value an id of its own, at least 1.
-          num_oov: Rows for all other values, at least 1, since later data has new values.
-
-        Raises:
-          ValueError: `num_oov` or `min_count` is below 1.
-        """
-        if num_oov < 1 or min_count < 1:
-            raise ValueError(f"num_oov={num_oov} and min_count={min_count} must be at least 1")
-        distinct, inverse = np.unique(np.asarray(values), return_inverse=True)
-        total = np.bincount(inverse, weights=counts, minlength=len(distinct))
-        return cls(distinct[total >= min_count], num_oov)
-
-    @property
-    def size(self) -> int:
-        """Number of ids, out-of-vocabulary rows included."""
-        return len(self.known) + self.num_oov
-
-    def encode(self, values: np.ndarray) -> Int[np.ndarray, " n"]:
-        """int32 ids in `[0, size)` of integers or strings, the same in every run."""
-        values = np.asarray(values)
-        if not len(self.known):
-            return self._hashed(values)
-        position = np.minimum(np.searchsorted(self.known, values), len(self.known) - 1)
-        ids = position.astype(np.int32)
-        unknown = self.known[position] != values
-        ids[unknown] = self._hashed(values[unknown])
-        return ids
-
-    def _hashed(self, values: np.ndarray) -> np.ndarray:
-        if values.dtype.kind not in "iu":
-            distinct, inverse = np.unique(values, return_inverse=True)
-            values = np.array([zlib.crc32(str(v).encode()) for v in distinct], np.int64)[inverse]
-        bucket = counter_hash(_VOCABULARY, values) % np.uint64(self.num_oov)
-        return (len(self.known) + bucket.astype(np.int64)).astype(np.int32)
+_POSITIVE, _NEGATIVE, _ORDER = 1, 2, 3  # separate streams of one seed
 
 
 def history_end(

@@ -7,7 +7,7 @@ hash, the same in whatever order, file, process or thread it is made.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
@@ -34,7 +34,7 @@ def counter_hash(seed: int, *keys: np.ndarray | int) -> UInt64[np.ndarray, " n"]
     return np.atleast_1d(state)
 
 
-def text_hash(values: Sequence[str]) -> Int[np.ndarray, " n"]:
+def text_hash(values: Iterable[str]) -> Int[np.ndarray, " n"]:
     """A 64-bit integer for each text, the same in every run."""
     digests = b"".join(hashlib.blake2b(v.encode(), digest_size=8).digest() for v in values)
     return np.frombuffer(digests, "<i8").astype(np.int64)

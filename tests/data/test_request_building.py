@@ -11,50 +11,6 @@ from stca_jax.input.arrays import offsets, run_starts
 EVENTS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12), st.integers(0, 9)), max_size=60)
 
 
-@given(
-    st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 9), max_size=50),
-    st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 9), min_size=1, max_size=50),
-    st.integers(1, 3),
-    st.integers(1, 7),
-    st.booleans(),
-)
-def test_vocabulary_matches_a_dictionary(train, later, min_count, num_oov, strings):
-    as_array = (lambda v: np.array(v, str)) if strings else (lambda v: np.array(v, np.int64))
-    vocabulary = rb.Vocabulary.fit(as_array(train), min_count=min_count, num_oov=num_oov)
-    frequent = [v for v in set(train) if train.count(v) >= min_count]
-    frequent.sort(key=str if strings else int)
-    ids = {v: i for i, v in enumerate(frequent)}
-    assert vocabulary.size == len(frequent) + num_oov
-    encoded = vocabulary.encode(as_array(later))
-    assert encoded.dtype == np.int32
-    for value, found in zip(later, encoded, strict=True):
-        if value in ids:
-            assert found == ids[value]
-        else:
-            assert len(frequent) <= found < vocabulary.size
-            assert found == vocabulary.encode(as_array([value]))[0]
-
-
-def test_vocabulary_counts_stand_for_repetitions():
-    values, counts = np.array([7, 3, 9, 3]), np.array([2, 1, 0, 1])
-    fitted = rb.Vocabulary.fit(values, counts, min_count=2)
-    assert fitted.known.tolist() == [3, 7]
-    repeated = rb.Vocabulary.fit(np.repeat(values, counts), min_count=2)
-    assert repeated.known.tolist() == fitted.known.tolist()
-
-
-def test_vocabulary_spreads_unseen_values():
-    vocabulary = rb.Vocabulary.fit(np.arange(10), num_oov=64)
-    rows = vocabulary.encode(np.arange(100, 64_100)) - 10
-    assert np.bincount(rows, minlength=64).min() > 800
-
-
-@pytest.mark.parametrize(("min_count", "num_oov"), [(0, 1), (1, 0)])
-def test_vocabulary_refuses_zero(min_count, num_oov):
-    with pytest.raises(ValueError, match=f"num_oov={num_oov} and min_count={min_count}"):
-        rb.Vocabulary.fit(np.arange(3), min_count=min_count, num_oov=num_oov)
-
-
 @given(EVENTS, st.lists(st.tuples(st.integers(0, 6), st.integers(0, 13)), max_size=20))
 def test_history_end_counts_strictly_earlier_events(events, requests):
     events = sorted(events)
