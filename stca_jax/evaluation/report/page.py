@@ -75,29 +75,34 @@ def _summary_table(runs: Sequence[Run], task: str | None) -> str:
     """A row per line of runs: what it reaches with all of the history, and what it took."""
     selection = best_selection(runs, task)
     references = [line for line in lines_by_length(runs, selection, task, "auc") if line.reference]
+    headings = ["run", "history", *METRICS.values(), "best reference's AUC", "steps", "minutes"]
     cells = []
     for group in group_by_seed(runs):
-        lines = {}
+        lines: dict[str, Line] = {}
         for metric in METRICS:
             for line in lines_by_length(group.runs, selection, task, metric):
                 if not line.reference:
                     lines[metric] = line
-        length = max((line.x[-1] for line in lines.values()), default=None)
+        if not lines:
+            cells.append([f"{group.name}, not scored", *[""] * (len(headings) - 1)])
+            continue
+        length = max(line.x[-1] for line in lines.values())
         found = {metric: dict(zip(v.x, _numbers(v), strict=True)) for metric, v in lines.items()}
-        at_length = [line for line in references if length in line.x]
-        best = max(at_length, key=lambda line: line.y[line.x.index(length)], default=None)
+        others = {
+            line.y[line.x.index(length)]: line.label for line in references if length in line.x
+        }
+        best = max(others, default=None)
         steps, speed = statistics.fmean(map(_num_steps, group.runs)), group.steps_per_second()
         cells.append(
             [
-                next((line.label for line in lines.values()), f"{group.name}, not scored"),
+                next(iter(lines.values())).label,
                 _number(length, 0),
                 *(found.get(metric, {}).get(length, "") for metric in METRICS),
-                f"{_number(best.y[best.x.index(length)], 4)} ({best.label})" if best else "",
+                "" if best is None else f"{_number(best, 4)} ({others[best]})",
                 _number(steps, 0),
                 _number(speed and steps / speed / 60, 1),
             ]
         )
-    headings = ["run", "history", *METRICS.values(), "best reference's AUC", "steps", "minutes"]
     of_task = f"{task}: " if task else ""
     caption = f"{of_task}{selection}, with the longest history that was scored"
     return _table(caption, headings, cells)
