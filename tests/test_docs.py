@@ -115,6 +115,20 @@ def test_flags_page_has_every_flag():
             assert re.search(rf"--(no)?{flag}\b", section), f"{name}: --{flag}"
 
 
+def test_architecture_says_what_to_touch():
+    """Three files at most for each change, which hold what is said to be there."""
+    rows = re.findall(r"^\| (?:the|a) .*\|$", PAGES["architecture"], re.MULTILINE)
+    assert len(rows) == 3
+    for row in rows:
+        names = re.findall(r"`([\w./]+)`", row)
+        files = {name for name in names if name.endswith(".py")}
+        assert 1 <= len(files) <= 3
+        source = "".join((REPOSITORY / "stca_jax" / name).read_text() for name in files)
+        for name in names:
+            if "." not in name:
+                assert re.search(rf"^(class|def) {name}\b", source, re.MULTILINE), name
+
+
 def test_metrics_page_has_every_column():
     from stca_jax.evaluation.metrics import METRICS
 
