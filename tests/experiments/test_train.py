@@ -206,9 +206,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, data_dir):
     ],
 )
 def test_mistake_is_one_clear_error(uninterrupted, data_dir, extra, message):
-    status, output = run(
-        "experiments.train", *arguments(uninterrupted, data_dir), *extra, JAX_PLATFORMS="cpu"
-    )
+    status, output = run("experiments.train", *arguments(uninterrupted, data_dir), *extra)
     assert status == 1
     error = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(error) == 1, output
