@@ -96,7 +96,7 @@ REQUIRED = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_addresses_of_other_file_systems_are_refused_everywhere(launcher, tmp_path):
     given = [a.replace("DIR", str(tmp_path)) for a in REQUIRED.get(launcher[12:], [])]
-    status, output = run_forked(launcher, *given, "--data_dir=gs://bucket/data")
+    status, output = run(launcher, *given, "--data_dir=gs://bucket/data")
     assert status == 1
     assert "error: data_dir 'gs://bucket/data' is not a local path" in output, output
     assert output.count("\n") == 1
@@ -114,7 +114,7 @@ def test_addresses_are_no_work_directories(launcher, address, tmp_path):
         if "DIR" in argument:
             given = [a.replace("DIR", str(tmp_path)) for a in REQUIRED[launcher]]
             given[place] = argument.replace("DIR", address)
-            status, output = run_forked(f"experiments.{launcher}", *given, f"--data_dir={tmp_path}")
+            status, output = run(f"experiments.{launcher}", *given, f"--data_dir={tmp_path}")
             assert status == 1
             assert address in output
             assert "is not a local path" in output
@@ -129,7 +129,7 @@ def test_addresses_are_no_work_directories(launcher, address, tmp_path):
 def test_a_work_directory_with_brackets_is_refused_before_it_is_made(launcher, extra, tmp_path):
     workdir = tmp_path / "layers=[64,32]"
     given = [a.replace("--workdir=DIR", f"--workdir={workdir}") for a in REQUIRED[launcher]]
-    status, output = run_forked(f"experiments.{launcher}", *given, *extra, "--data_dir=nowhere")
+    status, output = run(f"experiments.{launcher}", *given, *extra, "--data_dir=nowhere")
     assert status == 1
     assert f"checkpoints in {str(workdir)!r} could not be read again, because of [ ]" in output
     assert output.count("\n") == 1
