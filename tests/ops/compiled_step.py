@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
+import importlib
 import math
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,19 +26,38 @@ from stca_jax.ranges import Ranges
 R, L, M, H, D = 8, 10_000, 16, 8, 256
 
 
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # it loads what it finds onto the device
+}  # fmt: skip
+
+
 def in_process_of_its_own(module: str, name: str, *arguments: str) -> None:
-    """Calls a function of a test file; a process compiles for one kind of device only."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # it loads what it finds onto the device
-    }  # fmt: skip
-    path = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})"
-    call = f"{module}.{name}({', '.join(map(repr, arguments))})"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{path}; import {module}; {call}"],
-        env=environment, capture_output=True, text=True, timeout=550,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Calls a function of a test file where nothing was compiled for another kind of device.
+
+    A process compiles for one kind only, which the first argument names; it serves all calls that
+    name the same one.
+    """
+    _process(module, *arguments[:1]).submit(_call, module, name, *arguments).result(timeout=550)
+
+
+@functools.cache
+def _process(*kind: str) -> concurrent.futures.ProcessPoolExecutor:
+    del kind
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context)
+    before = dict(os.environ)
+    os.environ.update(_ENVIRONMENT)
+    try:
+        pool.submit(os.getpid).result()  # starts it, with this environment
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return pool
+
+
+def _call(module: str, name: str, *arguments: str) -> None:
+    getattr(importlib.import_module(module), name)(*arguments)
 
 
 def compiled_step(
