@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import functools
-import importlib
 import math
-import multiprocessing
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import own_process
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,38 +22,16 @@ from stca_jax.ranges import Ranges
 R, L, M, H, D = 8, 10_000, 16, 8, 256
 
 
-_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # it loads what it finds onto the device
-}  # fmt: skip
-
-
 def in_process_of_its_own(module: str, name: str, *arguments: str) -> None:
-    """Calls a function of a test file where nothing was compiled for another kind of device.
+    """Calls a function of a test file; a process compiles for one kind of device only.
 
-    A process compiles for one kind only, which the first argument names; it serves all calls that
-    name the same one.
+    The first argument names the kind.
     """
-    _process(module, *arguments[:1]).submit(_call, module, name, *arguments).result(timeout=550)
-
-
-@functools.cache
-def _process(*kind: str) -> concurrent.futures.ProcessPoolExecutor:
-    del kind
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context)
-    before = dict(os.environ)
-    os.environ.update(_ENVIRONMENT)
-    try:
-        pool.submit(os.getpid).result()  # starts it, with this environment
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return pool
-
-
-def _call(module: str, name: str, *arguments: str) -> None:
-    getattr(importlib.import_module(module), name)(*arguments)
+    own_process.call(
+        module, name, *arguments,
+        kind=arguments[0], TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        JAX_ENABLE_COMPILATION_CACHE="false",  # it loads what it finds onto the device
+    )  # fmt: skip
 
 
 def compiled_step(
