@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import functools
 import importlib
@@ -30,6 +31,7 @@ def _process(
     del kind
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context)
+    atexit.register(pool.shutdown)
     before = dict(os.environ)
     os.environ.update(environment)
     try:
