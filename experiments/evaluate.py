@@ -167,8 +167,10 @@ def watch(workdir: pathlib.Path) -> int:
             failures.append(f"checkpoint {step} at length {length}: {metric}: {error}")
             _log.error("%s", failures[-1])
 
+        program, state = restored
         predictions = evaluate_split(
-            *restored,
+            program,
+            state,
             dataset,
             config.input,
             split=split,
