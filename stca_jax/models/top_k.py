@@ -5,7 +5,7 @@ the k best, and its softmax is over those alone.
 
     s_j = (t W_Q^j) (X W_K^j)^T / sqrt(d_h);  o_j = softmax(s_j over its top k) X W_V^j
 
-"sim" (SIM, arXiv 2006.05639): one score by its own weights, s = (t W_a) (X W_b)^T / sqrt(d), keeps k
+"sim" (SIM, arXiv 2006.05639): a score of its own weights, s = (t W_a) (X W_b)^T / sqrt(d), keeps k
 events for all heads.  The choice of events has no gradient: W_a and W_b learn from a pool of the
 history, weighted by s, which is another input of the output map (in the paper, of a loss).
 
