@@ -27,6 +27,7 @@ LAYERS = [
     ("experiment",),
     ("workdir", "device_plan"),
     ("trainer", "length_study"),
+    ("comparison",),
     ("data",),
     ("experiments",),
 ]

@@ -29,6 +29,7 @@ from stca_jax.models.rankmixer import RankMixer, RankMixerConfig
 from stca_jax.models.sasrec import SasRecConfig
 from stca_jax.models.sdim import SdimConfig
 from stca_jax.models.sequence import SequenceConfig, SequenceInput
+from stca_jax.models.sequence_o1 import SequenceO1Config
 from stca_jax.models.stca import StcaConfig, log_count
 from stca_jax.models.target_attention import TargetAttentionConfig
 from stca_jax.models.top_k import TopKConfig
@@ -75,6 +76,7 @@ class RankerConfig:
         | MixFormerConfig
         | SasRecConfig
         | SdimConfig
+        | SequenceO1Config
         | TargetAttentionConfig
         | TopKConfig
         | TransActConfig

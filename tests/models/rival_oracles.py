@@ -249,3 +249,20 @@ def hstu_stack(p, config, x, target, moment, seen, first):
             gated = oracle.layer_norm(weights["attended_norm"], np.concatenate(total)) * parts[i][0]
             states[i] = states[i] + oracle.linear(weights["output"], gated)
     return oracle.layer_norm(p["output_norm"], states[-1])
+
+
+def sequence_o1(p, config, x, target, moment):
+    states = p["prototypes"]
+    for _, layer in sorted(p["sketch_layers"].items()):
+        query, key = oracle.linear(layer["query"], states), oracle.linear(layer["key"], x)
+        scores = query @ key.T / np.sqrt(len(target))
+        share = np.exp(scores) / np.exp(scores).sum(0)
+        summed = oracle.layer_norm(layer["sum_norm"], states + share @ x)
+        states = oracle.layer_norm(layer["ffn_norm"], summed + oracle.swiglu(layer["ffn"], summed))
+    sketch = states if len(x) else states[:0]
+    newest = x[max(len(x) - config.recent_length, 0) :]
+    read = [
+        oracle.stca(p[name], tokens, target, np.zeros(len(tokens))).summary
+        for name, tokens in (("sketch_reader", sketch), ("recent_reader", newest))
+    ]
+    return oracle.linear(p["output"], np.concatenate(read))

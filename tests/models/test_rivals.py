@@ -12,7 +12,7 @@ from tiny_ranker import compile_fast, random_params, with_params
 
 from stca_jax.config import apply_overrides, from_dict, to_dict
 from stca_jax.errors import UserError
-from stca_jax.models import din, hstu, sdim, top_k, transact
+from stca_jax.models import din, hstu, sdim, sequence_o1, top_k, transact
 from stca_jax.models.din import DinConfig
 from stca_jax.models.hstu import HstuConfig
 from stca_jax.models.longer import LongerConfig
@@ -21,6 +21,7 @@ from stca_jax.models.ranker import Ranker, RankerConfig
 from stca_jax.models.sasrec import SasRecConfig
 from stca_jax.models.sdim import SdimConfig
 from stca_jax.models.sequence import SequenceInput
+from stca_jax.models.sequence_o1 import SequenceO1Config
 from stca_jax.models.target_attention import TargetAttentionConfig
 from stca_jax.models.top_k import TopKConfig
 from stca_jax.models.transact import TransActConfig
@@ -40,6 +41,7 @@ CONFIGS = {
     "longer": LongerConfig(**SMALL, num_layers=3, merged_events=2, num_recent=2),
     "mixformer": MixFormerConfig(**SMALL),
     "sasrec": SasRecConfig(**SMALL),
+    "sequence_o1": SequenceO1Config(**SMALL, num_prototypes=3, recent_length=4),
     "sdim": SdimConfig(**SMALL, num_groups=3, bits=1, recent_length=3),
     "sim": TopKConfig(**SMALL, search="sim", num_selected=4, recent_length=3),
     "target attention": TargetAttentionConfig(**SMALL),
@@ -119,6 +121,7 @@ def small_blocks(monkeypatch):
     for module in (sdim, top_k, transact):
         monkeypatch.setattr(module, "_CHUNK", 2)
     tiles = BlockSizes(history=5, targets=3)
+    monkeypatch.setattr(sequence_o1, "_BLOCKS", BlockSizes(history=5, targets=1))
     monkeypatch.setattr(hstu, "range_sum", functools.partial(range_sum, block_sizes=tiles))
 
 
@@ -187,6 +190,29 @@ def test_what_lets_events_interact_refuses_rows_that_requests_share(name):
     )
     with pytest.raises(UserError, match=r"use --config\.input\.rows=request"):
         ranker(make_batch(SHARED_LAYOUT, shared=True))
+
+
+def test_a_sketch_that_was_kept_serves_other_targets_exactly():
+    """Of a window's first target, kept and read by four others."""
+    name = "sequence_o1"
+    params, gather, _ = rival(name)
+    module = nnx.eval_shape(lambda: CONFIGS[name].make(remat=True, rngs=nnx.Rngs(0)))
+    inputs = make_inputs([(2, 11)] * 5)
+
+    @compile_fast
+    def sketch_states(params, tokens, ranges):
+        return with_params(module, params).sketch(tokens, ranges).states
+
+    @compile_fast
+    def read(params, inputs, states):
+        kept = sequence_o1.Sketch(states, np.zeros((1, 5), np.int32))
+        return with_params(module, params).read(inputs, kept).summary
+
+    states = sketch_states(params, inputs.tokens, Ranges(*(x[:, :1] for x in inputs.ranges)))
+    newest = np.arange(L)[:, None] >= 11 - CONFIGS[name].recent_length
+    recent_only = inputs._replace(tokens=np.where(newest, inputs.tokens, 0))
+    found = read(params, recent_only, states)
+    np.testing.assert_allclose(found, gather(params, inputs), rtol=1e-6, atol=1e-6)
 
 
 def test_impossible_shapes_are_refused():

@@ -63,9 +63,12 @@ def _page(runs: Sequence[Run], tasks: Sequence[str | None], figures: Sequence[st
         _config_table(runs),
     ]
     datasets = ", ".join(dict.fromkeys(str(run.config["dataset"]) for run in runs))
-    return _PAGE.format(
-        title=html.escape(title), datasets=html.escape(datasets), body="\n".join(sections)
-    )
+    return page_html(title, datasets, "\n".join(sections))
+
+
+def page_html(title: str, datasets: str, body: str) -> str:
+    """The page around its body, which is HTML; it loads nothing."""
+    return _PAGE.format(title=html.escape(title), datasets=html.escape(datasets), body=body)
 
 
 def _quality_tables(runs: Sequence[Run], task: str | None) -> list[str]:
@@ -82,7 +85,7 @@ def _quality_tables(runs: Sequence[Run], task: str | None) -> list[str]:
         of_task = f", {task}" if task else ""
         headings = ["length", *(f"{length:,}" for length in lengths)]
         if cells:
-            tables.append(_table(f"{label}{of_task}", headings, cells))
+            tables.append(table_html(f"{label}{of_task}", headings, cells))
     return tables
 
 
@@ -102,7 +105,7 @@ def _cost_table(runs: Sequence[Run]) -> str:
             ]
         )
     names = ["run", "steps", "minutes", "million tokens", "tokens / s", "row fill"]
-    return _table("Training; times are at the median speed", names, cells)
+    return table_html("Training; times are at the median speed", names, cells)
 
 
 def _config_table(runs: Sequence[Run]) -> str:
@@ -118,12 +121,13 @@ def _config_table(runs: Sequence[Run]) -> str:
         [name, *(values(name) if k < differ else values(name)[:1])] for k, name in enumerate(names)
     ]
     caption = "As resolved" if len(runs) == 1 else f"{differ} values differ; the others are shared"
-    return _table(caption, ["value", *(run.name for run in runs)], cells, kind="config")
+    return table_html(caption, ["value", *(run.name for run in runs)], cells, kind="config")
 
 
-def _table(
+def table_html(
     caption: str, headings: Sequence[str], cells: Sequence[Sequence[str]], kind: str = "numbers"
 ) -> str:
+    """A table of text, which is escaped; the first cell of a row is its heading."""
     head = "".join(f'<th scope="col">{html.escape(heading)}</th>' for heading in headings)
     body = []
     for first, *rest in cells:
