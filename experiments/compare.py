@@ -32,6 +32,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -152,12 +153,11 @@ def run_config(
     comparison: _Comparison, entry: Entry, overrides: Mapping[str, Any], steps: int, seed: int
 ) -> ExperimentConfig:
     """The config of one run; it is checkpointed and scored at its end."""
-    config = config_lib.apply_overrides(
+    return config_lib.apply_overrides(
         entry.config,
         {**overrides, "seed": seed, "input.seed": seed, "training.max_steps": steps,
          "training.num_epochs": 1_000, "checkpoint.every_steps": max(steps, 1_000)},
     )  # fmt: skip
-    return config
 
 
 def searched_settings(comparison: _Comparison, entry: Entry) -> dict[str, Any] | TrainingResult:
@@ -174,7 +174,9 @@ def searched_settings(comparison: _Comparison, entry: Entry) -> dict[str, Any] |
     rows = []
     for overrides in tried:
         name = described(overrides)
-        directory = comparison.workdir / entry.name / "search" / name.replace(" ", "_")
+        directory = (
+            comparison.workdir / entry.name / "search" / re.sub("[^A-Za-z0-9._]+", "-", name)
+        )
         result = train(
             run_config(comparison, entry, overrides, steps, 0), comparison.dataset, directory
         )

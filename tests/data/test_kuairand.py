@@ -246,7 +246,7 @@ def test_unirank_has_all_impressions_as_targets_of_six_tasks_split_by_date(tmp_p
             expected.add((user, video, when, tuple(outcome), split))
     assert found == expected
     assert len(dataset.schema.request) == 2 + 26  # hour and weekday
-    # Of 0, 3, 7, 15, 30 and 60 seconds, how many a duration exceeds: 6, 3, none as it is missing, 6.
+    # Of 0, 3, 7, 15, 30 and 60 seconds, how many a duration exceeds: 6, 3, none (missing), 6.
     history = dataset.record(0).history
     pairs = zip(history["item"].tolist(), history["duration"].tolist(), strict=True)
     bucket = {item[i]: d for i, d in pairs}
