@@ -11,7 +11,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_comparison_runs_once_and_writes_tables_and_page(tmp_path, data_dir):
     workdir = tmp_path / "comparison"
     arguments = (
