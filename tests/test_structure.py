@@ -27,8 +27,8 @@ LAYERS = [
     ("experiment",),
     ("workdir", "device_plan"),
     ("trainer", "length_study"),
-    ("comparison",),
     ("data",),
+    ("comparison",),
     ("experiments",),
 ]
 LAYER = {name: k for k, names in enumerate(LAYERS) for name in names}

@@ -21,7 +21,7 @@ from stca_jax.evaluation.report.runs import (
 )
 
 MAX_LINES = 6  # as many as there are colours and markers
-REFERENCES = ("counting", "logistic", "boosted", "truth")
+REFERENCES = ("counting", "logistic", "truth")
 _CALIBRATED = (0.98, 1.02)
 
 
