@@ -11,7 +11,7 @@ from stca_jax.comparison.costs import TARGETS, Costs
 from stca_jax.comparison.entries import Entry
 from stca_jax.evaluation.report.charts import Chart, Line, mean_line
 from stca_jax.evaluation.report.drawing import draw, figure_html
-from stca_jax.evaluation.report.page import page_html, table_html
+from stca_jax.evaluation.report.page import page_html, rows_html
 from stca_jax.evaluation.tables import write_table
 
 Row = Mapping[str, Any]
@@ -132,21 +132,9 @@ def write_page(
     body = ['<div class="charts">', *figures, "</div>"]
     for caption, rows in tables.items():
         if rows:
-            columns = list(dict.fromkeys(name for row in rows for name in row))
-            cells = [[_text(row.get(name)) for name in columns] for row in rows]
-            body.append(table_html(caption, columns, cells))
+            body.append(rows_html(caption, rows))
     page = page_html("Sequence modules compared", dataset, "\n".join(body))
     (workdir / "comparison.html").write_text(page, encoding="utf-8")
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    return (
-        f"{value:,.4g}"
-        if isinstance(value, float) and abs(value) > 10
-        else (f"{value:.4f}" if isinstance(value, float) else str(value))
-    )
 
 
 def write_tables(

@@ -6,11 +6,12 @@ import html
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from stca_jax.errors import UserError
 from stca_jax.evaluation.report.charts import Line, lines_by_length, quality_charts, training_charts
 from stca_jax.evaluation.report.drawing import draw, figure_html
-from stca_jax.evaluation.report.runs import METRICS, Run, best_selection, median
+from stca_jax.evaluation.report.runs import METRICS, Row, Run, best_selection, median
 
 
 def write_report(runs: Sequence[Run], output: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -71,6 +72,18 @@ def page_html(title: str, datasets: str, body: str) -> str:
     return _PAGE.format(title=html.escape(title), datasets=html.escape(datasets), body=body)
 
 
+def rows_html(caption: str, rows: Sequence[Row]) -> str:
+    """A table of rows; columns in the order in which rows first name them."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return _table(caption, columns, [[_cell(row.get(name)) for name in columns] for row in rows])
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
 def _quality_tables(runs: Sequence[Run], task: str | None) -> list[str]:
     """A table per metric: a row per line of its chart, a column per length."""
     selection = best_selection(runs, task)
@@ -85,7 +98,7 @@ def _quality_tables(runs: Sequence[Run], task: str | None) -> list[str]:
         of_task = f", {task}" if task else ""
         headings = ["length", *(f"{length:,}" for length in lengths)]
         if cells:
-            tables.append(table_html(f"{label}{of_task}", headings, cells))
+            tables.append(_table(f"{label}{of_task}", headings, cells))
     return tables
 
 
@@ -105,7 +118,7 @@ def _cost_table(runs: Sequence[Run]) -> str:
             ]
         )
     names = ["run", "steps", "minutes", "million tokens", "tokens / s", "row fill"]
-    return table_html("Training; times are at the median speed", names, cells)
+    return _table("Training; times are at the median speed", names, cells)
 
 
 def _config_table(runs: Sequence[Run]) -> str:
@@ -121,13 +134,12 @@ def _config_table(runs: Sequence[Run]) -> str:
         [name, *(values(name) if k < differ else values(name)[:1])] for k, name in enumerate(names)
     ]
     caption = "As resolved" if len(runs) == 1 else f"{differ} values differ; the others are shared"
-    return table_html(caption, ["value", *(run.name for run in runs)], cells, kind="config")
+    return _table(caption, ["value", *(run.name for run in runs)], cells, kind="config")
 
 
-def table_html(
+def _table(
     caption: str, headings: Sequence[str], cells: Sequence[Sequence[str]], kind: str = "numbers"
 ) -> str:
-    """A table of text, which is escaped; the first cell of a row is its heading."""
     head = "".join(f'<th scope="col">{html.escape(heading)}</th>' for heading in headings)
     body = []
     for first, *rest in cells:
