@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from stca_jax.comparison.costs import TARGETS, Costs
 from stca_jax.comparison.entries import Entry
 from stca_jax.evaluation.report.charts import Chart, Line, mean_line
 from stca_jax.evaluation.report.drawing import draw, figure_html
-from stca_jax.evaluation.report.page import page_html, rows_html
+from stca_jax.evaluation.report.page import page_html
 from stca_jax.evaluation.tables import write_table
 
 Row = Mapping[str, Any]
@@ -132,9 +133,26 @@ def write_page(
     body = ['<div class="charts">', *figures, "</div>"]
     for caption, rows in tables.items():
         if rows:
-            body.append(rows_html(caption, rows))
+            body.append(_table_html(caption, rows))
     page = page_html("Sequence modules compared", dataset, "\n".join(body))
     (workdir / "comparison.html").write_text(page, encoding="utf-8")
+
+
+def _table_html(caption: str, rows: Sequence[Row]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, *([_cell(row.get(name)) for name in columns] for row in rows)]
+    cells = ["".join(f"<td>{html.escape(text)}</td>" for text in line) for line in lines]
+    body = "".join(f"<tr>{line}</tr>" for line in cells)
+    return (
+        f'<div class="scroll" tabindex="0"><table class="numbers">'
+        f"<caption>{html.escape(caption)}</caption>{body}</table></div>"
+    )
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
 def write_tables(

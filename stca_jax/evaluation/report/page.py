@@ -6,12 +6,16 @@ import html
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from stca_jax.errors import UserError
 from stca_jax.evaluation.report.charts import Line, lines_by_length, quality_charts, training_charts
 from stca_jax.evaluation.report.drawing import draw, figure_html
-from stca_jax.evaluation.report.runs import METRICS, Row, Run, best_selection, median
+from stca_jax.evaluation.report.runs import METRICS, Run, best_selection, median
+
+
+def page_html(title: str, subtitle: str, body: str) -> str:
+    """A page in this style around its body, which is HTML; it loads nothing."""
+    return _PAGE.format(title=html.escape(title), datasets=html.escape(subtitle), body=body)
 
 
 def write_report(runs: Sequence[Run], output: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -64,24 +68,9 @@ def _page(runs: Sequence[Run], tasks: Sequence[str | None], figures: Sequence[st
         _config_table(runs),
     ]
     datasets = ", ".join(dict.fromkeys(str(run.config["dataset"]) for run in runs))
-    return page_html(title, datasets, "\n".join(sections))
-
-
-def page_html(title: str, datasets: str, body: str) -> str:
-    """The page around its body, which is HTML; it loads nothing."""
-    return _PAGE.format(title=html.escape(title), datasets=html.escape(datasets), body=body)
-
-
-def rows_html(caption: str, rows: Sequence[Row]) -> str:
-    """A table of rows; columns in the order in which rows first name them."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    return _table(caption, columns, [[_cell(row.get(name)) for name in columns] for row in rows])
-
-
-def _cell(value: Any) -> str:
-    if not isinstance(value, float):
-        return "" if value is None else str(value)
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+    return _PAGE.format(
+        title=html.escape(title), datasets=html.escape(datasets), body="\n".join(sections)
+    )
 
 
 def _quality_tables(runs: Sequence[Run], task: str | None) -> list[str]:
