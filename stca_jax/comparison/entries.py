@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from stca_jax import config as config_lib
 from stca_jax.errors import UserError
 from stca_jax.experiment import ExperimentConfig
-from stca_jax.imports import is_import_path
+from stca_jax.imports import find_path
 from stca_jax.models.stca import StcaConfig
 
 Overrides = dict[str, Any]
@@ -65,7 +65,7 @@ def make_entries(
       UserError: an unknown name, or a module that cannot be made of the base's sizes.
     """
     for given, known in ((modules, tuple(MODULES)), (variants, VARIANTS)):
-        unknown = [n for n in given if n not in known and not is_import_path(n)]
+        unknown = [n for n in given if n not in known and find_path(n) is None]
         if unknown or (given is variants and not set(given) <= set(VARIANTS)):
             raise UserError(
                 f"there is no {unknown[0] if unknown else given[0]!r} to compare; choose from "
