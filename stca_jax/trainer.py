@@ -38,7 +38,8 @@ class TrainingResult:
 
     Attributes:
       step: Steps taken in all.
-      num_steps: Steps of the whole run; more than `step` after an interruption.
+      num_steps: Steps of the whole run; more than `step` after an interruption, or where
+        `evaluation.patience` ended it.
       signal: The signal that interrupted the run, if one did.
     """
 
@@ -91,7 +92,9 @@ def _train(
         lacks_validation = (
             step > 0 and _is_due(config, step, num_steps) and not validation.has_run(step)
         )
-        if step >= num_steps and not lacks_validation:
+        every_steps = config.checkpoint.every_steps
+        is_over = step >= num_steps or validation.has_run_out(step, every_steps)
+        if is_over and not lacks_validation:
             _log.info("the run in %s is finished: %d of %d steps", workdir, step, num_steps)
             return TrainingResult(step, num_steps)
 
@@ -116,8 +119,9 @@ def _train(
             stopped_by = None
             if lacks_validation:  # the run ended between saving this checkpoint and scoring it
                 validation.run(program, state, step, writer)
+                is_over = step >= num_steps or validation.has_run_out(step, every_steps)
                 clock.lap("validation")
-            while step < num_steps and stopped_by is None:
+            while not is_over and stopped_by is None:
                 element = next(batches)
                 clock.lap("input")
                 with profiler.step(step + 1, state):
@@ -127,7 +131,8 @@ def _train(
                 recent.add(step, metrics, element)
                 writer.show_step(step)
                 stopped_by = shared_signal.agree(signals.received)
-                if step == num_steps:
+                is_over = step == num_steps
+                if is_over:
                     stopped_by = None
                 due = _is_due(config, step, num_steps)
                 is_saving = due or stopped_by is not None
@@ -140,6 +145,7 @@ def _train(
                     clock.lap("checkpoint")
                 if due and stopped_by is None:
                     validation.run(program, state, step, writer)
+                    is_over |= validation.has_run_out(step, every_steps)
                     clock.lap("validation")
         return TrainingResult(step, num_steps, stopped_by)
 

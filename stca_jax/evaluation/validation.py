@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import pathlib
 
-from stca_jax.evaluation.best import Criterion, mark_best, score
+from stca_jax.evaluation.best import Criterion, mark_best, read_mark, score
 from stca_jax.evaluation.evaluator import EvaluationConfig, evaluate_split, metric_rows
 from stca_jax.files import read_json_lines
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.planning import InputConfig, select_requests
-from stca_jax.training.distributed import is_main_process
+from stca_jax.training.distributed import is_main_process, on_all_processes
 from stca_jax.training.metrics_writer import MetricsWriter
 from stca_jax.training.state import TrainState
 from stca_jax.training.train_step import Program
@@ -79,10 +79,28 @@ class Validation:
         else:
             _log.info("step %d: validation %s %.4f", step, config.metric, value)
         if is_main_process():
-            criterion = Criterion(
-                config.metric, "validation", config.validation_length, config.larger_is_better
-            )
-            mark_best(self._workdir, {step: value}, criterion)
+            mark_best(self._workdir, {step: value}, self._criterion)
+
+    @property
+    def _criterion(self) -> Criterion:
+        config = self._config
+        return Criterion(
+            config.metric, "validation", config.validation_length, config.larger_is_better
+        )
+
+    def has_run_out(self, step: int, every_steps: int) -> bool:
+        """Whether `patience` is at its end after a step; the main process decides for all.
+
+        Args:
+          step: Of the latest checkpoint.
+          every_steps: Steps from one validation to the next.
+        """
+        patience = self._config.patience
+        if patience is None:
+            return False
+        best = read_mark(self._workdir, self._criterion) if is_main_process() else None
+        has_run_out = best is not None and step - best["step"] >= patience * every_steps
+        return not on_all_processes(not has_run_out)
 
     def has_run(self, step: int) -> bool:
         """Whether the metrics have the validation of that step."""
