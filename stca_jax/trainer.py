@@ -74,7 +74,9 @@ def _train(
     check_lock: Callable[[], None],
 ) -> TrainingResult:
     check_workdir(workdir, config)
-    validation = Validation(dataset, config.input, config.evaluation, workdir)
+    validation = Validation(
+        dataset, config.input, config.evaluation, workdir, config.checkpoint.every_steps
+    )
     num_steps = count_steps(config, dataset)
     program = experiment_program(config, dataset.schema, num_steps)
     mesh = program.batch_shardings.history_time.mesh
@@ -92,9 +94,8 @@ def _train(
         lacks_validation = (
             step > 0 and _is_due(config, step, num_steps) and not validation.has_run(step)
         )
-        every_steps = config.checkpoint.every_steps
-        is_over = step >= num_steps or validation.has_run_out(step, every_steps)
-        if is_over and not lacks_validation:
+        is_over = step >= num_steps
+        if not lacks_validation and (is_over or validation.has_run_out(step)):
             _log.info("the run in %s is finished: %d of %d steps", workdir, step, num_steps)
             return TrainingResult(step, num_steps)
 
@@ -118,8 +119,7 @@ def _train(
         ):
             stopped_by = None
             if lacks_validation:  # the run ended between saving this checkpoint and scoring it
-                validation.run(program, state, step, writer)
-                is_over = step >= num_steps or validation.has_run_out(step, every_steps)
+                is_over |= validation.run(program, state, step, writer)
                 clock.lap("validation")
             while not is_over and stopped_by is None:
                 element = next(batches)
@@ -144,8 +144,7 @@ def _train(
                     checkpointer.save(state, step, element.state)
                     clock.lap("checkpoint")
                 if due and stopped_by is None:
-                    validation.run(program, state, step, writer)
-                    is_over |= validation.has_run_out(step, every_steps)
+                    is_over |= validation.run(program, state, step, writer)
                     clock.lap("validation")
         return TrainingResult(step, num_steps, stopped_by)
 
