@@ -42,7 +42,7 @@ class EvaluationConfig:
       larger_is_better: Whether a larger value of the metric is better.
       patience: A training run ends early once so many validations in a row, one each
         `checkpoint.every_steps`, brought no better checkpoint; None goes on to the last step.
-      extra_metrics: Import paths of metrics of one's own, functions of `metrics.ScoredTargets`.
+      extra_metrics: Metrics of one's own, functions of `metrics.ScoredTargets`, by import path.
     """
 
     lengths: tuple[int, ...] = (50, 100, 200, 500, 1_000, 2_000, 4_000)
