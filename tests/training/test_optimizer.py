@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,7 @@ def test_values_that_cannot_work_are_refused(field):
         OptimizerConfig(**{field: 0})
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))  # else every operation is compiled by itself
 def one_step(config, parameters, gradients, num_steps=100):
     """Parameters after the first step whose learning rate is the peak."""
     transform = dense_optimizer(config, num_steps)
@@ -84,11 +87,11 @@ def test_weight_decay_is_of_matrices_only(name):
     config = RankerConfig(
         sequence=sequence, embedding=EmbeddingConfig(time_delta=True, feature_width=4)
     )
-    ranker = Ranker(config, SCHEMA, rngs=nnx.Rngs(0))
+    ranker = nnx.eval_shape(lambda: Ranker(config, SCHEMA, rngs=nnx.Rngs(0)))
     parameters = nnx.to_pure_dict(nnx.state(ranker, nnx.Param))
-    parameters = jax.tree.map(lambda p: jnp.full(p.shape, 2.0), parameters)
+    parameters = jax.tree.map(lambda p: np.full(p.shape, 2.0, np.float32), parameters)
     optimizer = OptimizerConfig(dense=name, weight_decay=0.5, learning_rate=0.1, warmup_steps=0)
-    after = one_step(optimizer, parameters, jax.tree.map(jnp.zeros_like, parameters))
+    after = one_step(optimizer, parameters, jax.tree.map(np.zeros_like, parameters))
     shrunk = {}
     for path, value in jax.tree_util.tree_leaves_with_path(after):
         kind = str(path[-1].key)

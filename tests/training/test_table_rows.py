@@ -1,12 +1,9 @@
 """Lookups and updates of divided tables against NumPy in float64, on one device and on eight."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import own_process
 import pytest
 
 from stca_jax.batch import empty_batch
@@ -161,11 +158,9 @@ def check_on_eight_devices() -> None:
 
 @pytest.mark.slow
 def test_eight_devices():
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}; import test_table_rows as t; t.check_on_eight_devices()"],
-        env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    own_process.call(
+        "test_table_rows",
+        "check_on_eight_devices",
+        kind="table rows",  # it changes a constant
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
