@@ -22,6 +22,7 @@ RUN = {
     "tiny",
     "complete_journey",
     "complete_journey_long",
+    "interests",
     "length_study",
     "latent",
     "length_study_synthetic",
