@@ -22,11 +22,12 @@ LAYERS = [
     ("batch",),
     ("ops",),
     ("models", "input"),
+    ("serving",),
     ("training",),
     ("evaluation",),
     ("experiment",),
     ("workdir", "device_plan"),
-    ("trainer", "length_study"),
+    ("trainer", "length_study", "export"),
     ("data",),
     ("experiments",),
 ]
