@@ -19,6 +19,7 @@ from etils import epath
 from stca_jax.data.record_files import RecordFiles
 from stca_jax.data.running import Runner, run_here
 from stca_jax.input.dataset import USERS
+from stca_jax.input.features import FOLDER, Features
 from stca_jax.input.records import REQUEST_COLUMNS, UserRecord
 from stca_jax.schema import Schema
 
@@ -36,6 +37,7 @@ class UserData:
       test_start: Requests from it on are for testing.
       num_users: How many records there will be, for the progress bar.
       shards: One function for each record file, yielding its users' records in order.
+      features: How raw values became ids and numbers; those not described are taken as they are.
       notes: What else a reader of the metadata should know: rates, counts, rejected rows.
       staging: Where finished record files are kept until all are, so that another attempt after a
         kill goes on from them; for data that take long.  Of this state of the source only.
@@ -47,6 +49,7 @@ class UserData:
     test_start: int
     num_users: int
     shards: Sequence[Callable[[], Iterable[UserRecord]]]
+    features: Features = dataclasses.field(default_factory=lambda: Features({}))
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     staging: pathlib.Path | None = None
 
@@ -58,7 +61,7 @@ class UserDatasetBuilder(  # type: ignore[call-arg]
 
     The only TFDS split is "users", one record per user in the builder's own order; train,
     validation and test are a column of the requests.  `metadata.json` holds the schema, the time
-    split, and the size and SHA-256 of every record file.
+    split, and the size and SHA-256 of every record file; `features/` what encodes raw values.
     """
 
     run: Runner = staticmethod(run_here)
@@ -134,6 +137,16 @@ class UserDatasetBuilder(  # type: ignore[call-arg]
             notes=dict(data.notes),
             record_files={},
         )
+        features = data.features.completed(
+            data.schema,
+            {
+                "dataset": self.info.full_name,
+                "time_origin": data.time_origin,
+                "validation_start": data.validation_start,
+                "test_start": data.test_start,
+            },
+        )
+        features.write(pathlib.Path(self.data_path) / FOLDER)
         files = self._files = RecordFiles(
             folder=data.staging or pathlib.Path(self.data_path) / STAGING,
             shards=tuple(data.shards),

@@ -139,7 +139,7 @@ def test_main_job_runs(tmp_path):
         "--config.evaluation.max_requests=300",
         "--config.evaluation.lengths=50,4000",
     )
-    assert {model for model, _ in table} == {"stca", "logistic", "counting"}
+    assert {model for model, _ in table} == {"stca", "boosted", "logistic", "counting"}
     assert sorted(length for model, length in table if model == "stca") == [50, 4_000]
     assert table["logistic", 4_000] > table["counting", 4_000] > 0.6
 

@@ -11,13 +11,12 @@ import tensorflow_datasets as tfds
 from stca_jax.data.base import UserData, UserDatasetBuilder
 from stca_jax.data.complete_journey import source
 from stca_jax.input import request_building as rb
+from stca_jax.input.encoding import Encoder, counter_hash, uniform
+from stca_jax.input.features import Features, FeatureTable
 
 _SEED = 0
 _MAX_POSITIVES = 16
 _KEPT = 5  # a stream of hashes of its own
-_PROMOTION_SIZES = {"display": len(source.DISPLAYS), "mailer": len(source.MAILERS)}
-_HOUR, _DAY = 3_600, 86_400
-_STORE_CLOCK = -5 * _HOUR  # the source's timestamps are UTC, its stores are on Eastern time
 
 
 @dataclasses.dataclass
@@ -68,7 +67,7 @@ class Builder(UserDatasetBuilder):
     @property
     def feature_names(self) -> Mapping[str, tuple[str, ...]]:
         """Features by level."""
-        promotion = tuple(_PROMOTION_SIZES) if self._of_promotions else ()
+        promotion = tuple(source.PROMOTIONS) if self._of_promotions else ()
         return {
             "history": (*source.PRODUCT_FEATURES, "quantity"),
             "target": (*source.PRODUCT_FEATURES, "log_popularity", *promotion),
@@ -87,10 +86,10 @@ class Builder(UserDatasetBuilder):
         products = source.read_products(folder, purchases)
         households = source.read_households(folder, purchases)
         visits = group_visits(purchases)
-        sizes = {"quantity": source.NUM_QUANTITIES, "hour": 24, "weekday": 7}
-        sizes |= products.sizes | households.sizes
+        encoders: dict[str, Encoder] = {"quantity": source.QUANTITY}
+        encoders |= products.vocabularies | households.vocabularies
         if self._of_promotions:
-            sizes |= _PROMOTION_SIZES
+            encoders |= source.PROMOTIONS
             promotions = source.read_promotions(folder, purchases)
             rate = self.builder_config.negative_rate
             targets = promotion_targets(purchases, visits, promotions, rate)
@@ -102,14 +101,22 @@ class Builder(UserDatasetBuilder):
             targets = next_purchase_targets(purchases, visits, negatives)
             promotion = {}
             notes = {"negatives_per_positive": negatives, "max_positives": _MAX_POSITIVES}
-        logs = user_logs(purchases, products, households, visits, targets, promotion)
+        logs = user_logs(purchases, products.table, households.table, visits, targets, promotion)
+        sizes = {name: encoder.size for name, encoder in encoders.items()}
         return UserData(
-            schema=self.schema(sizes),
+            schema=self.schema(sizes | {"hour": 24, "weekday": 7}),
             time_origin=purchases.origin,
             validation_start=purchases.split_start("validation"),
             test_start=purchases.split_start("test"),
             num_users=len(logs),
             shards=[lambda: logs],
+            features=Features(
+                encoders=encoders,
+                items=products.table,
+                users=households.table,
+                clock=source.CLOCK,
+                definitions=source.DEFINITIONS,
+            ),
             notes=notes,
         )
 
@@ -145,7 +152,7 @@ def group_visits(purchases: source.Purchases) -> Visits:
         time=time,
         store_week=purchases.store_week[start],
         split=purchases.split[start],
-        key=rb.counter_hash(_SEED, purchases.household_id[user], time),
+        key=counter_hash(_SEED, purchases.household_id[user], time),
         of_purchase=np.repeat(np.arange(len(start)), sizes),
     )
 
@@ -185,10 +192,8 @@ def promotion_targets(
     by_place = np.argsort(visits.store_week, kind="stable")
     for group in np.split(by_place, rb.run_starts(visits.store_week[by_place])[1:]):
         product = promotions.products_of(visits.store_week[group[0]])
-        uniform = rb.uniform(
-            _SEED, _KEPT, visits.key[group][:, None], purchases.product_id[product]
-        )
-        row, column = np.nonzero(uniform < negative_rate)
+        drawn = uniform(_SEED, _KEPT, visits.key[group][:, None], purchases.product_id[product])
+        row, column = np.nonzero(drawn < negative_rate)
         kept.append(group[row] * num_products + product[column])
     negative = np.setdiff1d(np.concatenate(kept), positive, assume_unique=True)
     return rb.arrange_targets(
@@ -198,8 +203,8 @@ def promotion_targets(
 
 def user_logs(
     purchases: source.Purchases,
-    products: source.Features,
-    households: source.Features,
+    products: FeatureTable,
+    households: FeatureTable,
     visits: Visits,
     targets: rb.Targets,
     promotion: dict[str, np.ndarray],
@@ -208,22 +213,19 @@ def user_logs(
     visit = np.unique(targets.request)
     user, time = visits.user[visit], visits.time[visit]
     num_users = len(purchases.household_id)
-    clock = purchases.origin + time + _STORE_CLOCK
+    bought = products.of(purchases.product)
     return rb.UserLogs(
         user_id=np.arange(num_users),
         event_offset=rb.offsets(purchases.user, num_users),
         event_time=purchases.time,
-        history=products.of(purchases.product) | {"quantity": purchases.quantity},
+        history={n: bought[n] for n in source.PRODUCT_FEATURES} | {"quantity": purchases.quantity},
         request_offset=rb.offsets(user, num_users),
         request_id=np.arange(len(visit)),
         request_time=time,
         request_split=visits.split[visit],
         history_end=rb.history_end(purchases.user, purchases.time, user, time),
-        request=households.of(user)
-        | {"hour": clock // _HOUR % 24, "weekday": (clock // _DAY + 3) % 7},  # Monday is 0
+        request=households.of(user) | source.CLOCK.encode(purchases.origin + time),
         target_offset=rb.offsets(np.searchsorted(visit, targets.request), len(visit)),
-        target=products.of(targets.item)
-        | {"log_popularity": rb.log_popularity(purchases.train_count[targets.item])}
-        | promotion,
+        target=products.of(targets.item) | promotion,
         label=targets.label[:, None],
     )

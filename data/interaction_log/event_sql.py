@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from stca_jax.data.interaction_log.columns import ROW
 from stca_jax.data.interaction_log.log_config import Column, LogConfig
-from stca_jax.data.interaction_log.moments import LARGEST
 from stca_jax.data.interaction_log.source import Table
 from stca_jax.data.interaction_log.times import TimeReading
+from stca_jax.input.encoding import LARGEST
 
 LEFT_OUT = "left out by history_filter"  # counted with the rejected rows, though nothing is wrong
 NO_LABEL = "label {} is neither 0 nor 1"

@@ -29,7 +29,7 @@ from stca_jax.data.interaction_log.log_config import Column, LogConfig
 from stca_jax.data.interaction_log.source import Part, Table, fingerprint, open_table
 from stca_jax.data.interaction_log.times import NS, TimeReading
 from stca_jax.errors import UserError
-from stca_jax.input import request_building as rb
+from stca_jax.input.encoding import counter_hash, text_hash
 
 DUPLICATE = "equal to another row"  # counted with the rejected rows, though nothing is wrong
 _SHARD = 5  # a stream of hashes of its own
@@ -225,7 +225,7 @@ def id_keys(ids: pa.Array) -> np.ndarray:
     """A 64-bit number for each id, the same in every run: itself, or a hash of the text."""
     if pa.types.is_integer(ids.type):
         return ids.to_numpy(zero_copy_only=False).astype(np.int64)
-    return rb.text_hash(ids.to_pylist())
+    return text_hash(ids.to_pylist())
 
 
 def _side_rows(table: Table, what: str) -> pa.Table:
@@ -314,7 +314,7 @@ def _explain_sql(what: str, where: str) -> Iterator[None]:
 def _shard_of(users: pa.ChunkedArray, num_shards: int) -> np.ndarray:
     """By a hash of the user, so that it does not depend on what else is in the log."""
     encoded = users.combine_chunks().dictionary_encode()
-    of_user = rb.counter_hash(_SHARD, id_keys(encoded.dictionary)) % np.uint64(num_shards)
+    of_user = counter_hash(_SHARD, id_keys(encoded.dictionary)) % np.uint64(num_shards)
     return of_user.astype(np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
 
 

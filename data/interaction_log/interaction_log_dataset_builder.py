@@ -9,14 +9,13 @@ import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 
 from stca_jax.data.base import STAGING, UserData, UserDatasetBuilder
 from stca_jax.data.interaction_log.events import LogSource
 from stca_jax.data.interaction_log.log_config import LogConfig
-from stca_jax.data.interaction_log.records import Encoder, Plan, build_user_logs
+from stca_jax.data.interaction_log.plan import Plan, describe_features
+from stca_jax.data.interaction_log.records import build_user_logs
 from stca_jax.data.interaction_log.staging import Staging
 from stca_jax.errors import UserError
 from stca_jax.input.records import UserRecord
@@ -86,7 +85,6 @@ class LogDatasetBuilder(UserDatasetBuilder, skip_registration=True):  # type: ig
         staging = self.stage(self.manual_dir(dl_manager))
         plan = staging.plan()
         folder = pathlib.Path(self.data_path)
-        write_vocabularies(plan, folder)
         profile = staging.profile()
         (folder / "profile.txt").write_text(profile + "\n")
         return UserData(
@@ -99,6 +97,7 @@ class LogDatasetBuilder(UserDatasetBuilder, skip_registration=True):  # type: ig
                 functools.partial(_records, staging, plan, index)
                 for index in range(len(staging.statistics))
             ],
+            features=describe_features(plan, staging.user_ids()),
             notes={
                 "log": dataclasses.asdict(staging.source.config),
                 "fingerprint": staging.source.fingerprint,
@@ -176,15 +175,6 @@ def check_same(builder: Builder) -> None:
         f"{path.parent} was prepared otherwise ({'; '.join(differences) or 'files have changed'}): "
         "choose another --name, or delete the folder"
     )
-
-
-def write_vocabularies(plan: Plan, folder: pathlib.Path) -> None:
-    """Writes which value got which id: vocabulary_FEATURE.parquet, for use outside training."""
-    ids = {"item": (plan.items, plan.item_columns["item"])}
-    ids |= {n: (e.values, e.ids) for n, e in plan.encoders.items() if isinstance(e, Encoder)}
-    for name, (values, encoded) in ids.items():
-        table = pa.table({"value": values, "id": encoded})
-        pq.write_table(table, folder / f"vocabulary_{name}.parquet")
 
 
 def _records(staging: Staging, plan: Plan, index: int) -> Iterable[UserRecord]:

@@ -8,9 +8,6 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
-LARGEST = float(np.finfo(np.float32).max)
-"""Larger numbers are none: they stand for something else, and records hold float32."""
-
 _SAMPLE = 4_096
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from stca_jax.data.interaction_log.events import id_keys
 from stca_jax.data.interaction_log.log_config import LogConfig
 from stca_jax.input import request_building as rb
+from stca_jax.input.encoding import counter_hash
 
 LONGEST_GAP = 6 * 3_600
 """Seconds between targets of one request id; after a longer gap the id was given anew."""
@@ -140,7 +141,7 @@ def _requests(shard: Shard, row: np.ndarray, of_target: np.ndarray, num_cut: int
         history_end=rb.history_end(shard.user[in_history], shard.time[in_history], user, time),
         target_row=row,
         of_target=of_target,
-        key=rb.counter_hash(shard.config.seed, id_keys(shard.user_ids)[user], time),
+        key=counter_hash(shard.config.seed, id_keys(shard.user_ids)[user], time),
         span=shard.time[last] - time,
         num_cut=num_cut,
     )

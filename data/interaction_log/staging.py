@@ -31,7 +31,7 @@ from stca_jax.data.interaction_log.coverage import check_features, check_side_ta
 from stca_jax.data.interaction_log.events import DUPLICATE, LogSource, group_events, read_events
 from stca_jax.data.interaction_log.labels import check_classes, check_values
 from stca_jax.data.interaction_log.odd_rows import PartSummary, check_events, check_rows
-from stca_jax.data.interaction_log.records import Plan, make_plan
+from stca_jax.data.interaction_log.plan import Plan, make_plan
 from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.data.interaction_log.statistics import (
     ShardStatistics,
@@ -110,6 +110,12 @@ class Staging:
         """Reads a shard's events."""
         table = pq.read_table(self._shard_file(index, "parquet"))
         return Shard(table.combine_chunks(), self.source.config, self.times)
+
+    def user_ids(self) -> pa.Array:
+        """Every user of the log, in the order of the records."""
+        shards = [i for i, found in enumerate(self.statistics) if found is not None]
+        columns = (pq.read_table(self._shard_file(i, "parquet"), columns=["user"]) for i in shards)
+        return pa.concat_arrays([c["user"].combine_chunks().unique() for c in columns])
 
     def plan(self) -> Plan:
         """Fits what the records need."""

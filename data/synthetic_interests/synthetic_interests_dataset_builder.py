@@ -6,9 +6,11 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from stca_jax.data.base import UserData, UserDatasetBuilder
+from stca_jax.data.synthetic_interests.catalogue import make_catalogue
 from stca_jax.data.synthetic_interests.generator import (
     CONFIGS,
     FEATURES,
@@ -20,8 +22,10 @@ from stca_jax.data.synthetic_interests.latent import (
     LATENT_CONFIGS,
     LatentConfig,
     generate_latent_users,
+    make_latent_catalogue,
     make_latent_schema,
 )
+from stca_jax.input.features import Features, FeatureTable
 
 
 @dataclasses.dataclass
@@ -59,9 +63,11 @@ class Builder(UserDatasetBuilder):
         config = self.builder_config.generator
         if isinstance(config, LatentConfig):
             kind, schema = "latent", make_latent_schema(config)
+            category = make_latent_catalogue(config).category
             shard = functools.partial(generate_latent_users, config)
         else:
             kind, schema = "generator", make_schema(config)
+            category = make_catalogue(config).category_of_item
             shard = functools.partial(generate_users, config)
         return UserData(
             schema=schema,
@@ -70,5 +76,14 @@ class Builder(UserDatasetBuilder):
             test_start=config.test_start,
             num_users=config.num_users,
             shards=[shard],
+            features=Features(
+                encoders={},
+                items=FeatureTable(
+                    np.arange(len(category)),
+                    {"item": np.arange(len(category), dtype=np.int32), "category": category},
+                    {"item": 0, "category": 0},  # there are no others
+                ),
+                users=FeatureTable(np.arange(config.num_users), {}, {}),
+            ),
             notes={kind: dataclasses.asdict(config)},
         )

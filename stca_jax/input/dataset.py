@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from stca_jax.errors import UserError
 from stca_jax.files import replacing
 from stca_jax.input.example import read_example
+from stca_jax.input.features import FOLDER, Features
 from stca_jax.input.records import REQUEST_COLUMNS, SPLITS, UserRecord, decode_record
 from stca_jax.schema import Schema
 
@@ -128,6 +130,15 @@ class RequestDataset:
             file = self._files[np.searchsorted(self._record_ends, i, side="right")]
             raise file.damaged(str(error)) from error
         return decode_record(columns, self.schema)
+
+    @functools.cached_property
+    def features(self) -> Features:
+        """How raw values become what the records hold.
+
+        Raises:
+          UserError: a file of it is missing or damaged.
+        """
+        return Features.read(self.directory / FOLDER)
 
     @property
     def fingerprint(self) -> dict[str, str]:

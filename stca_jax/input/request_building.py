@@ -14,114 +14,15 @@ processed, or on how they are spread over files and processes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
+from stca_jax.input.encoding import counter_hash
 from stca_jax.input.records import UserRecord
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_POSITIVE, _NEGATIVE, _ORDER, _VOCABULARY = 1, 2, 3, 4  # separate streams of one seed
-
-
-def counter_hash(seed: int, *keys: np.ndarray | int) -> UInt64[np.ndarray, " n"]:
-    """Uniform 64-bit integers, one for each combination of a seed and integer keys.
-
-    A chain of SplitMix64 finalisers (Steele, Lea and Flood, 2014, doi:10.1145/2660193.2660195).
-
-    Args:
-      seed: Any integer.
-      *keys: Integer arrays or integers, broadcast against each other.
-    """
-    state = np.full((), seed & (2**64 - 1), np.uint64)
-    with np.errstate(over="ignore"):
-        for key in keys:
-            z = (state ^ np.asarray(key).astype(np.uint64)) + _GOLDEN
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = z ^ (z >> np.uint64(31))
-    return np.atleast_1d(state)
-
-
-def text_hash(values: Sequence[str]) -> Int[np.ndarray, " n"]:
-    """A 64-bit integer for each text, the same in every run."""
-    digests = b"".join(hashlib.blake2b(v.encode(), digest_size=8).digest() for v in values)
-    return np.frombuffer(digests, "<i8").astype(np.int64)
-
-
-def uniform(seed: int, *keys: np.ndarray | int) -> Float[np.ndarray, " n"]:
-    """Uniform numbers in [0, 1): a pure function of the seed and the integer keys.
-
-    Args:
-      seed: Any integer.
-      *keys: Integers or integer arrays, such as a stream, an epoch and request ids.
-    """
-    return (counter_hash(seed, *keys) >> np.uint64(11)) * 2.0**-53
-
-
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """Ids of one categorical feature: `[0, len(known))` by value, then out-of-vocabulary rows.
-
-    Attributes:
-      known: The values that have an id of their own, ascending; integers or strings.
-      num_oov: Rows that all other values are hashed into.
-    """
-
-    known: np.ndarray
-    num_oov: int
-
-    @classmethod
-    def fit(
-        cls,
-        values: np.ndarray,
-        counts: np.ndarray | None = None,
-        *,
-        min_count: int = 1,
-        num_oov: int = 1,
-    ) -> Vocabulary:
-        """Keeps the values that training events have often enough.
-
-        Args:
-          values: Integers or strings, repeated or not.
-          counts: How many training events each entry of `values` stands for; by default 1.
-          min_count: Training events that earn a value an id of its own, at least 1.
-          num_oov: Rows for all other values, at least 1, since later data has new values.
-
-        Raises:
-          ValueError: `num_oov` or `min_count` is below 1.
-        """
-        if num_oov < 1 or min_count < 1:
-            raise ValueError(f"num_oov={num_oov} and min_count={min_count} must be at least 1")
-        distinct, inverse = np.unique(np.asarray(values), return_inverse=True)
-        total = np.bincount(inverse, weights=counts, minlength=len(distinct))
-        return cls(distinct[total >= min_count], num_oov)
-
-    @property
-    def size(self) -> int:
-        """Number of ids, out-of-vocabulary rows included."""
-        return len(self.known) + self.num_oov
-
-    def encode(self, values: np.ndarray) -> Int[np.ndarray, " n"]:
-        """int32 ids in `[0, size)` of integers or strings, the same in every run."""
-        values = np.asarray(values)
-        if not len(self.known):
-            return self._hashed(values)
-        position = np.minimum(np.searchsorted(self.known, values), len(self.known) - 1)
-        ids = position.astype(np.int32)
-        unknown = self.known[position] != values
-        ids[unknown] = self._hashed(values[unknown])
-        return ids
-
-    def _hashed(self, values: np.ndarray) -> np.ndarray:
-        if values.dtype.kind not in "iu":
-            distinct, inverse = np.unique(values, return_inverse=True)
-            values = np.array([zlib.crc32(str(v).encode()) for v in distinct], np.int64)[inverse]
-        bucket = counter_hash(_VOCABULARY, values) % np.uint64(self.num_oov)
-        return (len(self.known) + bucket.astype(np.int64)).astype(np.int32)
+_POSITIVE, _NEGATIVE, _ORDER = 1, 2, 3  # separate streams of one seed
 
 
 def run_starts(*columns: np.ndarray) -> Int[np.ndarray, " runs"]:

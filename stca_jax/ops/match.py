@@ -187,5 +187,6 @@ def _places(
         )
 
     L = len(token_id)
+    # Unrolled: on a GPU each step of a loop would wait for the host.
     ends = jnp.zeros_like(bound), jnp.full_like(bound, L)
-    return lax.fori_loop(0, math.ceil(math.log2(L + 1)), halve, ends)[0]
+    return lax.fori_loop(0, math.ceil(math.log2(L + 1)), halve, ends, unroll=True)[0]

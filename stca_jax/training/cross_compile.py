@@ -137,7 +137,7 @@ def compile_step(program: Program, mesh: Mesh, batch: RequestBatch) -> Compiled:
             temporary = max(needed - bytes_per_device((program.abstract_state, batch)), 0)
             code = 0
         # Analyses of the program lie beside it, under longer names.
-        texts = pathlib.Path(folder).glob("*train_step*after_optimizations*.txt")
+        texts = pathlib.Path(folder).glob(f"*jit_{jitted.__name__}*after_optimizations*.txt")
         text = min(texts, key=lambda path: len(path.name)).read_text()
     return Compiled(temporary, code, available, collectives(text))
 

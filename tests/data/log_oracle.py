@@ -6,9 +6,8 @@ import collections
 import json
 import pathlib
 
-import pyarrow.parquet as pq
-
 from stca_jax.input.dataset import RequestDataset
+from stca_jax.input.features import Features
 
 
 def expected_requests(rows, *, request_id=None, gap=0, labels=(), in_history=lambda row: True,
@@ -56,9 +55,9 @@ def expected_requests(rows, *, request_id=None, gap=0, labels=(), in_history=lam
 def prepared_requests(folder: pathlib.Path):
     """The same, read from the record files; without users, whose ids records do not keep."""
     dataset = RequestDataset(folder)
-    table = pq.read_table(folder / "vocabulary_item.parquet")
-    value = dict(zip(table["id"].to_pylist(), table["value"].to_pylist(), strict=True))
-    assert len(value) == len(table)  # a test's items all have ids of their own
+    ids = feature_ids(folder, "item")
+    value = {encoded: item for item, encoded in ids.items()}
+    assert len(value) == len(ids)  # a test's items all have ids of their own
     origin = dataset.metadata["time_origin"]
     found = collections.Counter()
     for u in range(len(dataset)):
@@ -74,6 +73,16 @@ def prepared_requests(folder: pathlib.Path):
             history = sorted((int(time), value[item]) for time, item in history)
             found[int(time) + origin, tuple(history), tuple(sorted(targets))] += 1
     return found
+
+
+def feature_ids(folder: pathlib.Path, name: str):
+    """The id of each item, or of each value of another feature that has an id of its own."""
+    features = Features.read(folder / "features")
+    if name == "item":
+        return dict(
+            zip(features.items.ids.tolist(), features.items.columns[name].tolist(), strict=True)
+        )
+    return {value: k for k, value in enumerate(features.encoders[name].known.tolist())}
 
 
 def split_starts(folder: pathlib.Path):

@@ -33,7 +33,7 @@ def test_a_folder_called_data_where_one_works_is_not_taken_for_this_package(tmp_
 
 
 def files(directory: pathlib.Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in directory.iterdir()}
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*.*")}
 
 
 def test_builds_of_two_processes_are_byte_identical(tmp_path):

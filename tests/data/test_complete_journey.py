@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import importlib.util
 import pathlib
+import zoneinfo
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_request_features(next_purchase, raw, tables):
         zip(tables["demographics"]["household_id"], tables["demographics"]["age"], strict=True)
     )
     assert schema.vocabularies["age"] == len(ages) + 1
-    eastern = datetime.timezone(datetime.timedelta(hours=-5))
+    eastern = zoneinfo.ZoneInfo("America/New_York")
     for i in range(len(next_purchase)):
         record = next_purchase.record(i)
         age = demographics.get(raw.households[i], "unknown")
@@ -249,8 +250,8 @@ def test_later_weeks_do_not_shape_training(tables, tmp_path, config):
 def test_two_builds_are_byte_identical(tables, tmp_path, config):
     first = build(tables, tmp_path / "first", config).directory
     second = build(tables, tmp_path / "second", config).directory
-    names = {p.name for p in first.iterdir()} - {"request_index.npz"}
-    assert len(names) == 4
+    names = {str(p.relative_to(first)) for p in first.rglob("*.*")} - {"request_index.npz"}
+    assert len(names) == 8
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
@@ -292,7 +293,8 @@ def test_exposures_match_the_source(exposure, raw, tables):
             ):  # fmt: skip
                 if item < len(raw.item):
                     product, place = of_item[item]
-                    assert (source.DISPLAYS[display], source.MAILERS[mailer]) == place
+                    places = source.PROMOTIONS["display"].known, source.PROMOTIONS["mailer"].known
+                    assert (places[0][display], places[1][mailer]) == place
                     assert (product in bought) == bool(y)
             kept += int((label == 0).sum())
         for time, visit in visits.items():

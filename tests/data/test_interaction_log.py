@@ -406,8 +406,7 @@ def test_columns_of_different_types_in_different_files(tmp_path):
     write(tmp_path / "log" / "b.parquet", [r | {"item": str(r["item"])} for r in rows[20:]])
     (tmp_path / "log" / "c.parquet").touch()  # an empty file is skipped
     folder = prepare(tmp_path, config(str(tmp_path / "log")))
-    values = pq.read_table(folder / "vocabulary_item.parquet")["value"].to_pylist()
-    assert sorted(values) == ["0", "1", "2", "3", "4"]
+    assert sorted(log_oracle.feature_ids(folder, "item")) == ["0", "1", "2", "3", "4"]
 
 
 @pytest.mark.parametrize(
@@ -542,7 +541,8 @@ def test_beam_writes_the_same_records(tmp_path, small_shards):
     assert process.communicate()[1].splitlines()[-1] == "whole"
     beam = tmp_path / "beam" / "interaction_log" / "mine" / "1.0.0"
     assert log_oracle.digests(here) == log_oracle.digests(beam)
-    for name in ("vocabulary_item.parquet", "profile.txt"):
+    files = ("features.json", "vocabularies.npz", "items.npz", "users.npz")
+    for name in ("profile.txt", *(f"features/{name}" for name in files)):
         assert (here / name).read_bytes() == (beam / name).read_bytes()
 
 

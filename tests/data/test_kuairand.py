@@ -6,8 +6,8 @@ import csv
 import datetime
 import statistics
 
+import log_oracle
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from stca_jax.data.preparation import prepare
@@ -96,8 +96,7 @@ def dataset(tmp_path_factory):
 
 
 def ids(dataset, name) -> dict[str, int]:
-    table = pq.read_table(dataset.directory / f"vocabulary_{name}.parquet").to_pydict()
-    return dict(zip(table["value"], table["id"], strict=True))
+    return log_oracle.feature_ids(dataset.directory, name)
 
 
 def picked(dataset):

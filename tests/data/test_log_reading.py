@@ -12,6 +12,7 @@ import os
 import resource
 import uuid
 
+import log_oracle
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -150,8 +151,7 @@ def test_order_within_a_second_and_what_differs_there_are_kept(tmp_path, unit):
     table = {"user": [d % 4 for d in range(20) for _ in items], "item": items * 20, "time": values}
     log = (text if unit == "csv ns" else parquet)(tmp_path, **table)
     folder = prepare(tmp_path, config(log, time_unit="auto"))
-    vocabulary = pq.read_table(folder / "vocabulary_item.parquet").to_pydict()
-    value = dict(zip(vocabulary["id"], map(int, vocabulary["value"]), strict=True))
+    value = {k: int(v) for v, k in log_oracle.feature_ids(folder, "item").items()}
     record = RequestDataset(folder).record(0)
     assert [value[int(i)] for i in record.history["item"]] == items * 5
 
@@ -261,7 +261,7 @@ def test_names_that_differ_in_case_or_are_ours(tmp_path):
     folder = prepare(tmp_path, config(log, labels=("click",), history_features=names))
 
     def values(feature):
-        return set(pq.read_table(folder / f"vocabulary_{feature}.parquet")["value"].to_pylist())
+        return set(log_oracle.feature_ids(folder, feature))
 
     assert values("Click") == set(range(5))
     assert values("__row__") == set(range(3))

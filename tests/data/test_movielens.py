@@ -7,7 +7,7 @@ import csv
 import random
 import re
 
-import pyarrow.parquet as pq
+import log_oracle
 import pytest
 
 from stca_jax.data.preparation import prepare
@@ -61,9 +61,7 @@ def prepared(tmp_path, request):
 
 def values(dataset, name, ids):
     """What ids stand for; every value of these logs is frequent enough for one of its own."""
-    table = pq.read_table(dataset.directory / f"vocabulary_{name}.parquet").to_pydict()
-    value = dict(zip(table["id"], table["value"], strict=True))
-    assert len(value) == len(table["id"])
+    value = {k: v for v, k in log_oracle.feature_ids(dataset.directory, name).items()}
     return [value[i] for i in ids.tolist()]
 
 

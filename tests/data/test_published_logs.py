@@ -186,8 +186,7 @@ def test_yambda(tmp_path, rng):
 def pairs(folder, key, feature):
     """Value of the item -> encoded value of one of its features, which must be one."""
     dataset = RequestDataset(folder)
-    table = pq.read_table(folder / f"vocabulary_{key}.parquet")
-    value = dict(zip(table["id"].to_pylist(), table["value"].to_pylist(), strict=True))
+    value = {k: v for v, k in log_oracle.feature_ids(folder, key).items()}
     found = collections.defaultdict(set)
     for u in range(len(dataset)):
         record = dataset.record(u)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import statistics
 
+import log_oracle
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -79,8 +80,7 @@ def dataset(tmp_path_factory):
 
 
 def ids(dataset, name):
-    table = pq.read_table(dataset.directory / f"vocabulary_{name}.parquet").to_pydict()
-    return dict(zip(table["value"], table["id"], strict=True))
+    return log_oracle.feature_ids(dataset.directory, name)
 
 
 def test_only_listens_are_targets_and_every_event_is_history(dataset):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stca_jax.input.encoding import uniform
 from stca_jax.input.length import BetaLength, FixedLength, UniformLength, window_start
-from stca_jax.input.request_building import uniform
 
 N = 200_000
 

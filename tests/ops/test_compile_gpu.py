@@ -100,7 +100,7 @@ def check_sharded(gpu: str) -> None:
 
 
 def check_match() -> None:
-    """No loop: each of its steps would wait for the host.  A byte per target and token at most."""
+    """No loop: each of its steps would wait for the host.  No array of targets times tokens."""
     targets = 1024
     mesh = jax.sharding.Mesh(np.array(devices_of("H100")), ("data",))
 
@@ -116,7 +116,7 @@ def check_match() -> None:
         lowered = step.lower(per_target, per_token, ids(R, L), ids(R, targets), ranges)
         compiled = lowered.compile()
     assert " while(" not in compiled.as_text()
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * R * targets * L
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * R * targets * L
 
 
 def test_bfloat16_on_one_h100():
