@@ -97,9 +97,7 @@ def score_row(scorer: Scorer, number: int, row: Mapping[str, Any]) -> dict[str, 
             names = levels["history"].names
             columns = {n: row[_HISTORY + n] for n in names if _HISTORY + n in row}
             history = Events(np.asarray(row["history_time"], np.int64), columns)
-            found = scorer.score_once(
-                history, targets, request, row["time"], user=str(row["user"])
-            )
+            found = scorer.score_once(history, targets, request, row["time"], user=str(row["user"]))
     except UserError as error:
         raise UserError(f"row {number} of --requests={_REQUESTS.value}: {error}") from error
     return {"user": row["user"], "time": row["time"], **found}
