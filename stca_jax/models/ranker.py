@@ -345,14 +345,11 @@ class Ranker(nnx.Module):
     def _num_statistics(self) -> int:
         if not self.config.match_channel:
             return 0
-        num_fields, num_scales = (
-            len(self.schema.match_fields),
-            len(self.config.match_time_scales_days),
-        )
+        num_fields = len(self.schema.match_fields)
+        num_scales = len(self.config.match_time_scales_days)
         return num_fields * (3 + num_scales) if num_scales else num_fields + 2
 
     def _match_statistics(self, batch: RequestBatch) -> list[Float[Array, "R M columns"]]:
-        """The match channel: shares of the window, and the rest in logs."""
         if not self.config.match_channel:
             return []
         fields = self.schema.match_fields

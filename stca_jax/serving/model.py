@@ -159,7 +159,7 @@ def check_encoded(
         if values.shape != (size,):
             raise UserError(f"{level} {name!r} has shape {values.shape}, expected ({size},)")
         if values.size and values.dtype.kind not in "biuf":
-            raise UserError(f"{level} {name!r} has values like {values.flat[0]!r}, not numbers")
+            raise UserError(f"{level} {name!r} has values like {values.tolist()[0]!r}, not numbers")
         vocabulary = model.info.schema.vocabularies.get(name)
         if vocabulary is None:
             bad, rule = ~np.isfinite(values.astype(np.float32)), "must be finite float32"

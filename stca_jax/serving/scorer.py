@@ -232,8 +232,8 @@ class Scorer:
             order = np.argsort(known.time, kind="stable")[-self.model.info.max_history :]
             name = object()
             try:
-                user = self._put(name, known.select(order), ())
-                (logits,) = self._pool.cache.score([user], [query])
+                cached = self._put(name, known.select(order), ())
+                (logits,) = self._pool.cache.score([cached], [query])
             finally:
                 self._pool.cache.drop(name)
         return self.probabilities(logits)
