@@ -29,7 +29,7 @@ def finished(tmp_path_factory, tiny_dataset):
     config = short(tiny.get_config())
     workdir = tmp_path_factory.mktemp("finished")
     programs = []
-    original = experiment.Program
+    original = experiment.Program.__wrapped__  # not shared with other tests
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             experiment,

@@ -40,7 +40,7 @@ class EvaluationConfig:
       validation_requests: Likewise at most so many requests.
       metric: Column that chooses the best checkpoint on the validation split.
       larger_is_better: Whether a larger value of the metric is better.
-      extra_metrics: Import paths of metrics of one's own, functions of `metrics.ScoredTargets`.
+      extra_metrics: Metrics of one's own, functions of `metrics.ScoredTargets`, by import path.
     """
 
     lengths: tuple[int, ...] = (50, 100, 200, 500, 1_000, 2_000, 4_000)
