@@ -141,7 +141,7 @@ def import_builder(dataset: str) -> types.ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "duckdb":  # all that a builder needs beyond the package's requirements
             raise
-        raise UserError(f"{dataset} needs duckdb: pip install -e '.[logs]'") from error
+        raise UserError(f'{dataset} needs duckdb: pip install -e ".[logs]"') from error
 
 
 def _remove_staging(folder: pathlib.Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import tomllib
 import zipfile
 
 import pytest
@@ -225,3 +226,20 @@ def check_registered_names(python, project, tmp_path):
     shown = run(python, "-c", textwrap.dedent(code), cwd=elsewhere)
     for name in ("MeanPoolingConfig(width=16", "LogitPenalty(", "Cafe'> {'precision_at_1': <"):
         assert name in shown
+
+
+def test_messages_name_extras_that_there_are():
+    """As `pip install -e ".[logs]"`, the one way that docs and messages tell."""
+    known = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    files = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "mkdocs.yml"]
+    for folder in ("stca_jax", "experiments", "data"):
+        files += [*(REPOSITORY / folder).rglob("*.py"), *(REPOSITORY / folder).rglob("README.md")]
+    found = 0
+    for file in files:
+        for quoted, extras in re.findall(
+            r"pip install -e (\S*\.\[([\w,-]+)\]\S*)", file.read_text()
+        ):
+            found += 1
+            assert quoted.startswith('".['), f"{file}: {quoted}"
+            assert set(extras.split(",")) <= known["optional-dependencies"].keys(), file
+    assert found > 10

@@ -30,7 +30,7 @@ _RESERVED = ("step", "time")
 
 @dataclasses.dataclass(frozen=True)
 class WandbConfig:
-    """Where Weights & Biases puts the run; it needs `pip install -e '.[wandb]'`.
+    """Where Weights & Biases puts the run; it needs `pip install -e ".[wandb]"`.
 
     Attributes:
       project: project the run belongs to.
@@ -209,7 +209,7 @@ class _WandbRun:
         except ImportError as e:
             raise ImportError(
                 f"the run is to be logged to Weights & Biases ({wandb}), which is not installed: "
-                "pip install -e '.[wandb]', or set wandb to none"
+                'pip install -e ".[wandb]", or set wandb to none'
             ) from e
         id_file = directory / "wandb_run_id.txt"
         is_resumed = first_step > 0 and id_file.exists()

@@ -194,6 +194,6 @@ def test_wandb_missing(tmp_path, monkeypatch):
     MetricsWriter(tmp_path).close()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"pip install -e '\.\[wandb\]'"):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[wandb\]"'):
         MetricsWriter(tmp_path, wandb=WandbConfig("project"))
     assert len(_lines(tmp_path)) == 1  # Nothing was dropped for a run that did not start.
