@@ -38,7 +38,8 @@ class TrainingResult:
 
     Attributes:
       step: Steps taken in all.
-      num_steps: Steps of the whole run; more than `step` after an interruption.
+      num_steps: Steps of the whole run; more than `step` after an interruption, or where
+        `evaluation.patience` ended it.
       signal: The signal that interrupted the run, if one did.
     """
 
@@ -73,7 +74,9 @@ def _train(
     check_lock: Callable[[], None],
 ) -> TrainingResult:
     check_workdir(workdir, config)
-    validation = Validation(dataset, config.input, config.evaluation, workdir)
+    validation = Validation(
+        dataset, config.input, config.evaluation, workdir, config.checkpoint.every_steps
+    )
     num_steps = count_steps(config, dataset)
     program = experiment_program(config, dataset.schema, num_steps)
     mesh = program.batch_shardings.history_time.mesh
@@ -90,7 +93,8 @@ def _train(
         step, state = start_or_resume(config, dataset, checkpointer, program, batches)
         is_due = functools.partial(config.checkpoint.is_due, num_steps=num_steps)
         lacks_validation = step > 0 and is_due(step) and not validation.has_run(step)
-        if step >= num_steps and not lacks_validation:
+        is_over = step >= num_steps
+        if not lacks_validation and (is_over or validation.has_run_out(step)):
             _log.info("the run in %s is finished: %d of %d steps", workdir, step, num_steps)
             return TrainingResult(step, num_steps)
 
@@ -115,9 +119,9 @@ def _train(
             clock = recent.clock
             stopped_by = None
             if lacks_validation:  # the run ended between saving this checkpoint and scoring it
-                validation.run(program, state, step, writer)
+                is_over |= validation.run(program, state, step, writer)
                 clock.lap("validation")
-            while step < num_steps and stopped_by is None:
+            while not is_over and stopped_by is None:
                 element = next(batches)
                 clock.lap("input")
                 with profiler.step(step + 1, state):
@@ -126,7 +130,8 @@ def _train(
                 step += 1
                 recent.add(step, metrics, element)
                 stopped_by = shared_signal.agree(signals.received)
-                if step == num_steps:
+                is_over = step == num_steps
+                if is_over:
                     stopped_by = None
                 is_saving = is_due(step) or stopped_by is not None
                 recent.report(everything=is_saving)
@@ -137,6 +142,6 @@ def _train(
                     checkpointer.save(state, step, element.state)
                     clock.lap("checkpoint")
                 if is_due(step) and stopped_by is None:
-                    validation.run(program, state, step, writer)
+                    is_over |= validation.run(program, state, step, writer)
                     clock.lap("validation")
         return TrainingResult(step, num_steps, stopped_by)

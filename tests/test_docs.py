@@ -13,7 +13,7 @@ DOCS = REPOSITORY / "docs"
 PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 # Run elsewhere: test_docs_extending runs the first. The others are launch recipes of machines that
 # are not here, and benchmarks of minutes to hours; their commands' flags are checked below.
-NOT_RUN = {"extending", "clusters", "performance", "length"}
+NOT_RUN = {"extending", "clusters", "performance", "length", "rivals"}
 
 
 def code_blocks(page):

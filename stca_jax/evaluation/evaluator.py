@@ -40,6 +40,8 @@ class EvaluationConfig:
       validation_requests: Likewise at most so many requests.
       metric: Column that chooses the best checkpoint on the validation split.
       larger_is_better: Whether a larger value of the metric is better.
+      patience: A training run ends early once so many validations in a row, one each
+        `checkpoint.every_steps`, brought no better checkpoint; None goes on to the last step.
       extra_metrics: Metrics of one's own, functions of `metrics.ScoredTargets`, by import path.
     """
 
@@ -51,6 +53,7 @@ class EvaluationConfig:
     validation_requests: int | None = None
     metric: str = "auc"
     larger_is_better: bool = True
+    patience: int | None = None
     extra_metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,7 +62,7 @@ class EvaluationConfig:
             raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
         for name, least in {
             "min_history": 0, "max_requests": 1, "validation_length": 1, "validation_requests": 1,
-            "validation_targets": 1,
+            "validation_targets": 1, "patience": 1,
         }.items():  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= least:  # NaN is refused
@@ -207,7 +210,7 @@ def metric_rows(
     on_failure: Callable[[str, Exception], None] | None = None,
     **columns: Any,
 ) -> list[Row]:
-    """One row of ranking metrics per task.
+    """One row of ranking metrics per task, over the targets that have a label of it.
 
     Args:
       predictions: From `predict_all`.
@@ -218,11 +221,12 @@ def metric_rows(
     """
     rows = []
     for k, task in enumerate(tasks):
+        known = ~np.isnan(predictions.label[:, k])
         metrics = ranking_metrics(
-            predictions.label[:, k],
-            predictions.logit[:, k],
-            predictions.user_id,
-            predictions.request_id,
+            predictions.label[known, k],
+            predictions.logit[known, k],
+            predictions.user_id[known],
+            predictions.request_id[known],
             own=own,
             on_failure=on_failure,
         )

@@ -23,7 +23,9 @@ _MARKERS = "osD^vP"
 # In the SVG these become the page's colours; in the PNG they are seen as they are, on white.
 _INK, _MUTED, _RULE = "#121314", "#696a6b", "#dcdddf"
 _CSS_COLORS = {_INK: "var(--ink)", _MUTED: "var(--muted)", _RULE: "var(--rule)"}
-_REFERENCE_STYLES = {"counting": ":", "logistic": "--", "truth": "-."}
+_REFERENCE_STYLES = {
+    "counting": ":", "logistic": "--", "boosted": (0, (4, 1, 1, 1, 1, 1)), "truth": "-."
+}  # fmt: skip
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: searchable, and in the page's own font
     "svg.hashsalt": "stca_jax",

@@ -14,6 +14,11 @@ from stca_jax.evaluation.report.drawing import draw, figure_html
 from stca_jax.evaluation.report.runs import METRICS, Run, best_selection, group_by_seed, median
 
 
+def page_html(title: str, subtitle: str, body: str) -> str:
+    """A page in this style around its body, which is HTML; it loads nothing."""
+    return _PAGE.format(title=html.escape(title), datasets=html.escape(subtitle), body=body)
+
+
 def write_report(runs: Sequence[Run], output: str | os.PathLike[str]) -> list[pathlib.Path]:
     """Writes the page, and its charts as PNG into a directory beside it that has the same name.
 
