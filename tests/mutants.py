@@ -51,9 +51,9 @@ _IDS = "tests/data/test_log_coverage.py::"
 
 MUTANTS = (
     Mutant("labels of the first task", "stca_jax/evaluation/evaluator.py",
-           "predictions.label[:, k]", "predictions.label[:, 0]", _TASKS),
+           "predictions.label[known, k]", "predictions.label[known, 0]", _TASKS),
     Mutant("logits of the first task", "stca_jax/evaluation/evaluator.py",
-           "predictions.logit[:, k]", "predictions.logit[:, 0]", _TASKS),
+           "predictions.logit[known, k]", "predictions.logit[known, 0]", _TASKS),
     Mutant("loss weighting not passed", "stca_jax/training/train_step.py",
            "LabelLoss(self.training.loss_weighting)", "LabelLoss()", _PROGRAM),
     Mutant("seed not passed", "stca_jax/experiment.py", "seed=config.seed,", "seed=0,", _PROGRAM),
