@@ -8,7 +8,7 @@ import functools
 import numpy as np
 from jaxtyping import Int, UInt32, UInt64
 
-from stca_jax.input.request_building import ItemSampler
+from stca_jax.data.request_building import ItemSampler
 from stca_jax.input.trends import parse_window
 
 

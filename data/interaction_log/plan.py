@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stca_jax.data import request_building as rb
 from stca_jax.data.interaction_log.encoders import (
     encode_column,
     fit_scale,
@@ -24,7 +25,6 @@ from stca_jax.data.interaction_log.moments import Moments
 from stca_jax.data.interaction_log.statistics import ShardStatistics, ValueCounts
 from stca_jax.data.negatives import make_sampler
 from stca_jax.errors import UserError
-from stca_jax.input import request_building as rb
 from stca_jax.input.encoding import Clock, Encoder, Vocabulary
 from stca_jax.input.features import Features, FeatureTable
 from stca_jax.input.trends import Trends

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stca_jax.data import request_building as rb
 from stca_jax.data.interaction_log.coverage import check_features, check_side_tables
 from stca_jax.data.interaction_log.event_stream import EventStream
 from stca_jax.data.interaction_log.events import DUPLICATE, LogSource, group_events, read_events
@@ -48,7 +49,6 @@ from stca_jax.data.interaction_log.statistics import (
 from stca_jax.data.popularity import Counts, count_targets, describe
 from stca_jax.data.running import Runner
 from stca_jax.files import write_json
-from stca_jax.input import request_building as rb
 
 _SAMPLED_SHARDS = 8
 _BUFFERED_BYTES = 256 << 20  # of events of a part, before they go to their shards

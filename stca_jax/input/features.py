@@ -38,9 +38,9 @@ from stca_jax.input.encoding import (
     as_integer,
     as_text,
     is_missing,
-    text_hash,
 )
 from stca_jax.input.feature_arrays import pack, pack_trends, unpack, unpack_trends
+from stca_jax.input.hashing import text_hash
 from stca_jax.input.trends import Trends
 from stca_jax.schema import Schema
 
