@@ -38,7 +38,7 @@ from absl import flags
 
 from stca_jax.data.preparation import prepare
 from stca_jax.errors import UserError, first_line
-from stca_jax.evaluation.best import Criterion, read_best
+from stca_jax.evaluation.best import Criterion
 from stca_jax.evaluation.checkpoint_watcher import CheckpointWatcher, RowLog, mark_best_checkpoint
 from stca_jax.evaluation.evaluator import (
     EvaluationConfig,
@@ -58,7 +58,7 @@ from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.training.distributed import is_main_process
 from stca_jax.training.state import TrainState
 from stca_jax.training.train_step import Program
-from stca_jax.workdir import load_workdir_config, restore_for_evaluation
+from stca_jax.workdir import checkpoint_step, load_workdir_config, restore_for_evaluation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 _LENGTHS = flags.DEFINE_list("lengths", None, "History lengths; by default the config's.")
@@ -101,7 +101,7 @@ def main() -> int:
 def evaluate_once(workdir: pathlib.Path) -> int:
     """Evaluates the checkpoint that --step names."""
     config = _config(workdir)
-    step = _checkpoint_step(workdir)
+    step = checkpoint_step(workdir, _STEP.value)
     split = _SPLIT.value or "test"
     dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
     program, state = restore_for_evaluation(config, dataset, workdir, step)
@@ -270,24 +270,6 @@ def _wait_for(path: pathlib.Path) -> None:
 
 def _print_table(rows: Sequence[Row]) -> None:
     print(format_table([{n: row[n] for n in _SHOWN if n in row} for row in rows]))
-
-
-def _checkpoint_step(workdir: pathlib.Path) -> int:
-    """The step that --step means."""
-    steps = Checkpointer(workdir).steps()
-    if not steps:
-        raise UserError(f"{workdir} has no checkpoint yet")
-    if _STEP.value == "last":
-        return steps[-1]
-    if _STEP.value == "best":
-        best = read_best(workdir)
-        if best and best["step"] in steps:
-            return best["step"]
-        _log.warning("no checkpoint of %s is marked as the best: taking the last", workdir)
-        return steps[-1]
-    if not _STEP.value.isdigit() or int(_STEP.value) not in steps:
-        raise UserError(f"--step={_STEP.value}: give best, last or one of {steps}")
-    return int(_STEP.value)
 
 
 if __name__ == "__main__":

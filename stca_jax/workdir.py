@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 
 from stca_jax import config as config_lib
 from stca_jax.errors import UserError
+from stca_jax.evaluation.best import read_best
 from stca_jax.experiment import (
     FREE_TO_CHANGE,
     ExperimentConfig,
@@ -183,3 +184,29 @@ def restore_for_evaluation(
         state, position = checkpointer.restore(step, program.abstract_state)
     dataset.check_fingerprint(position["fingerprint"])
     return program, state
+
+
+def checkpoint_step(workdir: pathlib.Path, wanted: str) -> int:
+    """The step of the checkpoint that a --step flag means.
+
+    Args:
+      workdir: Of the run.
+      wanted: "best", "last" or a step.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    steps = Checkpointer(workdir).steps()
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoint yet")
+    if wanted == "last":
+        return steps[-1]
+    if wanted == "best":
+        best = read_best(workdir)
+        if best and best["step"] in steps:
+            return best["step"]
+        _log.warning("no checkpoint of %s is marked as the best: taking the last", workdir)
+        return steps[-1]
+    if not wanted.isdigit() or int(wanted) not in steps:
+        raise UserError(f"--step={wanted}: give best, last or one of {steps}")
+    return int(wanted)

@@ -30,7 +30,7 @@ def run_here(
         "/tmp/stca", str(tmp_path)
     )
     command = re.sub(
-        r"(-m experiments\.(?:prepare|train|evaluate|diagnose|plan))",
+        r"(-m experiments\.(?:prepare|train|evaluate|diagnose|plan|export))",
         rf"\1 --data_dir={data_dir}",
         command,
     )

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
 from stca_jax.batch import RequestBatch
 from stca_jax.evaluation.metrics import check_choice, ranking_metrics
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import make_input
+from stca_jax.input.pipeline import RequestIterator, make_input
 from stca_jax.input.planning import InputConfig
 from stca_jax.training.distributed import is_main_process
 from stca_jax.training.sharding import device_batch, input_share
@@ -91,19 +92,7 @@ def evaluate_split(
       length: Events that each request may read, the most recent ones.
       **limits: `min_history`, `max_requests` and `max_targets` of `InputConfig`: which requests.
     """
-    mesh = program.batch_shardings.history_time.mesh
-    share, num_shares = input_share(mesh)
-    batches = make_input(
-        dataset,
-        config.for_evaluation(
-            split,
-            length,
-            rows_per_batch=rows_that_fit(config, length, mesh.shape["data"]),
-            **limits,
-        ),
-        process_index=share,
-        process_count=num_shares,
-    )
+    batches = _evaluation_batches(program, dataset, config, split, length, limits)
     shown = tqdm(
         batches,
         desc=f"Scoring {split} at length {length:,}",
@@ -113,6 +102,53 @@ def evaluate_split(
         disable=None if is_main_process() else True,
     )
     return predict_all(program, state, (element.batch for element in shown))
+
+
+def request_logits(
+    program: Program,
+    state: TrainState,
+    dataset: RequestDataset,
+    config: InputConfig,
+    *,
+    split: str,
+    length: int,
+    **limits: int | None,
+) -> Iterator[tuple[int, Float[np.ndarray, "m tasks"]]]:
+    """The logits of `evaluate_split`, request by request, each with its id, in packed order.
+
+    A request with more targets than a row has slots is cut into pieces, and left out.  Arguments as
+    of `evaluate_split`; one process.
+    """
+    for element in _evaluation_batches(program, dataset, config, split, length, limits):
+        batch = element.batch
+        predictions = jax.device_get(
+            program.predict(state, device_batch(batch, program.batch_shardings))
+        )
+        for row, mask in enumerate(batch.target_mask):
+            slots = np.flatnonzero(mask)
+            ids = batch.request_id[row, slots]
+            for piece in np.split(slots, np.flatnonzero(np.diff(ids)) + 1):
+                if len(piece) and len(piece) == batch.num_request_targets[row, piece[0]]:
+                    yield int(batch.request_id[row, piece[0]]), predictions.logit[row, piece]
+
+
+def _evaluation_batches(
+    program: Program,
+    dataset: RequestDataset,
+    config: InputConfig,
+    split: str,
+    length: int,
+    limits: Mapping[str, int | None],
+) -> RequestIterator:
+    mesh = program.batch_shardings.history_time.mesh
+    share, num_shares = input_share(mesh)
+    rows = rows_that_fit(config, length, mesh.shape["data"])
+    return make_input(
+        dataset,
+        config.for_evaluation(split, length, rows_per_batch=rows, **limits),
+        process_index=share,
+        process_count=num_shares,
+    )
 
 
 def rows_that_fit(config: InputConfig, length: int, num_shares: int) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from stca_jax.batch import RequestBatch
 from stca_jax.errors import UserError
@@ -28,7 +28,12 @@ from stca_jax.models.mixformer import MixFormerConfig
 from stca_jax.models.rankmixer import RankMixer, RankMixerConfig
 from stca_jax.models.sasrec import SasRecConfig
 from stca_jax.models.sdim import SdimConfig
-from stca_jax.models.sequence import SequenceConfig, SequenceInput
+from stca_jax.models.sequence import (
+    HistoryReader,
+    SequenceConfig,
+    SequenceInput,
+    SequenceOutput,
+)
 from stca_jax.models.sequence_o1 import SequenceO1Config
 from stca_jax.models.stca import StcaConfig, log_count
 from stca_jax.models.target_attention import TargetAttentionConfig
@@ -36,7 +41,7 @@ from stca_jax.models.top_k import TopKConfig
 from stca_jax.models.transact import TransActConfig
 from stca_jax.models.transformer import TransformerConfig
 from stca_jax.models.ultra_hstu import UltraHstuConfig
-from stca_jax.ops.match import match_statistics
+from stca_jax.ops.match import MatchStatistics, match_statistics
 from stca_jax.ranges import Ranges
 from stca_jax.schema import SECONDS_PER_DAY, Schema
 
@@ -108,6 +113,12 @@ class RankerConfig:
         of_time = self.embedding.time_delta or self.embedding.recency_index
         return of_time or self.sequence.needs_exclusive_history
 
+    @property
+    def match_decay_seconds(self) -> tuple[float, ...]:
+        """Time constants of the decayed match counts."""
+        scales = self.match_time_scales_days or (self.match_decay_days,)
+        return tuple(days * SECONDS_PER_DAY for days in scales)
+
     def read_schema(self, schema: Schema) -> Schema:
         """What the model reads of a dataset.
 
@@ -155,6 +166,22 @@ class RankerOutput(NamedTuple):
     logits: Float[Array, "R M tasks"]
     tokens: Float[Array, "R L D"]
     targets: Float[Array, "R M D"]
+
+
+class Candidates(NamedTuple):
+    """What is scored against a history.
+
+    Attributes:
+      target: Features of the candidates, by name.
+      request: Features of the request, by name.
+      statistics: Columns of the match channel, from `Ranker.match_columns`; empty without one.
+      embedded: Embeddings by level and name of tables that are not looked up here.
+    """
+
+    target: Mapping[str, Array]
+    request: Mapping[str, Array]
+    statistics: list[Float[Array, "R M columns"]]
+    embedded: Mapping[str, Mapping[str, Float[Array, "R M width"]]]
 
 
 def similarity_config(sequence: StcaConfig | None = None) -> RankerConfig:
@@ -251,32 +278,60 @@ class Ranker(nnx.Module):
             )
         batch = _without_garbage(batch)
         embedded = embedded or {}
-        dtype = jnp.dtype(self.config.dtype)
-        statistics = self._match_statistics(batch)
-        target_parts = self.embedding(batch.target, self.target_names, embedded.get("target"))
-        if not self.config.match_time_scales_days:
-            target_parts += statistics
-        history_parts = self.embedding(batch.history, self.history_names, embedded.get("history"))
-        fuse = recomputed(self.history_fusion, self.config.remat != "none")
-        tokens = fuse(_cast(history_parts + self.time_features(batch), dtype))
+        tokens = self.encode_history(
+            batch.history, embedded.get("history"), self.time_features(batch)
+        )
         # Row 0 of a table and a fusion with biases are not zero, though padding's features are.
         covered = batch.ranges.covered(batch.row_length)
         tokens = jnp.where(covered[..., None], tokens, 0)
+
+        def read(targets: Array) -> SequenceOutput:
+            times = batch.history_time, batch.request_time
+            return self.sequence(SequenceInput(tokens, targets, *times, batch.ranges))
+
+        statistics = self._match_statistics(batch)
+        candidates = Candidates(batch.target, batch.request, statistics, embedded)
+        logits, targets = self.score(read, candidates)
+        return RankerOutput(logits, tokens, targets)
+
+    def encode_history(
+        self,
+        history: Mapping[str, Array],
+        embedded: Mapping[str, Float[Array, "*T width"]] | None = None,
+        time_parts: Sequence[Float[Array, "*T width"]] = (),
+    ) -> Float[Array, "*T D"]:
+        """Tokens of events; each depends on its own event alone.
+
+        Args:
+          history: Features of the events, by name.
+          embedded: Embeddings of tables that are not looked up here.
+          time_parts: From `time_features`, if the model has any.
+        """
+        parts = self.embedding(history, self.history_names, embedded)
+        fuse = recomputed(self.history_fusion, self.config.remat != "none")
+        return fuse(_cast([*parts, *time_parts], jnp.dtype(self.config.dtype)))
+
+    def score(
+        self, read: HistoryReader, candidates: Candidates
+    ) -> tuple[Float[Array, "R M tasks"], Float[Array, "R M D"]]:
+        """Logits of candidates against a history, however it was encoded, and their tokens.
+
+        Args:
+          read: The history, as targets read it.
+          candidates: What is scored.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        target, request, statistics, embedded = candidates
+        target_parts = self.embedding(target, self.target_names, embedded.get("target"))
+        if not self.config.match_time_scales_days:
+            target_parts += statistics
         targets = self.target_fusion(_cast(target_parts, dtype))
-        gathered = self.sequence(
-            SequenceInput(
-                tokens,
-                targets,
-                batch.history_time,
-                batch.request_time,
-                batch.ranges,
-            )
-        )
-        numbers = [batch.target[n][..., None] for n in self.number_names]
+        gathered = read(targets)
+        numbers = [target[n][..., None] for n in self.number_names]
         sources: Mapping[str, list[Array]] = {
             "summary": [gathered.summary],
             "target": [targets],
-            "request": self.embedding(batch.request, self.schema.request, embedded.get("request")),
+            "request": self.embedding(request, self.schema.request, embedded.get("request")),
             "numbers": [*numbers, *statistics, gathered.counts],
         }
         mixer_tokens = [
@@ -285,40 +340,39 @@ class Ranker(nnx.Module):
         ]
         R, M, W = mixer_tokens[0].shape
         mixed = self.backbone(jnp.stack(mixer_tokens).reshape(len(mixer_tokens), R * M, W))
-        logits = self.head(mixed.reshape(R, M, W).astype(jnp.float32))
-        return RankerOutput(logits, tokens, targets)
+        return self.head(mixed.reshape(R, M, W).astype(jnp.float32)), targets
 
     def _num_statistics(self) -> int:
         if not self.config.match_channel:
             return 0
-        num_fields, num_scales = (
-            len(self.schema.match_fields),
-            len(self.config.match_time_scales_days),
-        )
+        num_fields = len(self.schema.match_fields)
+        num_scales = len(self.config.match_time_scales_days)
         return num_fields * (3 + num_scales) if num_scales else num_fields + 2
 
     def _match_statistics(self, batch: RequestBatch) -> list[Float[Array, "R M columns"]]:
-        """The match channel: shares of the window, and the rest in logs."""
         if not self.config.match_channel:
             return []
         fields = self.schema.match_fields
-        scales = self.config.match_time_scales_days
         match = match_statistics(
             {n: batch.target[n] for n in fields},
             {n: batch.history[n] for n in fields},
             batch.history_time,
             batch.request_time,
             batch.ranges,
-            decay_seconds=tuple(
-                days * SECONDS_PER_DAY for days in scales or (self.config.match_decay_days,)
-            ),
+            decay_seconds=self.config.match_decay_seconds,
         )
+        return self.match_columns(match, batch.ranges.lengths)
+
+    def match_columns(
+        self, match: MatchStatistics, num_events: Int[Array, "R M"]
+    ) -> list[Float[Array, "R M columns"]]:
+        """What the model reads of match statistics: shares of the window, and the rest in logs."""
         age_days = jnp.minimum(match.last_age / SECONDS_PER_DAY, _AGE_OF_NO_MATCH)
-        if not scales:
+        if not self.config.match_time_scales_days:
             of_item = match.decayed_matches[..., 0, :1], age_days[..., :1]
             return [log_count(jnp.concatenate([match.matches, *of_item], -1))]
         decayed = match.decayed_matches.reshape(*match.matches.shape[:2], -1)
-        share = match.matches / jnp.maximum(batch.ranges.lengths, 1)[..., None]
+        share = match.matches / jnp.maximum(num_events, 1)[..., None]
         return [log_count(jnp.concatenate([match.matches, decayed, age_days], -1)), share]
 
 

@@ -48,6 +48,8 @@ class SequenceOutput(NamedTuple):
 
 
 SequenceModule = Callable[[SequenceInput], SequenceOutput]
+# A history as targets see it: from target tokens [R, M, D] to what they gather from it.
+HistoryReader = Callable[[Float[Array, "R M D"]], SequenceOutput]
 
 
 class SequenceCost(NamedTuple):
@@ -110,6 +112,11 @@ class SequenceConfig(abc.ABC):
     @property
     def needs_exclusive_history(self) -> bool:
         """Whether all targets that read a token must be of one request: input.rows="request"."""
+        return False
+
+    @property
+    def can_cache_history(self) -> bool:
+        """Whether the module has the `encode` and `read` of `Stca`: events are encoded once."""
         return False
 
     @abc.abstractmethod

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from stca_jax.models.layers import LayerNorm, Linear, SwiGLU, parameter, recomputed, zeros
 from stca_jax.models.sequence import (
@@ -26,11 +26,12 @@ from stca_jax.models.sequence import (
 )
 from stca_jax.ops.attention import (
     AttentionOptions,
+    AttentionOutput,
     ImplementationName,
     cheaper_order,
     history_layer,
 )
-from stca_jax.ops.encoder import HistoryEncoder
+from stca_jax.ops.encoder import HistoryEncoder, encode_history
 from stca_jax.ops.implementation import Order
 from stca_jax.schema import SECONDS_PER_DAY
 
@@ -99,6 +100,11 @@ class StcaConfig(SequenceConfig):
         """Size of `SequenceOutput.counts`."""
         return self.counts_after(self.num_layers)
 
+    @property
+    def can_cache_history(self) -> bool:
+        """True: what becomes of an event depends on nothing else."""
+        return True
+
     def make(self, *, remat: bool, rngs: nnx.Rngs) -> Stca:
         """The module."""
         return Stca(self, remat=remat, rngs=rngs)
@@ -154,11 +160,71 @@ class Fusion(nnx.Module):
             self.count_weight[...] = 0.1 * self.count_weight[...]
 
 
+class History(Protocol):
+    """What the layers attend to: tokens of packed rows, or what was encoded of them before."""
+
+    @property
+    def num_events(self) -> Int[Array, "R M"]:
+        """Events that each target reads."""
+        ...
+
+    def attend(self, layer: StcaLayer, query: Float[Array, "R M H K"]) -> AttentionOutput:
+        """E3 and E4 of a layer; log-sum-exps are of scores relative to the request's time."""
+        ...
+
+
+class RowHistory(NamedTuple):
+    """Tokens of packed rows, which each layer encodes (E1) as it attends to them.
+
+    Attributes:
+      inputs: Of the sequence module.
+    """
+
+    inputs: SequenceInput
+
+    @property
+    def num_events(self) -> Int[Array, "R M"]:
+        """See `History`."""
+        return self.inputs.ranges.lengths
+
+    def attend(self, layer: StcaLayer, query: Float[Array, "R M H K"]) -> AttentionOutput:
+        """See `History`."""
+        history_score, request_score = self._recency(layer)
+        attended = history_layer(
+            query,
+            self.inputs.tokens,
+            layer.encoder,
+            layer.w_key[...].astype(query.dtype),
+            layer.w_value[...].astype(query.dtype),
+            self.inputs.ranges,
+            history_score=history_score,
+            options=AttentionOptions(layer.order, layer.implementation),
+        )
+        return attended._replace(log_sum_exp=attended.log_sum_exp - request_score)
+
+    def _recency(self, layer: StcaLayer) -> tuple[Array | None, Array | float]:
+        """Scores rate * (event time - t0) of tokens and rate * (request time - t0) of requests.
+
+        Softmax cancels t0 and the request's time; the log-sum-exp does not, hence the second value.
+        """
+        if layer.recency_rate is None:
+            return None, 0.0
+        rate = layer.recency_rate[...]
+        origin = self.inputs.request_time.max(-1, keepdims=True)
+
+        def score(time: Array) -> Array:
+            days = (time - origin).astype(jnp.float32) / SECONDS_PER_DAY
+            return days[..., None] * rate
+
+        return score(self.inputs.history_time), score(self.inputs.request_time)
+
+
 class StcaLayer(nnx.Module):
     """One layer: history encoder (E1), query encoder (E2, E6) and attention (E3-E5)."""
 
     def __init__(self, config: StcaConfig, index: int, *, rngs: nnx.Rngs):
         d, H, K = config.width, config.num_heads, config.head_width
+        self.index = index
         self.order = config.attention_order
         self.implementation = config.attention_implementation
         self.temperature_length = config.temperature_length
@@ -194,65 +260,45 @@ class StcaLayer(nnx.Module):
         if self.fusion is not None:
             self.fusion.pass_target_through(config.width)
 
+    @property
+    def encoder(self) -> HistoryEncoder:
+        """Weights of E1."""
+        return HistoryEncoder(
+            self.history_ffn.up[...],
+            self.history_ffn.gate[...],
+            self.history_ffn.out[...],
+            self.history_norm.scale[...],
+            self.history_norm.bias[...],
+            self.skip,
+        )
+
     def __call__(
-        self, inputs: SequenceInput, outputs: list[Array], counts: list[Array]
+        self,
+        targets: Float[Array, "R M D"],
+        history: History,
+        outputs: list[Array],
+        counts: list[Array],
     ) -> tuple[Float[Array, "R M D"], Float[Array, "R M H"]]:
         """Returns o^i (E5) and the log-sum-exps of the scores, relative to the request's time."""
-        query = inputs.targets
+        query = targets
         if self.fusion is not None:
-            query = self.fusion(outputs, inputs.targets, counts)
+            query = self.fusion(outputs, targets, counts)
         encoded = self.query_ffn(query)
         query = self.query_norm(query + encoded if self.skip else encoded)
         if self.temperature_length is not None:
-            query *= _sharpness(inputs, self.temperature_length)[..., None].astype(query.dtype)
-        w_query, w_key, w_value = (
-            w[...].astype(query.dtype) for w in (self.w_query, self.w_key, self.w_value)
-        )
-        history_score, request_score = self._recency(inputs)
-        attended = history_layer(
-            jnp.einsum("rmd,dhk->rmhk", query, w_query),
-            inputs.tokens,
-            HistoryEncoder(
-                self.history_ffn.up[...],
-                self.history_ffn.gate[...],
-                self.history_ffn.out[...],
-                self.history_norm.scale[...],
-                self.history_norm.bias[...],
-                self.skip,
-            ),
-            w_key,
-            w_value,
-            inputs.ranges,
-            history_score=history_score,
-            options=AttentionOptions(self.order, self.implementation),
-        )
-        heads, log_sum_exp = attended.output, attended.log_sum_exp - request_score
+            sharpness = _sharpness(history.num_events, self.temperature_length)
+            query *= sharpness[..., None].astype(query.dtype)
+        w_query = self.w_query[...].astype(query.dtype)
+        heads, log_sum_exp = history.attend(self, jnp.einsum("rmd,dhk->rmhk", query, w_query))
         if self.sink is not None:
             # exp(lse) / (exp(lse) + exp(sink)): what the sink leaves of the sum that is divided by.
             kept = jax.nn.sigmoid(log_sum_exp - self.sink[...])
             heads *= kept[..., None].astype(heads.dtype)
         return self.w_output(heads.reshape(query.shape)), log_sum_exp
 
-    def _recency(self, inputs: SequenceInput) -> tuple[Array | None, Array | float]:
-        """Scores rate * (event time - t0) of tokens and rate * (request time - t0) of requests.
 
-        Softmax cancels t0 and the request's time; the log-sum-exp does not, hence the second value.
-        """
-        if self.recency_rate is None:
-            return None, 0.0
-        rate = self.recency_rate[...]
-        origin = inputs.request_time.max(-1, keepdims=True)
-
-        def score(time: Array) -> Array:
-            days = (time - origin).astype(jnp.float32) / SECONDS_PER_DAY
-            return days[..., None] * rate
-
-        return score(inputs.history_time), score(inputs.request_time)
-
-
-def _sharpness(inputs: SequenceInput, length: int) -> Float[Array, "R M"]:
+def _sharpness(num_events: Int[Array, "R M"], length: int) -> Float[Array, "R M"]:
     """log(1 + n) relative to that of a length."""
-    num_events = inputs.ranges.lengths
     return jnp.log1p(num_events.astype(jnp.float32)) / math.log1p(length)
 
 
@@ -275,19 +321,27 @@ class Stca(nnx.Module):
 
     def __call__(self, inputs: SequenceInput) -> SequenceOutput:
         """E1-E7 for every target of every row."""
-        num_events = inputs.ranges.lengths
-        dtype = inputs.targets.dtype
+        return self.read(inputs.targets, RowHistory(inputs))
+
+    def encode(self, tokens: Float[Array, "*T D"]) -> Float[Array, "N *T D"]:
+        """X~ of E1 in each layer, in the dtype of the tokens: all that `read` needs of an event."""
+        return jnp.stack([encode_history(layer.encoder, tokens) for layer in self.layers])
+
+    def read(self, targets: Float[Array, "R M D"], history: History) -> SequenceOutput:
+        """E2-E7: what targets gather from a history, encoded before or not."""
+        num_events = history.num_events
+        dtype = targets.dtype
         outputs: list[Array] = []
         counts: list[Array] = []
         if self.config.count_channel:
             counts.append(log_count(num_events)[..., None].astype(dtype))
         for layer in self.layers:
-            output, log_sum_exp = recomputed(layer, self.remat)(inputs, outputs, counts)
+            output, log_sum_exp = recomputed(layer, self.remat)(targets, history, outputs, counts)
             outputs.append(output)
             if self.config.count_channel:
                 matched = jnp.where(num_events[..., None] > 0, log_sum_exp, 0) * _COUNT_SCALE
                 counts.append(matched.astype(dtype))
-        summary = self.output_ffn(self.output_fusion(outputs, inputs.targets, counts))
+        summary = self.output_ffn(self.output_fusion(outputs, targets, counts))
         empty = summary[..., :0]
         return SequenceOutput(summary, jnp.concatenate(counts, -1) if counts else empty)
 

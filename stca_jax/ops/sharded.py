@@ -7,8 +7,10 @@ one, or where the caller's `shard_map` has taken the axes, an op runs as on one 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,8 +25,23 @@ DATA = "data"
 SEQUENCE = "sequence"
 
 
+_assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def assume_platform(name: str) -> Iterator[None]:
+    """Traces what is run on another platform than this process's: `platform()` answers its name."""
+    token = _assumed.set(name)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
 def platform() -> str:
     """Platform of the mesh's devices, or else of this process's, as JAX names it."""
+    if assumed := _assumed.get():
+        return assumed
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
