@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stca_jax.data.interaction_log.encoders import fit_scale
 from stca_jax.data.interaction_log.events import LogSource
 from stca_jax.data.interaction_log.id_matching import find_mending
-from stca_jax.data.interaction_log.log_config import Column
+from stca_jax.data.interaction_log.log_config import SCALINGS, Column
 from stca_jax.data.interaction_log.moments import Moments
 from stca_jax.data.interaction_log.statistics import ValueCounts, sum_counts
 from stca_jax.data.interaction_log.suggestions import flag, name_of, sql_of
@@ -156,8 +157,10 @@ def _check_numbers(option: str, column: Column, train: Moments, later: Moments) 
         )
     if not train.count:
         raise UserError(f"{name}: no training event has a value; leave {name} out")
+    scale = fit_scale(train, column.kind if column.kind in SCALINGS else "")
     return f"  {name}", (
-        f"{train.least:g} to {train.most:g}, mean {train.mean:g}, median {train.quantile(0.5):g}; "
+        f"min {train.least:g}, p50 {train.quantile(0.5):g}, p99 {train.quantile(0.99):g}, "
+        f"max {train.most:g}, mean {train.mean:g}, scaled {scale.describe()}; "
         f"missing {_pair(np.array([_missing(train), _missing(later)]))}, "
         f"unreadable {_pair(np.array([_unreadable(train), _unreadable(later)]))}"
     )
