@@ -212,13 +212,12 @@ class SqliteHistories:
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._db
+                    self._db.execute("COMMIT")
                 except BaseException:
-                    self._db.execute("ROLLBACK")
+                    if self._db.in_transaction:  # not after a full disk
+                        self._db.execute("ROLLBACK")
                     raise
-                self._db.execute("COMMIT")
             except sqlite3.Error as error:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
                 raise OSError(f"histories {self._path!r}: {error}") from error
 
     def _unknown(self, user: str, ids: Any) -> np.ndarray:

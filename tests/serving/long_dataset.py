@@ -1,4 +1,4 @@
-"""Users with more events than a page, and than a model reads; two tasks, numbers, requests' hours."""
+"""Users with more events than a page, and than a model reads; two tasks, numbers, hours."""
 
 from __future__ import annotations
 

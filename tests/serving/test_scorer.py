@@ -1,6 +1,5 @@
 """Scores are those of the evaluation, whatever was appended, evicted, restarted or reloaded."""
 
-
 import numpy as np
 import pytest
 from replay import replay
