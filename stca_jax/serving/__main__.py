@@ -16,8 +16,12 @@ import os
 import pathlib
 import socket
 import sys
+from typing import TYPE_CHECKING
 
 from stca_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from stca_jax.serving import HistoryStore
 
 TOKEN = "STCA_SERVING_TOKEN"
 
@@ -44,7 +48,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     parser.add_argument(
-        "--histories", default=":memory:", help="SQLite file; :memory: forgets at the end"
+        "--histories",
+        default=":memory:",
+        help="SQLite file, or redis://HOST:PORT; :memory: forgets at the end",
     )
     parser.add_argument("--sync", action="store_true", help="each append survives a loss of power")
     parser.add_argument("--cache", default="keys_values", help="keys_values, tokens or int8")
@@ -63,7 +69,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _serve(options: argparse.Namespace) -> int:
     import jax  # only now: --help is quick
 
-    from stca_jax.serving import Scorer, ServingModel, SqliteHistories
+    from stca_jax.serving import Scorer, ServingModel
     from stca_jax.serving.server.app import ServerOptions
     from stca_jax.serving.server.running import run
     from stca_jax.serving.server.telemetry import JsonLines
@@ -80,7 +86,7 @@ def _serve(options: argparse.Namespace) -> int:
     model = ServingModel.load(pathlib.Path(options.model).resolve(), cache=options.cache)
     scorer = Scorer(
         model,
-        SqliteHistories(options.histories, sync=options.sync),
+        _histories(options.histories, options.sync),
         max_bytes=options.cache_bytes,
         encoded=options.encoded or None,
     )
@@ -96,6 +102,21 @@ def _serve(options: argparse.Namespace) -> int:
     )
     run(scorer, pathlib.Path(options.model), settings, [listening], options.drain)
     return 0
+
+
+def _histories(name: str, sync: bool) -> HistoryStore:
+    from stca_jax.serving import SqliteHistories
+
+    scheme, is_address, _ = name.partition("://")
+    if not is_address:
+        return SqliteHistories(name, sync=sync)
+    if scheme not in ("redis", "rediss", "unix"):
+        raise UserError(f"--histories={name}: give a file, or redis://, rediss:// or unix://")
+    try:
+        from stca_jax.serving.redis_histories import RedisHistories
+    except ModuleNotFoundError as error:
+        raise UserError(f'{error}: pip install -e ".[redis]"') from None
+    return RedisHistories(name)
 
 
 def _listen(host: str, port: int) -> socket.socket:

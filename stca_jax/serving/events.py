@@ -116,6 +116,6 @@ def as_column(name: str, values: Any, size: int) -> np.ndarray:
     if array.dtype.kind == "U" or not size:
         return array.astype(str)
     raise UserError(
-        f"{name!r} has values like {array.tolist()[0]!r}: give integers, numbers or texts, all of one "
-        "kind"
+        f"{name!r} has values like {array.tolist()[0]!r}: give integers, numbers or texts, all of "
+        "one kind"
     )

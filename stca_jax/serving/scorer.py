@@ -16,7 +16,12 @@ from jaxtyping import Float
 
 from stca_jax.errors import UserError
 from stca_jax.serving.cache import CacheCounts, CachedUser, Query, UserCache
-from stca_jax.serving.encoding import encode_events, encode_request, encode_targets
+from stca_jax.serving.encoding import (
+    encode_events,
+    encode_request,
+    encode_targets,
+    with_missing_texts,
+)
 from stca_jax.serving.events import Events, as_array, as_times
 from stca_jax.serving.golden import check_golden
 from stca_jax.serving.golden import warm_up as compile_for
@@ -122,6 +127,7 @@ class Scorer:
           UserError: an event cannot be encoded; nothing was stored then.
         """
         with self._lock:
+            events = self._typed(events)
             encoded = self._encode(events)
             sequence = self.histories.append(user, events)
             new = sequence >= 0
@@ -144,6 +150,7 @@ class Scorer:
           UserError: the user has no event of an id; nothing was changed then.
         """
         with self._lock:
+            events = self._typed(events)
             encoded = self._encode(events)
             sequence = self.histories.update(user, events)
             cached = self._pool.cache.find(user)
@@ -351,6 +358,9 @@ class Scorer:
         if not 1 <= count <= MAX_TARGETS:
             raise UserError(f"there are {count:,} targets; give 1 to {MAX_TARGETS:,}")
         return Query(targets, features, int(self._since_origin(np.array([now]))[0])), now
+
+    def _typed(self, events: Events) -> Events:
+        return events if self._encoded else with_missing_texts(self.model, events)
 
     def _encode(self, events: Events) -> dict[str, np.ndarray]:
         self._since_origin(events.time)
