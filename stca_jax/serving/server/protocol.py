@@ -152,7 +152,7 @@ def _tensor(tensor: Mapping[str, Any], binary: bytes) -> tuple[np.ndarray | list
     own, rest = binary[:num_bytes], binary[num_bytes:]
     if datatype == "BYTES":
         return _texts(str(name), own, size), rest
-    dtype = np.dtype(_DTYPES[datatype]).newbyteorder("<")
+    dtype = np.dtype(_DTYPES[str(datatype)]).newbyteorder("<")
     if len(own) != size * dtype.itemsize:
         raise UserError(
             f"{name!r} has {len(own)} bytes; {size} values of {datatype} have "
