@@ -16,6 +16,7 @@ import os
 import pathlib
 import socket
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from stca_jax.errors import UserError
@@ -61,6 +62,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--deadline", type=float, default=1.0, help="seconds of waiting; else 504")
     parser.add_argument("--drain", type=float, default=0.0, help="seconds unready after SIGTERM")
     parser.add_argument(
+        "--warm_up",
+        default="",
+        help="numbers of candidates to compile for before it is ready, such as 1,100; all sizes",
+    )
+    parser.add_argument(
         "--compilation_cache", help="folder that keeps compiled programs from start to start"
     )
     return parser.parse_args(arguments)
@@ -71,7 +77,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     from stca_jax.serving import Scorer, ServingModel
     from stca_jax.serving.server.app import ServerOptions
-    from stca_jax.serving.server.running import run
+    from stca_jax.serving.server.running import Operation, run
     from stca_jax.serving.server.telemetry import JsonLines
 
     handler = logging.StreamHandler()
@@ -90,7 +96,8 @@ def _serve(options: argparse.Namespace) -> int:
         max_bytes=options.cache_bytes,
         encoded=options.encoded or None,
     )
-    scorer.warm_up()
+    sizes = _sizes(options.warm_up)
+    scorer.warm_up(sizes)
     host, port = listening.getsockname()[:2]
     log.info("listening", extra={"fields": {"host": host, "port": port}})
     settings = ServerOptions(
@@ -100,8 +107,21 @@ def _serve(options: argparse.Namespace) -> int:
         deadline_seconds=options.deadline,
         max_waiting=options.max_waiting,
     )
-    run(scorer, pathlib.Path(options.model), settings, [listening], options.drain)
+    operation = Operation(pathlib.Path(options.model), sizes, options.drain)
+    run(scorer, settings, operation, [listening])
     return 0
+
+
+def _sizes(text: str) -> Sequence[int]:
+    from stca_jax.serving.model import BUCKETS, MAX_TARGETS
+
+    try:
+        sizes = [int(size) for size in text.split(",")] if text else list(BUCKETS)
+    except ValueError:
+        sizes = [0]
+    if not all(1 <= size <= MAX_TARGETS for size in sizes):
+        raise UserError(f"--warm_up={text}: give numbers from 1 to {MAX_TARGETS:,}, with commas")
+    return sizes
 
 
 def _histories(name: str, sync: bool) -> HistoryStore:
