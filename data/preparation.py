@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from stca_jax.data.base import STAGING, UserDatasetBuilder
 from stca_jax.errors import UserError
 from stca_jax.files import refuse_scheme
-from stca_jax.imports import import_object, is_import_path
+from stca_jax.imports import find_path, import_object
 
 OWN_LOGS = "interaction_log"  # the dataset whose configs are its users' own
 _log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def make_builder(name: str, data_dir: pathlib.Path) -> UserDatasetBuilder:
       UserError: there is no such dataset or config, or it needs a package that is not installed.
     """
     dataset, _, config = name.partition("/")
-    if is_import_path(dataset):
+    if dataset not in dataset_names() and find_path(dataset):
         builder = import_object(dataset)
         if not (isinstance(builder, type) and issubclass(builder, UserDatasetBuilder)):
             raise UserError(f"dataset {dataset} does not derive from {UserDatasetBuilder.__name__}")
@@ -141,7 +141,7 @@ def import_builder(dataset: str) -> types.ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "duckdb":  # all that a builder needs beyond the package's requirements
             raise
-        raise UserError(f"{dataset} needs duckdb: pip install -e '.[logs]'") from error
+        raise UserError(f'{dataset} needs duckdb: pip install -e ".[logs]"') from error
 
 
 def _remove_staging(folder: pathlib.Path) -> None:

@@ -35,7 +35,7 @@ def beam_runner(options: Sequence[str]) -> Runner:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ModuleNotFoundError as error:
-        raise UserError(f"needs the package {error.name}: pip install -e '.[beam]'") from error
+        raise UserError(f'needs the package {error.name}: pip install -e ".[beam]"') from error
 
     def run(what: str, function: Callable[[int], None], count: int) -> None:
         with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:

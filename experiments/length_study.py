@@ -33,8 +33,6 @@ Kill it at any time: the same command goes on, also with more seeds or points.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -44,13 +42,14 @@ from absl import flags
 from stca_jax import config as config_lib
 from stca_jax.data.preparation import prepare
 from stca_jax.errors import UserError
-from stca_jax.evaluation.evaluator import Row, score_lengths
+from stca_jax.evaluation.evaluator import Row
 from stca_jax.evaluation.report.drawing import draw
 from stca_jax.evaluation.tables import format_table, write_table
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments import launch
 from stca_jax.experiments.reference_rows import reference_rows
-from stca_jax.files import read_json_lines, write_json
+from stca_jax.experiments.study_runs import check_evaluation, score, scored_config
+from stca_jax.files import read_json_lines
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.length_study.figures import charts
 from stca_jax.length_study.points import Point, choose_points, make_points
@@ -58,13 +57,12 @@ from stca_jax.length_study.power_law import capacity_law
 from stca_jax.length_study.results import (
     COLUMNS,
     COSTS,
-    SCORES,
     is_scored,
     result_rows,
     summary_rows,
 )
 from stca_jax.trainer import train
-from stca_jax.workdir import check_workdir, restore_for_evaluation
+from stca_jax.workdir import check_workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each point.", 1)
@@ -107,45 +105,6 @@ def main() -> int:
     print(format_table(write_results(points, base, dataset, workdir)))
     print(f"results are in {workdir}: results.csv, summary.csv, figures")
     return 0
-
-
-def scored_config(config: ExperimentConfig, base: ExperimentConfig) -> ExperimentConfig:
-    """The config of a point as it is scored: in the rows that all share, if its model can."""
-    if config.model.needs_exclusive_history:
-        return config
-    return dataclasses.replace(config, input=base.input)
-
-
-def score(
-    config: ExperimentConfig, dataset: RequestDataset, directory: pathlib.Path, step: int
-) -> None:
-    """Scores a checkpoint on the test split at every length; the table appears when all are."""
-    program, state = restore_for_evaluation(config, dataset, directory, step)
-    rows = score_lengths(
-        program, state, dataset, config.input, config.evaluation, split="test", step=step
-    )
-    (directory / SCORES).parent.mkdir(exist_ok=True)
-    write_table(directory / SCORES, rows)
-
-
-def check_evaluation(workdir: pathlib.Path, base: ExperimentConfig) -> None:
-    """Writes what all points are scored on, or checks that it is the same.
-
-    Raises:
-      UserError: it differs, so that rows would not compare.
-    """
-    path = workdir / "evaluation.json"
-    settings = json.loads(json.dumps(dataclasses.asdict(base.evaluation)))
-    if not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-    stored = json.loads(path.read_text())
-    changed = [f"{n}: {stored.get(n)} -> {v}" for n, v in settings.items() if stored.get(n) != v]
-    if changed:
-        raise UserError(
-            f"points in {workdir} were scored otherwise ({'; '.join(changed)}), and would not "
-            "compare: use the same evaluation, or another --workdir"
-        )
 
 
 def write_results(

@@ -5,6 +5,7 @@ python -m experiments.prepare --dataset=interaction_log --name=NAME --log=PATH
     [--user_id=COLUMN --item_id=COLUMN --timestamp=COLUMN --labels=COLUMN,... ...] [--dry_run]
 
 Of a log it first prints a profile; --dry_run stops there. The same command goes on after a kill.
+At the end it writes a config that suits the dataset, and prints the command that trains with it.
 
 Exit status: 0 prepared, 1 an error.
 """
@@ -14,11 +15,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
+import shlex
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from absl import flags
 
+from stca_jax.config_source import python_source
 from stca_jax.data import preparation
 from stca_jax.data.base import STAGING
 from stca_jax.data.interaction_log.log_config import LogConfig, split_list
@@ -26,7 +30,9 @@ from stca_jax.data.running import beam_runner
 from stca_jax.errors import UserError
 from stca_jax.experiments import launch
 from stca_jax.experiments.command_help import attribute_descriptions
+from stca_jax.files import replacing
 from stca_jax.input.dataset import RequestDataset
+from stca_jax.recommended import recommended_config
 
 _DATASET = flags.DEFINE_string("dataset", None, "Dataset, or DATASET/CONFIG.", required=True)
 _MANUAL_DIR = flags.DEFINE_string("manual_dir", None, "Folder of files downloaded by hand.")
@@ -38,6 +44,7 @@ _BEAM = flags.DEFINE_multi_string(
     "Run the steps as Apache Beam pipelines with this option, such as --beam=--runner=FlinkRunner. "
     "Workers must see all files under the same paths.",
 )
+_CONFIG = "train_config.py"  # in the dataset's folder
 _LOG_OPTIONS: dict[str, flags.FlagHolder] = {}
 
 
@@ -61,7 +68,29 @@ def main() -> None:
     size = sum(file["bytes"] for file in dataset.metadata["record_files"].values())
     print(f"\n{len(dataset):,} users, {len(dataset.index):,} requests, {size / 1e6:,.1f} MB")
     name = f"{preparation.OWN_LOGS}/{_NAME.value}" if _NAME.value else _DATASET.value
-    print(f"Train with --config.dataset={name}\nThe dataset is in {folder}")
+    config = _write_config(dataset, name)
+    elsewhere = f" --data_dir={shlex.quote(str(data_dir))}" if launch.DATA_DIR.value else ""
+    print(
+        f"Train with\n  python -m experiments.train --config={shlex.quote(str(config))}"
+        f"{elsewhere} --workdir=DIR\nor another config and --config.dataset={name}\n"
+        f"The dataset is in {folder}"
+    )
+
+
+def _write_config(dataset: RequestDataset, name: str) -> pathlib.Path:
+    """Writes what is recommended for a dataset beside it, unless a user's own version is there."""
+    path = dataset.directory / _CONFIG
+    if not path.exists():
+        earlier = np.quantile(dataset.index.history_end, (0.5, 0.99, 1)).astype(int)
+        described = (
+            f"Recommended for {name}: where to begin, not the best there is.\n\n"
+            f"Of its {len(dataset.index):,} requests, half have {earlier[0]:,} earlier events or "
+            f"more, 1% {earlier[1]:,} or more; the most is {earlier[2]:,}.\n"
+        )
+        source = python_source(recommended_config(dataset, name), described)
+        with replacing(path) as output:
+            output.write(source.encode())
+    return path
 
 
 def _builder(data_dir: pathlib.Path) -> preparation.UserDatasetBuilder:

@@ -1,7 +1,8 @@
 """The JSON form of configurations, and how annotations decide what may stand in it.
 
 A dataclass is a dict whose "type" names its class: by its name where the annotation lists it, else,
-where the annotation lists a class that it derives from, by import path ("my_package.modules:Mine").
+where the annotation lists a class that it derives from, by import path ("my_package.modules:Mine");
+as text, by a registered name too (see `stca_jax.imports`).
 Tuples are lists.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from stca_jax.errors import UserError
-from stca_jax.imports import import_object, import_path, is_import_path
+from stca_jax.imports import find_path, import_object, import_path
 
 SCALARS = (int, float, bool, str, types.NoneType)
 _WORDS = {"true": True, "false": False, "none": None}
@@ -74,9 +75,11 @@ def _tag(cls: Any, hint: Any) -> str:
 
 def _class_of(tag: Any, hint: Any, path: str) -> Any:
     """Returns the class that a name or an import path chooses; None if the annotation has none."""
-    if (cls := _classes(hint).get(tag)) or not (_bases(hint) and is_import_path(str(tag))):
+    if (cls := _classes(hint).get(tag)) or not _bases(hint):
         return cls
     try:
+        if find_path(str(tag)) is None:
+            return None
         cls = import_object(tag)
     except UserError as e:
         raise ConfigError(f"{path}: {e}") from e
@@ -238,8 +241,9 @@ def assign(data: Any, hint: Any, names: Sequence[str], value: Any, path: str) ->
 def _parse(text: str, hint: Any, current: Any, path: str) -> Any:
     """Returns the JSON form of a value given as text; `current` is the one it replaces."""
     if cls := _class_of(text, hint, path):
-        keep = isinstance(current, dict) and current[TAG] == text
-        return current if keep else _defaults(cls, text, path)
+        tag = _tag(cls, hint)
+        keep = isinstance(current, dict) and current[TAG] == tag
+        return current if keep else _defaults(cls, tag, path)
     # `none` is tried first and str, which any text fits, last.
     for option in sorted(_options(hint), key=lambda o: (o is str) - (o is types.NoneType)):
         origin, args = typing.get_origin(option), typing.get_args(option)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 import signal
@@ -14,20 +15,19 @@ import jax
 from stca_jax import config as config_lib
 from stca_jax.evaluation.best import marked_steps
 from stca_jax.evaluation.validation import Validation
-from stca_jax.experiment import ExperimentConfig, count_steps, experiment_program, initial_state
+from stca_jax.experiment import ExperimentConfig, count_steps, experiment_program
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import RequestIterator, make_input
+from stca_jax.input.pipeline import make_input
 from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.training.distributed import is_main_process
 from stca_jax.training.flops import model_flops
 from stca_jax.training.metrics_writer import MetricsWriter
 from stca_jax.training.monitoring import Profiler
+from stca_jax.training.progress import Progress
 from stca_jax.training.recent_steps import RecentSteps
 from stca_jax.training.sharding import device_batch, input_share
 from stca_jax.training.signals import SharedSignal, Signals
-from stca_jax.training.state import TrainState
-from stca_jax.training.train_step import Program
-from stca_jax.workdir import check_workdir, locked, save_config
+from stca_jax.workdir import check_workdir, locked, save_config, start_or_resume
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class TrainingResult:
 
     Attributes:
       step: Steps taken in all.
-      num_steps: Steps of the whole run; more than `step` after an interruption.
+      num_steps: Steps of the whole run; more than `step` after an interruption, or where
+        `evaluation.patience` ended it.
       signal: The signal that interrupted the run, if one did.
     """
 
@@ -73,7 +74,9 @@ def _train(
     check_lock: Callable[[], None],
 ) -> TrainingResult:
     check_workdir(workdir, config)
-    validation = Validation(dataset, config.input, config.evaluation, workdir)
+    validation = Validation(
+        dataset, config.input, config.evaluation, workdir, config.checkpoint.every_steps
+    )
     num_steps = count_steps(config, dataset)
     program = experiment_program(config, dataset.schema, num_steps)
     mesh = program.batch_shardings.history_time.mesh
@@ -87,37 +90,38 @@ def _train(
             workdir, config.checkpoint, kept=lambda: marked_steps(workdir)
         ) as checkpointer,
     ):
-        step, state = _start(config, dataset, checkpointer, program, batches)
-        lacks_validation = (
-            step > 0 and _is_due(config, step, num_steps) and not validation.has_run(step)
-        )
-        if step >= num_steps and not lacks_validation:
+        step, state = start_or_resume(config, dataset, checkpointer, program, batches)
+        is_due = functools.partial(config.checkpoint.is_due, num_steps=num_steps)
+        lacks_validation = step > 0 and is_due(step) and not validation.has_run(step)
+        is_over = step >= num_steps
+        if not lacks_validation and (is_over or validation.has_run_out(step)):
             _log.info("the run in %s is finished: %d of %d steps", workdir, step, num_steps)
             return TrainingResult(step, num_steps)
 
         _log.info("step %d of %d; the first step is compiled before it runs", step, num_steps)
         shared_signal = SharedSignal(mesh)
         flops = model_flops(config.model, dataset.schema, config.input.targets_per_row)
-        recent = RecentSteps(config.training, flops, num_shares)
-        clock = recent.clock
+        is_main = is_main_process()
         with (
             MetricsWriter(
                 workdir,
                 start_step=step,
-                total_steps=num_steps,
                 wandb=config.wandb,
                 config=config_lib.flatten(config),
-                is_main_process=is_main_process(),
+                is_main_process=is_main,
             ) as writer,
+            Progress(step, num_steps, is_shown=is_main) as progress,
             Signals() as signals,
             Profiler(config.profile, workdir) as profiler,
             jax.transfer_guard("disallow"),
         ):
+            recent = RecentSteps(config.training, flops, num_shares, writer, progress)
+            clock = recent.clock
             stopped_by = None
             if lacks_validation:  # the run ended between saving this checkpoint and scoring it
-                validation.run(program, state, step, writer)
+                is_over |= validation.run(program, state, step, writer)
                 clock.lap("validation")
-            while step < num_steps and stopped_by is None:
+            while not is_over and stopped_by is None:
                 element = next(batches)
                 clock.lap("input")
                 with profiler.step(step + 1, state):
@@ -125,42 +129,19 @@ def _train(
                     state, metrics = program.train_step(state, batch)
                 step += 1
                 recent.add(step, metrics, element)
-                writer.show_step(step)
                 stopped_by = shared_signal.agree(signals.received)
-                if step == num_steps:
+                is_over = step == num_steps
+                if is_over:
                     stopped_by = None
-                due = _is_due(config, step, num_steps)
-                is_saving = due or stopped_by is not None
-                recent.report(writer, everything=is_saving)
+                is_saving = is_due(step) or stopped_by is not None
+                recent.report(everything=is_saving)
                 clock.lap("step")
                 if is_saving:
                     check_lock()
                     writer.flush()  # a power loss leaves no checkpoint without the metrics before
                     checkpointer.save(state, step, element.state)
                     clock.lap("checkpoint")
-                if due and stopped_by is None:
-                    validation.run(program, state, step, writer)
+                if is_due(step) and stopped_by is None:
+                    is_over |= validation.run(program, state, step, writer)
                     clock.lap("validation")
         return TrainingResult(step, num_steps, stopped_by)
-
-
-def _start(
-    config: ExperimentConfig,
-    dataset: RequestDataset,
-    checkpointer: Checkpointer,
-    program: Program,
-    batches: RequestIterator,
-) -> tuple[int, TrainState]:
-    """The step and state to go on from; the batches that follow are set to come."""
-    restored = checkpointer.restore_latest(program.abstract_state)
-    if restored is not None:
-        step, state, position = restored
-        batches.set_state(position)
-        _log.info("restored step %d of %s", step, checkpointer.workdir)
-        return step, state
-    return 0, initial_state(config, dataset, program)
-
-
-def _is_due(config: ExperimentConfig, step: int, num_steps: int) -> bool:
-    """Whether a checkpoint is saved and scored after that step."""
-    return step % config.checkpoint.every_steps == 0 or step == num_steps

@@ -24,9 +24,15 @@ from collections.abc import Callable, Iterator
 from stca_jax import config as config_lib
 from stca_jax.errors import UserError
 from stca_jax.evaluation.best import read_best
-from stca_jax.experiment import FREE_TO_CHANGE, ExperimentConfig, experiment_program
+from stca_jax.experiment import (
+    FREE_TO_CHANGE,
+    ExperimentConfig,
+    experiment_program,
+    initial_state,
+)
 from stca_jax.files import refuse_scheme, write_json
 from stca_jax.input.dataset import RequestDataset
+from stca_jax.input.pipeline import RequestIterator
 from stca_jax.lock import WorkdirLock
 from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.training.distributed import is_main_process, on_all_processes
@@ -133,6 +139,23 @@ def load_workdir_config(workdir: pathlib.Path) -> ExperimentConfig:
     if filled:
         _log.info("%s is of an older version; taken as before: %s", path, ", ".join(filled))
     return config_lib.from_dict(ExperimentConfig, data)
+
+
+def start_or_resume(
+    config: ExperimentConfig,
+    dataset: RequestDataset,
+    checkpointer: Checkpointer,
+    program: Program,
+    batches: RequestIterator,
+) -> tuple[int, TrainState]:
+    """The step and state that a training goes on from; the batches that follow are set to come."""
+    restored = checkpointer.restore_latest(program.abstract_state)
+    if restored is None:
+        return 0, initial_state(config, dataset, program)
+    step, state, position = restored
+    batches.set_state(position)
+    _log.info("restored step %d of %s", step, checkpointer.workdir)
+    return step, state
 
 
 def restore_for_evaluation(

@@ -1,8 +1,11 @@
 """Fixtures that several test files share."""
 
+import functools
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 
+from stca_jax import experiment
 from stca_jax.data.preparation import prepare
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments.configs import tiny
@@ -30,6 +34,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(f"needs a {name.upper()}"))
+    # Files of slow tests come first, so that at the end no worker waits for another.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs() -> Iterator[None]:
+    """Gives equal experiments one program, which is otherwise traced and compiled for each run."""
+    made: dict[Any, Any] = {}
+    original = experiment.Program
+
+    @functools.wraps(original, updated=())
+    def shared(
+        model: Any, schema: Any, optimizer: Any, training: Any, mesh: Any, batch: Any, **rest: Any
+    ) -> Any:
+        shapes = jax.eval_shape(lambda x: x, batch)
+        values = repr((model, schema, optimizer, training, shapes, sorted(rest.items())))
+        if (values, mesh) not in made:
+            made[values, mesh] = original(model, schema, optimizer, training, mesh, batch, **rest)
+        return made[values, mesh]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "Program", shared)
+        yield
 
 
 @pytest.fixture(scope="session")

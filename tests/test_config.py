@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from stca_jax import config as config_lib
+from stca_jax import imports
 from stca_jax.config import ConfigError
 from stca_jax.errors import UserError
 
@@ -318,6 +319,7 @@ def own_module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     yield importlib.import_module("own_module")
     sys.modules.pop("own_module")
+    imports.registered_names.cache_clear()
 
 
 @dataclass
@@ -385,6 +387,39 @@ def test_classes_of_ones_own_are_chosen_by_import_path(own_module):
 def test_import_paths_that_cannot_stand_there(path, text, message):
     with pytest.raises(ConfigError, match=message):
         config_lib.apply_overrides(Open(), {path: text})
+
+
+def register(folder, package, **names):
+    """Makes an installed package of a folder, as pip does."""
+    info = folder / f"{package}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    points = "\n".join(f"{name} = {path}" for name, path in names.items())
+    (info / "entry_points.txt").write_text(f"[stca_jax]\n{points}\n")
+    imports.registered_names.cache_clear()
+
+
+def test_registered_names_stand_for_import_paths(own_module, tmp_path):
+    register(tmp_path, "own", deep="own_module:Deep", weekly="own_module:Weekly", n="gone:X")
+    overrides = {"sequence": "deep", "sequence.dropout": "0.5", "length": "weekly"}
+    config = config_lib.apply_overrides(Open(), {**overrides, "lengths": "weekly,weekly"})
+    weekly = own_module.Weekly()
+    assert config == Open(own_module.Deep(dropout=0.5), weekly, (weekly, weekly))
+    # Saved by import path: the name may be another tomorrow, or elsewhere.
+    assert config_lib.to_dict(config)["sequence"]["type"] == "own_module:Deep"
+    assert config_lib.apply_overrides(config, {"sequence": "deep"}) == config
+    for text, message in (
+        ("deep", "derives from Fixed or Length"),
+        ("n", "there is no module 'gone'"),
+        ("dep", r"expected Fixed \| Length, got 'dep'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config_lib.apply_overrides(Open(), {"length": text})
+    with pytest.raises(UserError, match=r"'x' is no import path.*\(registered: deep, n, weekly\)"):
+        imports.import_object("x")
+    register(tmp_path, "other", deep="elsewhere:Deep")
+    with pytest.raises(ConfigError, match="registered for elsewhere:Deep and own_module:Deep"):
+        config_lib.apply_overrides(Open(), {"sequence": "deep"})
 
 
 def test_errors_of_the_module_itself_are_passed_on(tmp_path, monkeypatch):

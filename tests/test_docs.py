@@ -1,8 +1,10 @@
 """The pages of docs/: they build, their commands run, and they name what there is."""
 
+import html.parser
 import re
 import subprocess
 import sys
+import urllib.parse
 
 import pytest
 from test_readme import README, REPOSITORY, run_here
@@ -11,7 +13,7 @@ DOCS = REPOSITORY / "docs"
 PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 # Run elsewhere: test_docs_extending runs the first. The others are launch recipes of machines that
 # are not here, and benchmarks of minutes to hours; their commands' flags are checked below.
-NOT_RUN = {"extending", "clusters", "performance", "length"}
+NOT_RUN = {"extending", "clusters", "performance", "length", "rivals"}
 
 
 def code_blocks(page):
@@ -46,16 +48,48 @@ def test_code_of_page_runs(page, tmp_path, data_dir):
             run_here(code, tmp_path, data_dir)
 
 
-def test_site_builds_without_a_broken_link(tmp_path):
+class Links(html.parser.HTMLParser):
+    """Addresses and ids of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.addresses, self.ids = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids.add(attributes.get("id"))
+        self.addresses += [attributes[n] for n in ("href", "src") if attributes.get(n)]
+
+
+def test_site_builds_and_every_link_leads_somewhere(tmp_path):
     finished = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
         cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    clusters = (tmp_path / "clusters" / "index.html").read_text()
-    assert "test_multiprocess.py" in clusters
-    assert 'href="../tests' not in clusters  # leads out of the site
     assert "hidden_width" in (tmp_path / "config" / "index.html").read_text()
+    pages = {path: Links(path.read_text()) for path in tmp_path.rglob("*.html")}
+    for path, page in pages.items():
+        if path.name == "404.html":  # served at any address, and so with absolute ones
+            continue
+        for address in page.addresses:
+            url = urllib.parse.urlsplit(address)
+            if url.scheme or not (url.path or url.fragment):
+                continue
+            target = (path.parent / urllib.parse.unquote(url.path)).resolve()
+            target = path if not url.path else target / "index.html" if target.is_dir() else target
+            assert target.is_file(), f"{path}: {address}"
+            if url.fragment and target in pages:
+                assert url.fragment in pages[target].ids, f"{path}: {address}"
+    # A page leads to the repository's files, and these lead back.
+    clusters = pages[tmp_path / "clusters" / "index.html"].addresses
+    test = "repository/tests/experiments/test_multiprocess.py"
+    assert f"../{test}/" in clusters
+    assert "def start_job" in re.sub(r"<[^>]*>", "", (tmp_path / test / "index.html").read_text())
+    assert "../docs/performance.md" not in clusters
+    readme = pages[tmp_path / "repository" / "index.html"].addresses
+    assert "../performance/" in readme
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -79,6 +113,20 @@ def test_flags_page_has_every_flag():
         source = (REPOSITORY / "experiments" / f"{file}.py").read_text()
         for flag in re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source):
             assert re.search(rf"--(no)?{flag}\b", section), f"{name}: --{flag}"
+
+
+def test_architecture_says_what_to_touch():
+    """Three files at most for each change, which hold what is said to be there."""
+    rows = re.findall(r"^\| (?:the|a) .*\|$", PAGES["architecture"], re.MULTILINE)
+    assert len(rows) == 3
+    for row in rows:
+        names = re.findall(r"`([\w./]+)`", row)
+        files = {name for name in names if name.endswith(".py")}
+        assert 1 <= len(files) <= 3
+        source = "".join((REPOSITORY / "stca_jax" / name).read_text() for name in files)
+        for name in names:
+            if "." not in name:
+                assert re.search(rf"^(class|def) {name}\b", source, re.MULTILINE), name
 
 
 def test_metrics_page_has_every_column():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import tomllib
 import zipfile
 
 import pytest
@@ -139,6 +140,7 @@ def test_wheel_works_beside_packages_of_the_same_names(tmp_path, project, wheel)
     check_types(python, project)
     check_beam(python, project)
     check_extensions(python, project, tmp_path)
+    check_registered_names(python, project, tmp_path)
 
 
 @pytest.mark.slow
@@ -196,3 +198,48 @@ def check_extensions(python, project, tmp_path):
     assert float(rows["stca", "click", "128"]["auc"]) > 0.5
     lines = (tmp_path / "cafe" / "metrics.jsonl").read_text().splitlines()
     assert any(json.loads(line).get("train/loss/logit_penalty", 0) > 0 for line in lines)
+
+
+def check_registered_names(python, project, tmp_path):
+    """The package of docs/extending.md as a wheel: its names work where its folder is not."""
+    page = (REPOSITORY / "docs" / "extending.md").read_text()
+    (settings,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(project / "my_ranking", source / "my_ranking")
+    (source / "pyproject.toml").write_text(settings)
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps")
+    run(*pip, "--no-build-isolation", source, cwd=elsewhere)
+    code = """
+        import pathlib
+        from stca_jax import config
+        from stca_jax.data.preparation import make_builder
+        from stca_jax.evaluation.metrics import own_metrics
+        from stca_jax.experiments.configs import tiny
+
+        values = {"model.sequence": "mean_pooling", "model.sequence.width": "16",
+                  "training.auxiliary_losses": "logit_penalty"}
+        found = config.apply_overrides(tiny.get_config(), values)
+        print(found.model.sequence, found.training.auxiliary_losses)
+        print(type(make_builder("cafe", pathlib.Path("data"))), own_metrics(["precision_at_1"]))
+        """
+    shown = run(python, "-c", textwrap.dedent(code), cwd=elsewhere)
+    for name in ("MeanPoolingConfig(width=16", "LogitPenalty(", "Cafe'> {'precision_at_1': <"):
+        assert name in shown
+
+
+def test_messages_name_extras_that_there_are():
+    """As `pip install -e ".[logs]"`, the one way that docs and messages tell."""
+    known = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    files = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "mkdocs.yml"]
+    for folder in ("stca_jax", "experiments", "data"):
+        files += [*(REPOSITORY / folder).rglob("*.py"), *(REPOSITORY / folder).rglob("README.md")]
+    found = 0
+    for file in files:
+        for quoted, extras in re.findall(
+            r"pip install -e (\S*\.\[([\w,-]+)\]\S*)", file.read_text()
+        ):
+            found += 1
+            assert quoted.startswith('".['), f"{file}: {quoted}"
+            assert set(extras.split(",")) <= known["optional-dependencies"].keys(), file
+    assert found > 10

@@ -18,7 +18,7 @@ FILES = sorted(
 LAYERS = [
     ("errors",),
     ("imports", "files", "schema", "lock"),
-    ("config_form", "config", "ranges"),
+    ("config_form", "config", "config_source", "ranges"),
     ("batch",),
     ("ops",),
     ("models", "input"),
@@ -27,8 +27,9 @@ LAYERS = [
     ("evaluation",),
     ("experiment",),
     ("workdir", "device_plan"),
-    ("trainer", "length_study", "export"),
+    ("trainer", "length_study", "export", "recommended"),
     ("data",),
+    ("comparison",),
     ("experiments",),
 ]
 LAYER = {name: k for k, names in enumerate(LAYERS) for name in names}

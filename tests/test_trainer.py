@@ -40,6 +40,18 @@ def finished(tmp_path_factory, tiny_dataset):
     return config, workdir, result, programs[0]
 
 
+def test_a_run_ends_once_validation_no_longer_improves(tmp_path, tiny_dataset, monkeypatch):
+    values = iter((0.5, 0.6, 0.6, 0.55, 0.7))
+    monkeypatch.setattr("stca_jax.evaluation.validation.score", lambda *_: next(values))
+    config = short(tiny.get_config(), **{"checkpoint.every_steps": "5", "evaluation.patience": "2"})
+    assert train(config, tiny_dataset, tmp_path).step == 20
+    assert read_best(tmp_path)["step"] == 10
+    assert train(config, tiny_dataset, tmp_path).step == 20, "and it stays ended"
+    patient = apply_overrides(config, {"evaluation.patience": "none"})
+    assert train(patient, tiny_dataset, tmp_path).step == 25, "unless it is told to go on"
+    assert read_best(tmp_path)["step"] == 25
+
+
 def short(config, **overrides):
     values = {
         "training.max_steps": "25",

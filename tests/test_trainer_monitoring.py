@@ -126,13 +126,14 @@ def end_each_step(monkeypatch):
 def test_steps_are_timed_when_they_end(config, tiny_dataset, tmp_path, monkeypatch):
     """Of steps that had ended by the last report, no time is left in the next."""
     end_each_step(monkeypatch)
-    timed, progress = [], trainer.MetricsWriter.progress
+    timed, ended_since = [], trainer.RecentSteps._ended_since
 
-    def spy(self, step, **counts):
-        timed.append((step, counts["steps"]))
-        return progress(self, step, **counts)
+    def spy(self, windows):
+        found = ended_since(self, windows)
+        timed.append((windows[-1][-1].step, len(found)))
+        return found
 
-    monkeypatch.setattr(trainer.MetricsWriter, "progress", spy)
+    monkeypatch.setattr(trainer.RecentSteps, "_ended_since", spy)
     config = apply_overrides(config, {"training.max_steps": 22, "checkpoint.every_steps": 11})
     train(config, tiny_dataset, tmp_path)
     assert timed == [(5, 10), (11, 1), (16, 10), (22, 1)]

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow_datasets as tfds
 
+from stca_jax.data import request_building as rb
 from stca_jax.data.base import UserData, UserDatasetBuilder
 from stca_jax.data.complete_journey import source
-from stca_jax.input import request_building as rb
-from stca_jax.input.encoding import Encoder, counter_hash, uniform
+from stca_jax.input.arrays import offsets, run_starts
+from stca_jax.input.encoding import Encoder
 from stca_jax.input.features import Features, FeatureTable
+from stca_jax.input.hashing import counter_hash, uniform
 
 _SEED = 0
 _MAX_POSITIVES = 16
@@ -144,7 +146,7 @@ class Visits:
 
 def group_visits(purchases: source.Purchases) -> Visits:
     """Groups purchases, which are sorted by household and time."""
-    start = rb.run_starts(purchases.user, purchases.time)
+    start = run_starts(purchases.user, purchases.time)
     sizes = np.diff(np.append(start, len(purchases.time)))
     user, time = purchases.user[start], purchases.time[start]
     return Visits(
@@ -190,7 +192,7 @@ def promotion_targets(
     positive = bought[promotions.find(visits.store_week[visit], product) >= 0]
     kept = [np.empty(0, np.int64)]
     by_place = np.argsort(visits.store_week, kind="stable")
-    for group in np.split(by_place, rb.run_starts(visits.store_week[by_place])[1:]):
+    for group in np.split(by_place, run_starts(visits.store_week[by_place])[1:]):
         product = promotions.products_of(visits.store_week[group[0]])
         drawn = uniform(_SEED, _KEPT, visits.key[group][:, None], purchases.product_id[product])
         row, column = np.nonzero(drawn < negative_rate)
@@ -216,16 +218,16 @@ def user_logs(
     bought = products.of(purchases.product)
     return rb.UserLogs(
         user_id=np.arange(num_users),
-        event_offset=rb.offsets(purchases.user, num_users),
+        event_offset=offsets(purchases.user, num_users),
         event_time=purchases.time,
         history={n: bought[n] for n in source.PRODUCT_FEATURES} | {"quantity": purchases.quantity},
-        request_offset=rb.offsets(user, num_users),
+        request_offset=offsets(user, num_users),
         request_id=np.arange(len(visit)),
         request_time=time,
         request_split=visits.split[visit],
         history_end=rb.history_end(purchases.user, purchases.time, user, time),
         request=households.of(user) | source.CLOCK.encode(purchases.origin + time),
-        target_offset=rb.offsets(np.searchsorted(visit, targets.request), len(visit)),
+        target_offset=offsets(np.searchsorted(visit, targets.request), len(visit)),
         target=products.of(targets.item) | promotion,
         label=targets.label[:, None],
     )

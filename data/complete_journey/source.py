@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stca_jax.input import request_building as rb
+from stca_jax.data import request_building as rb
+from stca_jax.input.arrays import run_starts
 from stca_jax.input.encoding import Buckets, Clock, Vocabulary
 from stca_jax.input.features import FeatureTable
 from stca_jax.input.records import SPLITS
@@ -296,7 +297,7 @@ def read_promotions(folder: pathlib.Path, purchases: Purchases) -> Promotions:
         pieces.append([c[keep] for c in columns])
     store_week, product, display, mailer = (np.concatenate(c) for c in zip(*pieces, strict=True))
     order = np.lexsort((product, store_week))
-    first = order[rb.run_starts(store_week[order], product[order])]
+    first = order[run_starts(store_week[order], product[order])]
     return Promotions(store_week[first], product[first], display[first], mailer[first])
 
 

@@ -29,7 +29,7 @@ from stca_jax.data.interaction_log.log_config import Column, LogConfig
 from stca_jax.data.interaction_log.source import Part, Table, fingerprint, open_table
 from stca_jax.data.interaction_log.times import NS, TimeReading
 from stca_jax.errors import UserError
-from stca_jax.input.encoding import counter_hash, text_hash
+from stca_jax.input.hashing import counter_hash, text_hash
 
 DUPLICATE = "equal to another row"  # counted with the rejected rows, though nothing is wrong
 _SHARD = 5  # a stream of hashes of its own

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stca_jax.data import request_building as rb
 from stca_jax.data.interaction_log.encoders import (
     encode_column,
     fit_scale,
@@ -20,7 +21,6 @@ from stca_jax.data.interaction_log.events import LogSource, id_keys, read_side_t
 from stca_jax.data.interaction_log.log_config import Column
 from stca_jax.data.interaction_log.moments import Moments
 from stca_jax.data.interaction_log.statistics import ShardStatistics, ValueCounts
-from stca_jax.input import request_building as rb
 from stca_jax.input.encoding import Clock, Encoder, Vocabulary
 from stca_jax.input.features import Features, FeatureTable
 from stca_jax.schema import Schema

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from stca_jax.data import request_building as rb
 from stca_jax.data.interaction_log.encoders import encode_column, positions
 from stca_jax.data.interaction_log.plan import LABELS, Plan
 from stca_jax.data.interaction_log.requests import Shard
-from stca_jax.input import request_building as rb
+from stca_jax.input.arrays import offsets
 
 
 def build_user_logs(plan: Plan, shard: Shard, index: int) -> rb.UserLogs:
@@ -41,17 +42,17 @@ def build_user_logs(plan: Plan, shard: Shard, index: int) -> rb.UserLogs:
         target[column.name] = encode_column(plan.encoders[column.name], values)
     return rb.UserLogs(
         user_id=plan.first_user[index] + np.arange(num_users),
-        event_offset=rb.offsets(shard.user[in_history], num_users),
+        event_offset=offsets(shard.user[in_history], num_users),
         event_time=shard.time[in_history] - plan.time_origin,
         history=history,
-        request_offset=rb.offsets(requests.user, num_users),
+        request_offset=offsets(requests.user, num_users),
         request_id=plan.first_request[index] + np.arange(num_requests),
         request_time=requests.time - plan.time_origin,
         request_split=rb.time_split(requests.time, plan.validation_start, plan.test_start),
         history_end=requests.history_end,
         request=plan.clock.encode(requests.time)
         | {n: column[user_row] for n, column in plan.user_columns.items()},
-        target_offset=rb.offsets(targets.request, num_requests),
+        target_offset=offsets(targets.request, num_requests),
         target=target,
         label=label,
     )

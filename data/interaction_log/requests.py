@@ -8,10 +8,10 @@ import functools
 import numpy as np
 import pyarrow as pa
 
+from stca_jax.data import request_building as rb
 from stca_jax.data.interaction_log.events import id_keys
 from stca_jax.data.interaction_log.log_config import LogConfig
-from stca_jax.input import request_building as rb
-from stca_jax.input.encoding import counter_hash
+from stca_jax.input.hashing import counter_hash
 
 LONGEST_GAP = 6 * 3_600
 """Seconds between targets of one request id; after a longer gap the id was given anew."""

@@ -23,10 +23,14 @@ class Size(tfds.core.BuilderConfig):
     Attributes:
       folder: What its archive unpacks to.
       parts: How many files each standard log is split into.
+      suffix: Of its files' names.
+      unirank: Whether targets, tasks, features and splits are those of the benchmark UniRank.
     """
 
     folder: str = ""
     parts: int = 1
+    suffix: str = ""
+    unirank: bool = False
 
 
 class Builder(LogDatasetBuilder):
@@ -39,9 +43,16 @@ class Builder(LogDatasetBuilder):
         "https://zenodo.org/records/10439422 and unpack it in the folder."
     )
     BUILDER_CONFIGS = [  # noqa: RUF012
-        Size(name="1k", folder="KuaiRand-1K/data", description="1,000 users, all they saw."),
-        Size(name="27k", folder="KuaiRand-27K/data", parts=2, description="27,285 users."),
-        Size(name="pure", folder="KuaiRand-Pure/data", description="7,583 videos only."),
+        Size(
+            name=name, folder=folder, parts=parts, suffix=suffix, description=text, unirank=unirank
+        )
+        for name, folder, parts, suffix, text, unirank in (
+            ("1k", "KuaiRand-1K/data", 1, "1k", "1,000 users, all they saw.", False),
+            ("27k", "KuaiRand-27K/data", 2, "27k", "27,285 users.", False),
+            ("pure", "KuaiRand-Pure/data", 1, "pure", "7,583 videos only.", False),
+            ("unirank", "KuaiRand-27K/data", 2, "27k", "27k by UniRank's protocol.", True),
+            ("unirank_1k", "KuaiRand-1K/data", 1, "1k", "1k by UniRank's protocol.", True),
+        )
     ]
 
     def log_config(self, manual_dir: pathlib.Path | None) -> LogConfig:
@@ -49,10 +60,12 @@ class Builder(LogDatasetBuilder):
         size = self.builder_config
         assert isinstance(size, Size)
         suffixes = [f"_part{k + 1}" for k in range(size.parts)] if size.parts > 1 else [""]
-        logs = [f"{log}_{size.name}{suffix}.csv" for log in _STANDARD for suffix in suffixes]
-        logs.append(f"{_RANDOM}_{size.name}.csv")
-        tables = [f"video_features_basic_{size.name}.csv", f"user_features_{size.name}.csv"]
+        logs = [f"{log}_{size.suffix}{suffix}.csv" for log in _STANDARD for suffix in suffixes]
+        logs.append(f"{_RANDOM}_{size.suffix}.csv")
+        tables = [f"video_features_basic_{size.suffix}.csv", f"user_features_{size.suffix}.csv"]
         *found, videos, users = self.find_files(manual_dir, size.folder, [*logs, *tables])
+        if size.unirank:
+            return _unirank(tuple(found), videos, users)
         return LogConfig(
             log=tuple(found),
             user_id="user_id",
@@ -90,3 +103,49 @@ class Builder(LogDatasetBuilder):
             validation_start="2022-04-21 16:00",
             test_start="2022-04-24 16:00",
         )
+
+
+def _unirank(log: tuple[str, ...], videos: str, users: str) -> LogConfig:
+    """Every impression, random ones too, is a target of six tasks; 25, 3 and 3 days of 31.
+
+    UniRank (arXiv 2607.19987) describes a split of each user's targets; its preprocessing of
+    KuaiRand splits by date, in Beijing, and its logs count as many targets as that gives.
+    """
+    return LogConfig(
+        log=log,
+        user_id="user_id",
+        item_id="video_id",
+        timestamp="time_ms",
+        time_unit="ms",
+        labels=("is_click", "is_follow", "is_like", "is_comment", "is_forward", "long_view"),
+        target_features=("tab",),
+        items=(videos,),
+        item_features=(
+            "video_type",
+            "tag=split_part(tag, ',', 1)",
+            "music_type",
+            f"duration={_buckets('video_duration', 0, 3_000, 7_000, 15_000, 30_000, 60_000)}"
+            ":categorical",
+        ),
+        users=(users,),
+        user_features=(
+            "user_active_degree",
+            "is_lowactive_period",
+            "is_live_streamer",
+            "is_video_author",
+            "follow_user_num_range",
+            "fans_user_num_range",
+            "friend_user_num_range",
+            "register_days_range",
+            *(f"onehot_feat{k}" for k in range(18)),
+        ),
+        validation_start="2022-05-02 16:00",
+        test_start="2022-05-05 16:00",
+        min_count=1,
+    )
+
+
+def _buckets(column: str, *bounds: int) -> str:
+    """SQL of how many bounds a number exceeds; a missing one counts as 0."""
+    number = f"coalesce(try_cast({column} AS DOUBLE), 0)"
+    return " + ".join(f"({number} > {bound})::INTEGER" for bound in bounds)

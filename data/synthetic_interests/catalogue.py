@@ -25,6 +25,16 @@ class GeneratorConfig(LogConfig):
     categories_per_topic: int = 5
     items_per_category: int = 64
 
+    @property
+    def num_categories(self) -> int:
+        """Of all topics."""
+        return self.num_topics * self.categories_per_topic
+
+    @property
+    def num_items(self) -> int:
+        """Of all categories."""
+        return self.num_categories * self.items_per_category
+
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
@@ -71,10 +81,9 @@ class Catalogue:
 def make_catalogue(config: GeneratorConfig) -> Catalogue:
     """Draws the tree that all users of a configuration share."""
     rng = np.random.default_rng([config.seed, 0])
-    num_categories = config.num_topics * config.categories_per_topic
-    num_items = num_categories * config.items_per_category
-    categories = rng.permutation(num_categories).astype(np.int32).reshape(config.num_topics, -1)
-    items = rng.permutation(num_items).astype(np.int32).reshape(num_categories, -1)
+    categories = rng.permutation(config.num_categories).reshape(config.num_topics, -1)
+    items = rng.permutation(config.num_items).reshape(config.num_categories, -1)
+    categories, items = categories.astype(np.int32), items.astype(np.int32)
     return Catalogue(categories, items, _row_of(categories), _row_of(items))
 
 

@@ -9,6 +9,9 @@ from jaxtyping import Float32, Float64, Int
 
 SECONDS_PER_DAY = 86_400
 WARM_UP = 0.1  # of a user's events come before the first request
+# Of events, by what they follow: a lasting interest, one of some weeks; sessions have the rest.
+LIFELONG_SHARE, EPISODE_SHARE = 0.7, 0.2
+_EPISODE_DAYS = 45
 _SESSION_SECONDS = 1_800
 _EVENTS_PER_SESSION = 10
 _VALIDATION_START, _TEST_START = 0.7, 0.8  # of the period
@@ -84,6 +87,33 @@ def draw_sessions(
     time = start[session] + draw_below(_SESSION_SECONDS, num_events, rng)
     order = np.argsort(time, kind="stable")
     return time[order].astype(np.int32), session[order]
+
+
+def draw_episodes(time: Int[np.ndarray, " n"], rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+    """Which episode of some weeks each event falls into, from 0 on."""
+    return (time / SECONDS_PER_DAY / _EPISODE_DAYS + rng.random()).astype(np.int64)
+
+
+def draw_mixture(
+    past: Int[np.ndarray, " n"],
+    related: Int[np.ndarray, " n"],
+    random: Int[np.ndarray, " n"],
+    shares: tuple[float, float],
+    rng: np.random.Generator,
+) -> Int[np.ndarray, " m"]:
+    """Distinct candidates in random order, of three origins.
+
+    Args:
+      past: Items of the history.
+      related: Items that have to do with those.
+      random: Any items.
+      shares: Of past and of related ones; the others are random.
+      rng: Draws each candidate's origin.
+    """
+    origin = rng.random(len(past))
+    is_past, is_related = origin < shares[0], origin < sum(shares)
+    item = np.select([is_past, is_related], [past, related], random)
+    return item[np.sort(np.unique(item, return_index=True)[1])]
 
 
 def draw_labels(

@@ -28,23 +28,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int
 
 from stca_jax.data.synthetic_interests.catalogue import Catalogue, GeneratorConfig, make_catalogue
 from stca_jax.data.synthetic_interests.drawing import (
+    EPISODE_SHARE,
+    LIFELONG_SHARE,
     SECONDS_PER_DAY,
     draw_below,
-    draw_labels,
-    draw_requests,
-    draw_sessions,
+    draw_episodes,
+    draw_mixture,
     draw_zipf,
 )
-from stca_jax.input import request_building as rb
+from stca_jax.data.synthetic_interests.users import make_users
 from stca_jax.input.records import UserRecord
-from stca_jax.schema import Schema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,20 +70,11 @@ TERMS = (
 )
 BIAS = -2.0
 
-FEATURES: dict[str, Any] = {
-    "history": ("item", "category"),
-    "target": ("item", "category"),
-    "request": (),
-    "tasks": ("click",),
-}
-
-_LIFELONG_SHARE, _EPISODE_SHARE = 0.7, 0.2  # of events; sessions have the rest
-_EPISODE_DAYS = 45
 _FAVOURITE_SHARE = 0.5  # of events on a user's own ranking of items; others are on everybody's
 # Exponents of Zipf's law: how much more often the first choice is taken than the k-th.
 _TOPIC_ZIPF, _CATEGORY_ZIPF, _ITEM_ZIPF = 0.8, 1.0, 1.0
 # Of candidates: items met before, other items of categories met before; others are of any category.
-_PAST_SHARE, _RELATED_SHARE = 0.4, 0.2
+_TARGET_SHARES = 0.4, 0.2
 
 
 CONFIGS = {
@@ -107,24 +97,9 @@ CONFIGS = {
 }
 
 
-def make_schema(config: GeneratorConfig) -> Schema:
-    """Item and category of events and targets; the topic stays hidden."""
-    num_categories = config.num_topics * config.categories_per_topic
-    vocabularies = {
-        "item": num_categories * config.items_per_category,
-        "category": num_categories,
-    }
-    return Schema(**FEATURES, vocabularies=vocabularies)
-
-
 def generate_users(config: GeneratorConfig) -> Iterator[UserRecord]:
     """Yields the users in order, each from a random stream of its own."""
-    catalogue = make_catalogue(config)
-    num_requests = 0
-    for user_id in range(config.num_users):
-        record = _generate_user(config, catalogue, user_id, num_requests)
-        num_requests += len(record.request_id)
-        yield record
+    return make_users(config, _Interests(config, make_catalogue(config)))
 
 
 def true_lifts(
@@ -172,90 +147,65 @@ def logit_of(lifts: Float64[np.ndarray, "t terms"]) -> Float64[np.ndarray, " t"]
     return lifts @ [term.weight for term in TERMS] + BIAS
 
 
-def _generate_user(
-    config: GeneratorConfig, catalogue: Catalogue, user_id: int, first_request_id: int
-) -> UserRecord:
-    rng = np.random.default_rng([config.seed, 1, user_id])
-    time, session = draw_sessions(config, rng)
-    category = _draw_categories(config, catalogue, time, session, rng)
-    item = _draw_items(catalogue, category, rng)
+@dataclasses.dataclass(frozen=True)
+class _Interests:
+    """A `World` of interests in topics and categories."""
 
-    request_time, history_end = draw_requests(config, time, rng)
-    num_requests = len(request_time)
-    targets = [_draw_targets(config, catalogue, item[:end], rng) for end in history_end]
-    target = np.concatenate(targets)
+    config: GeneratorConfig
+    catalogue: Catalogue
 
-    record = UserRecord(
-        user_id=user_id,
-        event_time=time,
-        history={"item": item, "category": category},
-        request_id=np.arange(first_request_id, first_request_id + num_requests, dtype=np.int32),
-        request_time=request_time,
-        request_split=rb.time_split(request_time, config.validation_start, config.test_start),
-        history_end=history_end.astype(np.int32),
-        target_offset=np.cumsum([0, *map(len, targets)], dtype=np.int32),
-        request={},
-        target={"item": target, "category": catalogue.category_of_item[target]},
-        label=np.zeros((len(target), 1), np.float32),
-    )
-    return dataclasses.replace(record, label=draw_labels(true_logit(record, catalogue), rng))
+    @property
+    def category_of_item(self) -> Int[np.ndarray, " items"]:
+        return self.catalogue.category_of_item
 
+    def logit(self, record: UserRecord) -> Float64[np.ndarray, " t"]:
+        return true_logit(record, self.catalogue)
 
-def _draw_categories(
-    config: GeneratorConfig,
-    catalogue: Catalogue,
-    time: Int[np.ndarray, " n"],
-    session: Int[np.ndarray, " n"],
-    rng: np.random.Generator,
-) -> Int[np.ndarray, " n"]:
-    """Categories of a user's events, from interests of three time scales."""
-    num_topics, num_ranks = catalogue.categories.shape
-    days, n = time / SECONDS_PER_DAY, len(time)
-    tastes = np.stack([rng.permutation(num_topics), rng.permutation(num_topics)])
-    is_new = rng.random(n) < days / config.num_days
-    lifelong = tastes[is_new.astype(np.int64), draw_zipf(num_topics, _TOPIC_ZIPF, n, rng)]
-    episode = (days / _EPISODE_DAYS + rng.random()).astype(np.int64)
-    episodic = draw_below(num_topics, episode[-1] + 1, rng)[episode]
+    def draw_items(
+        self, time: Int[np.ndarray, " n"], session: Int[np.ndarray, " n"], rng: np.random.Generator
+    ) -> Int[np.ndarray, " n"]:
+        """The user's favourites of the categories of the events, and everybody's."""
+        category = self._draw_categories(time, session, rng)
+        num_categories, num_ranks = self.catalogue.items.shape
+        rotation = draw_below(num_ranks, num_categories, rng)
+        is_favourite = rng.random(len(category)) < _FAVOURITE_SHARE
+        rank = draw_zipf(num_ranks, _ITEM_ZIPF, len(category), rng)
+        rank += np.where(is_favourite, rotation[category], 0)
+        return self.catalogue.items[category, rank % num_ranks]
 
-    scale = rng.random(n)
-    topic = np.where(scale < _LIFELONG_SHARE, lifelong, episodic)
-    # Each user ranks a topic's categories in an order of their own: a rotation of everybody's.
-    rotation = draw_below(num_ranks, num_topics, rng)
-    rank = rotation[topic] + draw_zipf(num_ranks, _CATEGORY_ZIPF, n, rng)
-    category = catalogue.categories[topic, rank % num_ranks]
-    of_session = draw_below(len(catalogue.items), session.max() + 1, rng)[session]
-    is_lasting = scale < _LIFELONG_SHARE + _EPISODE_SHARE
-    return np.where(is_lasting, category, of_session).astype(np.int32)
+    def _draw_categories(
+        self, time: Int[np.ndarray, " n"], session: Int[np.ndarray, " n"], rng: np.random.Generator
+    ) -> Int[np.ndarray, " n"]:
+        """Categories of a user's events, from interests of three time scales."""
+        num_topics, num_ranks = self.catalogue.categories.shape
+        days, n = time / SECONDS_PER_DAY, len(time)
+        tastes = np.stack([rng.permutation(num_topics), rng.permutation(num_topics)])
+        is_new = rng.random(n) < days / self.config.num_days
+        lifelong = tastes[is_new.astype(np.int64), draw_zipf(num_topics, _TOPIC_ZIPF, n, rng)]
+        episode = draw_episodes(time, rng)
+        episodic = draw_below(num_topics, episode[-1] + 1, rng)[episode]
 
+        scale = rng.random(n)
+        topic = np.where(scale < LIFELONG_SHARE, lifelong, episodic)
+        # Each user ranks a topic's categories in an order of their own: a rotation of everybody's.
+        rotation = draw_below(num_ranks, num_topics, rng)
+        rank = rotation[topic] + draw_zipf(num_ranks, _CATEGORY_ZIPF, n, rng)
+        category = self.catalogue.categories[topic, rank % num_ranks]
+        of_session = draw_below(len(self.catalogue.items), session.max() + 1, rng)[session]
+        is_lasting = scale < LIFELONG_SHARE + EPISODE_SHARE
+        return np.where(is_lasting, category, of_session).astype(np.int32)
 
-def _draw_items(
-    catalogue: Catalogue, category: Int[np.ndarray, " n"], rng: np.random.Generator
-) -> Int[np.ndarray, " n"]:
-    """Items of a user's events: the user's favourites of the category, and everybody's."""
-    num_categories, num_ranks = catalogue.items.shape
-    rotation = draw_below(num_ranks, num_categories, rng)
-    is_favourite = rng.random(len(category)) < _FAVOURITE_SHARE
-    rank = draw_zipf(num_ranks, _ITEM_ZIPF, len(category), rng)
-    rank += np.where(is_favourite, rotation[category], 0)
-    return catalogue.items[category, rank % num_ranks]
-
-
-def _draw_targets(
-    config: GeneratorConfig,
-    catalogue: Catalogue,
-    history: Int[np.ndarray, " n"],
-    rng: np.random.Generator,
-) -> Int[np.ndarray, " m"]:
-    """Distinct candidates: items of the history, of its categories, and of any category."""
-    num_categories, num_ranks = catalogue.items.shape
-    size = 3 * config.targets_per_request  # enough for the repeats that fall away
-    category = draw_below(num_categories, size, rng)
-    rank = draw_zipf(num_ranks, _ITEM_ZIPF, size, rng)
-    random = catalogue.items[category, rank]
-    past = history[draw_below(len(history), size, rng)] if len(history) else random
-    related = catalogue.items[catalogue.category_of_item[past], rank]
-    origin = rng.random(size)
-    is_past, is_related = origin < _PAST_SHARE, origin < _PAST_SHARE + _RELATED_SHARE
-    item = np.select([is_past, is_related], [past, related], random)
-    first = np.unique(item, return_index=True)[1]
-    return item[np.sort(first)[: config.targets_per_request]]
+    def draw_targets(
+        self, history: Int[np.ndarray, " n"], rng: np.random.Generator
+    ) -> Int[np.ndarray, " m"]:
+        """Distinct candidates: items of the history, of its categories, and of any category."""
+        catalogue = self.catalogue
+        num_categories, num_ranks = catalogue.items.shape
+        size = 3 * self.config.targets_per_request  # enough for the repeats that fall away
+        category = draw_below(num_categories, size, rng)
+        rank = draw_zipf(num_ranks, _ITEM_ZIPF, size, rng)
+        random = catalogue.items[category, rank]
+        past = history[draw_below(len(history), size, rng)] if len(history) else random
+        related = catalogue.items[catalogue.category_of_item[past], rank]
+        item = draw_mixture(past, related, random, _TARGET_SHARES, rng)
+        return item[: self.config.targets_per_request]

@@ -30,26 +30,24 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int
 
 from stca_jax.data.synthetic_interests.drawing import (
+    EPISODE_SHARE,
+    LIFELONG_SHARE,
     SECONDS_PER_DAY,
     LogConfig,
     draw_below,
-    draw_labels,
-    draw_requests,
-    draw_sessions,
+    draw_episodes,
+    draw_mixture,
 )
-from stca_jax.input import request_building as rb
+from stca_jax.data.synthetic_interests.users import make_users
 from stca_jax.input.records import UserRecord
-from stca_jax.schema import Schema
 
 TERMS = {math.inf: 8.0, 28.0: 3.0, 1.0: 1.5}  # weight of each decay in days
 BIAS = -1.6
 _CHOICE, _SHARPNESS = 20.0, 5.0
 _PRIOR = 10.0  # P, in events
 _NUM_LIFELONG = 6
-_LIFELONG_SHARE, _EPISODE_SHARE = 0.7, 0.2  # of events; sessions have the rest
-_EPISODE_DAYS = 45
 # Of candidates: items met before, neighbours of items met before; others are any items.
-_PAST_SHARE, _RELATED_SHARE = 0.05, 0.35
+_TARGET_SHARES = 0.05, 0.35
 _NUM_NEIGHBOURS = 32
 
 
@@ -108,25 +106,9 @@ def make_latent_catalogue(config: LatentConfig) -> LatentCatalogue:
     return LatentCatalogue(vectors, category, neighbours, _chance(vectors))
 
 
-def make_latent_schema(config: LatentConfig) -> Schema:
-    """Item and category of events and targets; the vectors stay hidden."""
-    return Schema(
-        history=("item", "category"),
-        target=("item", "category"),
-        request=(),
-        tasks=("click",),
-        vocabularies={"item": config.num_items, "category": config.num_categories},
-    )
-
-
 def generate_latent_users(config: LatentConfig) -> Iterator[UserRecord]:
     """Yields the users in order, each from a random stream of its own."""
-    catalogue = make_latent_catalogue(config)
-    num_requests = 0
-    for user_id in range(config.num_users):
-        record = _generate_user(config, catalogue, user_id, num_requests)
-        num_requests += len(record.request_id)
-        yield record
+    return make_users(config, _Directions(config, make_latent_catalogue(config)))
 
 
 def latent_lifts(
@@ -169,74 +151,53 @@ def _chance(vectors: Float32[np.ndarray, "n dims"]) -> float:
     return float((kernel.sum(dtype=np.float64) - np.trace(kernel)) / (n * max(n - 1, 1)))
 
 
-def _generate_user(
-    config: LatentConfig, catalogue: LatentCatalogue, user_id: int, first_request_id: int
-) -> UserRecord:
-    rng = np.random.default_rng([config.seed, 1, user_id])
-    time, session = draw_sessions(config, rng)
-    item = _draw_items(config, catalogue, time, session, rng)
-    request_time, history_end = draw_requests(config, time, rng)
-    targets = [_draw_targets(config, catalogue, item[:end], rng) for end in history_end]
-    target = np.concatenate(targets)
-    record = UserRecord(
-        user_id=user_id,
-        event_time=time,
-        history={"item": item, "category": catalogue.category[item]},
-        request_id=np.arange(first_request_id, first_request_id + len(targets), dtype=np.int32),
-        request_time=request_time,
-        request_split=rb.time_split(request_time, config.validation_start, config.test_start),
-        history_end=history_end.astype(np.int32),
-        target_offset=np.cumsum([0, *map(len, targets)], dtype=np.int32),
-        request={},
-        target={"item": target, "category": catalogue.category[target]},
-        label=np.zeros((len(target), 1), np.float32),
-    )
-    logit = latent_logit_of(latent_lifts(record, catalogue))
-    return dataclasses.replace(record, label=draw_labels(logit, rng))
+@dataclasses.dataclass(frozen=True)
+class _Directions:
+    """A `World` of interests in directions."""
 
+    config: LatentConfig
+    catalogue: LatentCatalogue
 
-def _draw_items(
-    config: LatentConfig,
-    catalogue: LatentCatalogue,
-    time: Int[np.ndarray, " n"],
-    session: Int[np.ndarray, " n"],
-    rng: np.random.Generator,
-) -> Int[np.ndarray, " n"]:
-    """Items of a user's events, from interests of three time scales."""
-    days, n = time / SECONDS_PER_DAY, len(time)
-    lifelong = draw_below(_NUM_LIFELONG, n, rng)
-    moves = rng.random(_NUM_LIFELONG) * config.num_days
-    lifelong += _NUM_LIFELONG * (days > moves[lifelong])
-    episode = (days / _EPISODE_DAYS + rng.random()).astype(np.int64)
-    scale = rng.random(n)
-    is_lifelong, is_lasting = scale < _LIFELONG_SHARE, scale < _LIFELONG_SHARE + _EPISODE_SHARE
-    first_session = 2 * _NUM_LIFELONG + episode[-1] + 1
-    others = [2 * _NUM_LIFELONG + episode, first_session + session]
-    interest = np.select([is_lifelong, is_lasting], [lifelong, others[0]], others[1])
-    used, interest = np.unique(interest, return_inverse=True)
-    vectors = _unit(rng.normal(size=(len(used), config.num_dimensions)))
-    logit = _CHOICE * (vectors @ catalogue.vectors.T)
-    cumulative = np.cumsum(np.exp(logit - logit.max(-1, keepdims=True)), -1, dtype=np.float64)
-    cumulative /= cumulative[:, -1:]
-    # One search in all rows at once: row r lies in [r, r + 1].
-    rows = (cumulative + np.arange(len(used))[:, None]).ravel()
-    found = np.searchsorted(rows, interest + rng.random(n), side="right")
-    return np.minimum(found - interest * config.num_items, config.num_items - 1).astype(np.int32)
+    @property
+    def category_of_item(self) -> Int[np.ndarray, " items"]:
+        return self.catalogue.category
 
+    def logit(self, record: UserRecord) -> Float64[np.ndarray, " t"]:
+        return latent_logit_of(latent_lifts(record, self.catalogue))
 
-def _draw_targets(
-    config: LatentConfig,
-    catalogue: LatentCatalogue,
-    history: Int[np.ndarray, " n"],
-    rng: np.random.Generator,
-) -> Int[np.ndarray, " m"]:
-    """Distinct candidates: items of the history, neighbours of such items, and any items."""
-    size = 2 * config.targets_per_request  # enough for the repeats that fall away
-    random = draw_below(config.num_items, size, rng).astype(np.int32)
-    past = history[draw_below(len(history), size, rng)] if len(history) else random
-    related = catalogue.neighbours[past, draw_below(catalogue.neighbours.shape[1], size, rng)]
-    origin = rng.random(size)
-    is_past, is_related = origin < _PAST_SHARE, origin < _PAST_SHARE + _RELATED_SHARE
-    item = np.select([is_past, is_related], [past, related], random)
-    first = np.unique(item, return_index=True)[1]
-    return item[np.sort(first)[: config.targets_per_request]]
+    def draw_items(
+        self, time: Int[np.ndarray, " n"], session: Int[np.ndarray, " n"], rng: np.random.Generator
+    ) -> Int[np.ndarray, " n"]:
+        """Items of a user's events, from interests of three time scales."""
+        config, n = self.config, len(time)
+        lifelong = draw_below(_NUM_LIFELONG, n, rng)
+        moves = rng.random(_NUM_LIFELONG) * config.num_days
+        lifelong += _NUM_LIFELONG * (time / SECONDS_PER_DAY > moves[lifelong])
+        episode = draw_episodes(time, rng)
+        scale = rng.random(n)
+        is_lifelong, is_lasting = scale < LIFELONG_SHARE, scale < LIFELONG_SHARE + EPISODE_SHARE
+        first_session = 2 * _NUM_LIFELONG + episode[-1] + 1
+        others = [2 * _NUM_LIFELONG + episode, first_session + session]
+        interest = np.select([is_lifelong, is_lasting], [lifelong, others[0]], others[1])
+        used, interest = np.unique(interest, return_inverse=True)
+        vectors = _unit(rng.normal(size=(len(used), config.num_dimensions)))
+        logit = _CHOICE * (vectors @ self.catalogue.vectors.T)
+        cumulative = np.cumsum(np.exp(logit - logit.max(-1, keepdims=True)), -1, dtype=np.float64)
+        cumulative /= cumulative[:, -1:]
+        # One search in all rows at once: row r lies in [r, r + 1].
+        rows = (cumulative + np.arange(len(used))[:, None]).ravel()
+        found = np.searchsorted(rows, interest + rng.random(n), side="right")
+        item = np.minimum(found - interest * config.num_items, config.num_items - 1)
+        return item.astype(np.int32)
+
+    def draw_targets(
+        self, history: Int[np.ndarray, " n"], rng: np.random.Generator
+    ) -> Int[np.ndarray, " m"]:
+        """Distinct candidates: items of the history, neighbours of such items, and any items."""
+        config, neighbours = self.config, self.catalogue.neighbours
+        size = 2 * config.targets_per_request  # enough for the repeats that fall away
+        random = draw_below(config.num_items, size, rng).astype(np.int32)
+        past = history[draw_below(len(history), size, rng)] if len(history) else random
+        related = neighbours[past, draw_below(neighbours.shape[1], size, rng)]
+        item = draw_mixture(past, related, random, _TARGET_SHARES, rng)
+        return item[: config.targets_per_request]

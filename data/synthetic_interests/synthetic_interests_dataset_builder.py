@@ -13,18 +13,16 @@ from stca_jax.data.base import UserData, UserDatasetBuilder
 from stca_jax.data.synthetic_interests.catalogue import make_catalogue
 from stca_jax.data.synthetic_interests.generator import (
     CONFIGS,
-    FEATURES,
     GeneratorConfig,
     generate_users,
-    make_schema,
 )
 from stca_jax.data.synthetic_interests.latent import (
     LATENT_CONFIGS,
     LatentConfig,
     generate_latent_users,
     make_latent_catalogue,
-    make_latent_schema,
 )
+from stca_jax.data.synthetic_interests.users import FEATURES, make_schema
 from stca_jax.input.features import Features, FeatureTable
 
 
@@ -62,15 +60,15 @@ class Builder(UserDatasetBuilder):
         """Generates the users while they are written; nothing is downloaded."""
         config = self.builder_config.generator
         if isinstance(config, LatentConfig):
-            kind, schema = "latent", make_latent_schema(config)
+            kind = "latent"
             category = make_latent_catalogue(config).category
             shard = functools.partial(generate_latent_users, config)
         else:
-            kind, schema = "generator", make_schema(config)
+            kind = "generator"
             category = make_catalogue(config).category_of_item
             shard = functools.partial(generate_users, config)
         return UserData(
-            schema=schema,
+            schema=make_schema(config),
             time_origin=0,
             validation_start=config.validation_start,
             test_start=config.test_start,

@@ -4,7 +4,7 @@
 
 Steps: one history per impression · one per request, einsum · order by the cost model · tiled ·
 fused · the device's kernels · ragged lengths packed into rows; with PyTorch installed
-(`pip install -e .[bench]`), its TransformerEncoder with the targets appended and STCA with SDPA
+(`pip install -e ".[bench]"`), its TransformerEncoder with the targets appended and STCA with SDPA
 beside it.  GFLOP/s count the
 model's FLOPs, never recomputation; the peak is the best matrix product of the same run.
 Runs unchanged on GPU and TPU; `--dtype=bfloat16` there.

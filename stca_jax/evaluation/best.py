@@ -70,6 +70,20 @@ def read_marks(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [_of_first_version(found)] if isinstance(found, dict) else found
 
 
+def read_mark(workdir: str | os.PathLike[str], criterion: Criterion) -> dict[str, Any] | None:
+    """The mark of a criterion; None if it has marked no checkpoint."""
+    return next((mark for mark in read_marks(workdir) if _is_of(criterion, mark)), None)
+
+
+def _columns(criterion: Criterion) -> dict[str, Any]:
+    """What a mark says of its criterion."""
+    return {n: v for n, v in criterion._asdict().items() if n != "larger_is_better"}
+
+
+def _is_of(criterion: Criterion, mark: Mapping[str, Any]) -> bool:
+    return _columns(criterion).items() <= mark.items()
+
+
 def marked_steps(workdir: str | os.PathLike[str]) -> set[int]:
     """Steps of all marks: retention keeps their checkpoints."""
     return {mark["step"] for mark in read_marks(workdir)}
@@ -92,19 +106,22 @@ def mark_best(
       The step that is marked now, if one is.
     """
     directory = pathlib.Path(workdir)
-    same = criterion._replace(larger_is_better=True)._asdict()
-    del same["larger_is_better"]
     finite = {step: float(v) for step, v in values.items() if v is not None and math.isfinite(v)}
     with _alone(directory):
         marks = [m for m in read_marks(directory) if _exists(directory, m) and m["length"]]
-        before = next((m for m in marks if same.items() <= m.items()), None)
+        before = next((m for m in marks if _is_of(criterion, m)), None)
         candidates = finite | ({before["step"]: before["value"]} if before else {})
         if not candidates:
             return None
         sign = 1 if criterion.larger_is_better else -1
         step = max(candidates, key=lambda s: (sign * candidates[s], -s))
         last_step = max([*values, *([before["last_step"]] if before else [])])
-        mark = {"step": step, "value": candidates[step], **same, "last_step": last_step}
+        mark = {
+            "step": step,
+            "value": candidates[step],
+            **_columns(criterion),
+            "last_step": last_step,
+        }
         if mark != before:
             marks = [mark, *(m for m in marks if m is not before)]
             marks.sort(key=lambda m: (m["last_step"], m["length"]), reverse=True)

@@ -41,7 +41,9 @@ class EvaluationConfig:
       validation_requests: Likewise at most so many requests.
       metric: Column that chooses the best checkpoint on the validation split.
       larger_is_better: Whether a larger value of the metric is better.
-      extra_metrics: Import paths of metrics of one's own, functions of `metrics.ScoredTargets`.
+      patience: A training run ends early once so many validations in a row, one each
+        `checkpoint.every_steps`, brought no better checkpoint; None goes on to the last step.
+      extra_metrics: Metrics of one's own, functions of `metrics.ScoredTargets`, by import path.
     """
 
     lengths: tuple[int, ...] = (50, 100, 200, 500, 1_000, 2_000, 4_000)
@@ -52,6 +54,7 @@ class EvaluationConfig:
     validation_requests: int | None = None
     metric: str = "auc"
     larger_is_better: bool = True
+    patience: int | None = None
     extra_metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -60,7 +63,7 @@ class EvaluationConfig:
             raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
         for name, least in {
             "min_history": 0, "max_requests": 1, "validation_length": 1, "validation_requests": 1,
-            "validation_targets": 1,
+            "validation_targets": 1, "patience": 1,
         }.items():  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= least:  # NaN is refused

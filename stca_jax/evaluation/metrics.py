@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Integer, Shaped, UInt64
 
 from stca_jax.errors import UserError
 from stca_jax.evaluation.ranks import GROUP_BITS, GroupedAuc, mean_auc, ordered_bits, sort_keys
-from stca_jax.imports import import_object
+from stca_jax.imports import find_path, import_object
 
 Labels = Shaped[np.ndarray, " n"]
 Scores = Float[np.ndarray, " n"]
@@ -197,14 +197,15 @@ COUNTS = (
 
 
 def own_metrics(paths: Sequence[str]) -> dict[str, Metric]:
-    """Metrics by name that import paths name: functions of `ScoredTargets`.
+    """Functions of `ScoredTargets`, by name, that import paths or registered names stand for.
 
     Raises:
       UserError: there is no such function, or its name is taken.
     """
     found: dict[str, Metric] = {}
     for path in paths:
-        metric, name = import_object(path), path.rpartition(":")[2]
+        metric = import_object(path)
+        name = (find_path(path) or path).rpartition(":")[2]
         if not callable(metric):
             raise UserError(f"{path} is no function")
         if name in METRICS or name in COUNTS or name in found:

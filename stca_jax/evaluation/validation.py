@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import pathlib
 
-from stca_jax.evaluation.best import Criterion, mark_best, score
+from stca_jax.evaluation.best import Criterion, mark_best, read_mark, score
 from stca_jax.evaluation.evaluator import EvaluationConfig, evaluate_split, metric_rows
 from stca_jax.files import read_json_lines
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.planning import InputConfig, select_requests
-from stca_jax.training.distributed import is_main_process
+from stca_jax.training.distributed import is_main_process, on_all_processes
 from stca_jax.training.metrics_writer import MetricsWriter
 from stca_jax.training.state import TrainState
 from stca_jax.training.train_step import Program
@@ -27,8 +27,16 @@ class Validation:
         input_config: InputConfig,
         config: EvaluationConfig,
         workdir: pathlib.Path,
+        every_steps: int,
     ):
         """See `stca_jax.evaluation.evaluator`; the workdir gets best.json.
+
+        Args:
+          dataset: Of the training.
+          input_config: How requests are packed.
+          config: Which are scored.
+          workdir: Of the run.
+          every_steps: Steps from one validation to the next.
 
         Raises:
           UserError: no request of the split has `config.min_history` earlier events.
@@ -41,8 +49,9 @@ class Validation:
         self._input = input_config
         self._config = config
         self._workdir = workdir
+        self._every_steps = every_steps
 
-    def run(self, program: Program, state: TrainState, step: int, writer: MetricsWriter) -> None:
+    def run(self, program: Program, state: TrainState, step: int, writer: MetricsWriter) -> bool:
         """Scores the state of a step, writes its metrics, and marks it if it is the best.
 
         Args:
@@ -50,6 +59,9 @@ class Validation:
           state: After `step` steps.
           step: Names the checkpoint.
           writer: Gets one line per task, "validation/auc" or "validation/TASK/auc".
+
+        Returns:
+          See `has_run_out`.
         """
         config = self._config
         predictions = evaluate_split(
@@ -79,10 +91,24 @@ class Validation:
         else:
             _log.info("step %d: validation %s %.4f", step, config.metric, value)
         if is_main_process():
-            criterion = Criterion(
-                config.metric, "validation", config.validation_length, config.larger_is_better
-            )
-            mark_best(self._workdir, {step: value}, criterion)
+            mark_best(self._workdir, {step: value}, self._criterion)
+        return self.has_run_out(step)
+
+    @property
+    def _criterion(self) -> Criterion:
+        config = self._config
+        return Criterion(
+            config.metric, "validation", config.validation_length, config.larger_is_better
+        )
+
+    def has_run_out(self, step: int) -> bool:
+        """Whether `patience` is at its end after a step; the main process decides for all."""
+        patience = self._config.patience
+        if patience is None:
+            return False
+        best = read_mark(self._workdir, self._criterion) if is_main_process() else None
+        has_run_out = best is not None and step - best["step"] >= patience * self._every_steps
+        return not on_all_processes(not has_run_out)
 
     def has_run(self, step: int) -> bool:
         """Whether the metrics have the validation of that step."""

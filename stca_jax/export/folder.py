@@ -163,7 +163,7 @@ def check_cacheable(config: ExperimentConfig) -> None:
         why = (
             "lets history tokens interact"
             if sequence.needs_exclusive_history
-            else "compares every pair of target and event anew"
+            else "has no way to keep what it makes of an event"
         )
         raise UserError(
             f"{name} {why}, so that there is nothing of an event to keep: train StcaConfig, or "

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Int
 
 from stca_jax.batch import RequestBatch, empty_batch
+from stca_jax.input.arrays import ragged_arange, ragged_ranges, sum_before
 from stca_jax.input.dataset import RequestIndex
-from stca_jax.input.packing import balanced_order, ragged_arange
+from stca_jax.input.packing import balanced_order
 from stca_jax.input.planning import BatchPlan, InputConfig, Planner, Position, Units
 from stca_jax.input.record_cache import RecordCache
 from stca_jax.input.records import UserRecord
@@ -153,7 +154,7 @@ class Assembler:
         total = int(count.sum())
         target: np.ndarray | slice = slice(first[0], first[0] + total)
         if first[-1] + count[-1] != first[0] + total:  # a filter left out requests in between
-            target = np.repeat(first, count) + ragged_arange(count)
+            target = ragged_ranges(first, count)
         slot = layout.first_slot[unit]
         slots = (layout.unit_row[unit], slice(slot, slot + total))
         batch.label[slots] = record.label[target]
@@ -219,8 +220,8 @@ def _lay_out(units: Units, rows: list[list[int]]) -> _Layout:
     unit_row = np.repeat(np.arange(len(rows)), per_row)
     tokens, num_pieces = units.tokens[unit], units.num_pieces[unit]
     log_start = units.log_start[unit]
-    first_token = _sum_before(tokens, per_row)
-    piece = np.repeat(units.first_piece[unit], num_pieces) + ragged_arange(num_pieces)
+    first_token = sum_before(tokens, per_row)
+    piece = ragged_ranges(units.first_piece[unit], num_pieces)
     piece_targets = units.piece_targets[piece]
     piece_row = np.repeat(unit_row, num_pieces)
     shift = np.repeat(first_token - log_start, num_pieces)
@@ -230,7 +231,7 @@ def _lay_out(units: Units, rows: list[list[int]]) -> _Layout:
         tokens=tokens,
         log_start=log_start,
         first_token=first_token,
-        first_slot=_sum_before(units.targets[unit], per_row),
+        first_slot=sum_before(units.targets[unit], per_row),
         first_piece=np.append(0, np.cumsum(num_pieces)),
         piece_request=units.piece_request[piece],
         piece_first_target=units.piece_first_target[piece],
@@ -241,12 +242,3 @@ def _lay_out(units: Units, rows: list[list[int]]) -> _Layout:
         slot_row=np.repeat(piece_row, piece_targets),
         slot=ragged_arange(slots_of_row),
     )
-
-
-def _sum_before(
-    values: Int[np.ndarray, " n"], run_lengths: Int[np.ndarray, " runs"]
-) -> Int[np.ndarray, " n"]:
-    """Within each run of consecutive values, the sum of those before each."""
-    before = np.append(0, np.cumsum(values))
-    first = np.cumsum(run_lengths) - run_lengths
-    return before[:-1] - np.repeat(before[first], run_lengths)

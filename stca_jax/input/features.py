@@ -38,8 +38,8 @@ from stca_jax.input.encoding import (
     as_integer,
     as_text,
     is_missing,
-    text_hash,
 )
+from stca_jax.input.hashing import text_hash
 from stca_jax.schema import Schema
 
 FOLDER = "features"

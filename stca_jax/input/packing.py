@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from stca_jax.input.request_building import run_starts
+from stca_jax.input.arrays import ragged_arange, run_starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,8 +265,3 @@ def balanced_order(tokens: Sequence[int]) -> list[int]:
         return deal(left + rows[len(rows) // 2 * 2 :]) + deal(right)
 
     return deal(sorted(range(len(tokens)), key=lambda row: -tokens[row]))
-
-
-def ragged_arange(count: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:
-    """0 … count[0]-1, 0 … count[1]-1, and so on, in one array."""
-    return np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)

@@ -22,7 +22,7 @@ from jaxtyping import Int
 
 from stca_jax.errors import UserError
 from stca_jax.input.dataset import RequestIndex
-from stca_jax.input.encoding import uniform
+from stca_jax.input.hashing import uniform
 from stca_jax.input.length import FixedLength, LengthConfig, Window, window_start
 from stca_jax.input.packing import chunk_starts, group_starts, pack_rows, split_requests
 from stca_jax.input.records import SPLITS

@@ -182,7 +182,7 @@ def match_side_features(history: TokenFusion, target: TokenFusion, rngs: nnx.Rng
             history.side[name][...] = target.side[name][...] = isometry
 
 
-_NUM_BUCKETS = 1 + 2 * 31  # zero, and two for each octave of int32
+NUM_BUCKETS = 1 + 2 * 31  # zero, and two for each octave of int32
 # The first integer in the upper half of each octave.
 _UPPER_HALF = np.ceil(2.0 ** (np.arange(31) + 0.5)).astype(np.int32)
 
@@ -202,7 +202,7 @@ class TimeFeatures(nnx.Module):
 
     def __init__(self, config: EmbeddingConfig, *, rngs: nnx.Rngs):
         def table(used: bool) -> EmbeddingTable | None:
-            return EmbeddingTable(_NUM_BUCKETS, config.feature_width, rngs=rngs) if used else None
+            return EmbeddingTable(NUM_BUCKETS, config.feature_width, rngs=rngs) if used else None
 
         self.time_delta = table(config.time_delta)
         self.recency_index = table(config.recency_index)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from stca_jax.ops.encoder import gated_linear, layer_norm
+from stca_jax.ops.encoder import LAYER_NORM_EPSILON, gated_linear, layer_norm
 
 Initializer = Callable[[Array, tuple[int, ...]], Array]
 
@@ -107,3 +107,16 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         """Keeps shape and dtype."""
         return layer_norm(x, self.scale[...], self.bias[...]).astype(x.dtype)
+
+
+class RmsNorm(nnx.Module):
+    """Divides the last axis by its root mean square, with a scale; statistics in float32."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.scale = parameter(rngs, (width,), ("embed",), ones)
+
+    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        """Keeps shape and dtype."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + LAYER_NORM_EPSILON)
+        return (y * self.scale[...]).astype(x.dtype)

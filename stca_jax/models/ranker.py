@@ -21,16 +21,26 @@ from stca_jax.models.embedding import (
     clear_padding,
     match_side_features,
 )
+from stca_jax.models.hstu import HstuConfig
 from stca_jax.models.layers import Linear, recomputed
+from stca_jax.models.longer import LongerConfig
+from stca_jax.models.mixformer import MixFormerConfig
 from stca_jax.models.rankmixer import RankMixer, RankMixerConfig
+from stca_jax.models.sasrec import SasRecConfig
+from stca_jax.models.sdim import SdimConfig
 from stca_jax.models.sequence import (
     HistoryReader,
     SequenceConfig,
     SequenceInput,
     SequenceOutput,
 )
+from stca_jax.models.sequence_o1 import SequenceO1Config
 from stca_jax.models.stca import StcaConfig, log_count
+from stca_jax.models.target_attention import TargetAttentionConfig
+from stca_jax.models.top_k import TopKConfig
+from stca_jax.models.transact import TransActConfig
 from stca_jax.models.transformer import TransformerConfig
+from stca_jax.models.ultra_hstu import UltraHstuConfig
 from stca_jax.ops.match import MatchStatistics, match_statistics
 from stca_jax.ranges import Ranges
 from stca_jax.schema import SECONDS_PER_DAY, Schema
@@ -63,7 +73,22 @@ class RankerConfig:
         neither scores nor encoded tokens in any case, unless by kernels.)
     """
 
-    sequence: StcaConfig | DinConfig | TransformerConfig | SequenceConfig = StcaConfig()
+    sequence: (
+        StcaConfig
+        | DinConfig
+        | HstuConfig
+        | LongerConfig
+        | MixFormerConfig
+        | SasRecConfig
+        | SdimConfig
+        | SequenceO1Config
+        | TargetAttentionConfig
+        | TopKConfig
+        | TransActConfig
+        | TransformerConfig
+        | UltraHstuConfig
+        | SequenceConfig
+    ) = StcaConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
     backbone: RankMixerConfig = RankMixerConfig()
     match_channel: bool = True
@@ -320,14 +345,11 @@ class Ranker(nnx.Module):
     def _num_statistics(self) -> int:
         if not self.config.match_channel:
             return 0
-        num_fields, num_scales = (
-            len(self.schema.match_fields),
-            len(self.config.match_time_scales_days),
-        )
+        num_fields = len(self.schema.match_fields)
+        num_scales = len(self.config.match_time_scales_days)
         return num_fields * (3 + num_scales) if num_scales else num_fields + 2
 
     def _match_statistics(self, batch: RequestBatch) -> list[Float[Array, "R M columns"]]:
-        """The match channel: shares of the window, and the rest in logs."""
         if not self.config.match_channel:
             return []
         fields = self.schema.match_fields

@@ -34,7 +34,7 @@ from stca_jax.ops.tiles import BlockSizes
 from stca_jax.ranges import Ranges
 
 # Neighbouring events have nearly equal ranges, so that their tiles may be large.
-_OPTIONS = AttentionOptions("projected", block_sizes=BlockSizes(512, history=256, targets=128))
+OPTIONS = AttentionOptions("projected", block_sizes=BlockSizes(512, history=256, targets=128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TransformerConfig(SequenceConfig):
         """True: events interact."""
         return True
 
-    def make(self, *, remat: bool, rngs: nnx.Rngs) -> Transformer:
+    def make(self, *, remat: bool, rngs: nnx.Rngs) -> nnx.Module:
         """The module."""
         return Transformer(self, remat=remat, rngs=rngs)
 
@@ -105,7 +105,7 @@ class Block(nnx.Module):
             self.w_key[...],
             self.w_value[...],
             ranges,
-            options=_OPTIONS,
+            options=OPTIONS,
         )
         x = readers + self.w_output(attended.output.reshape(readers.shape))
         return x + self.ffn(self.ffn_norm(x))
@@ -135,15 +135,27 @@ class Transformer(nnx.Module):
 def past_of_tokens(ranges: Ranges, row_length: int) -> Ranges:
     """Ranges of the tokens: from the start of the request's range to the token itself.
 
+    As in `window_of_tokens`, whose rules hold.
+    """
+    window = window_of_tokens(ranges, row_length)
+    past_end = jnp.arange(1, row_length + 1)
+    return Ranges(window.start, jnp.where(window.lengths > 0, past_end, 0))
+
+
+def window_of_tokens(ranges: Ranges, row_length: int) -> Ranges:
+    """Ranges of the tokens: the whole range of the request that each is of.
+
     Ranges of different requests must be disjoint, and those of one request equal.  Tokens that no
     range covers have an empty range.
     """
     num_rows = len(ranges.start)
     rows = jnp.arange(num_rows)[:, None]
     place = jnp.where(ranges.lengths > 0, ranges.start, row_length)
-    begun = jnp.zeros((num_rows, row_length + 1), jnp.int32)
-    begun = begun.at[rows, place].max(ranges.start)
-    start = lax.cummax(begun, axis=1)[:, :-1]
     covered = ranges.covered(row_length)
-    past_end = jnp.arange(1, row_length + 1)
-    return Ranges(jnp.where(covered, start, 0), jnp.where(covered, past_end, 0))
+
+    def spread(bound: Array) -> Array:
+        begun = jnp.zeros((num_rows, row_length + 1), jnp.int32)
+        spread = lax.cummax(begun.at[rows, place].max(bound), axis=1)[:, :-1]
+        return jnp.where(covered, spread, 0)
+
+    return Ranges(spread(ranges.start), spread(ranges.end))

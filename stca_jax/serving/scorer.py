@@ -218,6 +218,7 @@ class Scorer:
         targets: Mapping[str, Any],
         request: Mapping[str, Any] | None = None,
         time: int | None = None,
+        user: str = "",
     ) -> dict[str, Float[np.ndarray, " m"]]:
         """Probabilities for a history that is given, and not kept.
 
@@ -226,20 +227,21 @@ class Scorer:
           targets: See `ScoreRequest`.
           request: See `ScoreRequest`.
           time: See `ScoreRequest`.
+          user: Whose features the user table has; nothing is read or kept of the user.
 
         Raises:
           UserError: see `score`.
         """
         with self._lock:
-            asked = ScoreRequest("", targets, request or {}, time)
+            asked = ScoreRequest(user, targets, request or {}, time)
             latest = int(history.time.max()) if len(history) else 0
             query, now = self._query(asked, latest)
             known = history.select(history.time < now)
             order = np.argsort(known.time, kind="stable")[-self.model.info.max_history :]
             name = object()
             try:
-                user = self._put(name, known.select(order), ())
-                (logits,) = self._pool.cache.score([user], [query])
+                cached = self._put(name, known.select(order), ())
+                (logits,) = self._pool.cache.score([cached], [query])
             finally:
                 self._pool.cache.drop(name)
         return self.probabilities(logits)

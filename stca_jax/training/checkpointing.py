@@ -49,6 +49,10 @@ class CheckpointConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Whether a checkpoint is saved, and scored, after that step of so many."""
+        return step % self.every_steps == 0 or step == num_steps
+
 
 class Checkpointer:
     """Saves and restores the checkpoints of one working directory."""

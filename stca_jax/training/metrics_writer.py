@@ -1,4 +1,4 @@
-"""Writes a run's scalars to JSON lines, TensorBoard and Weights & Biases, and shows its progress.
+"""Writes a run's scalars to JSON lines, TensorBoard and Weights & Biases.
 
 Every point stands once in each output, even when a run is killed and goes on from an older
 checkpoint: a writer that starts at step s first drops what its predecessor wrote after s. So one
@@ -6,15 +6,12 @@ directory has one writer at a time.
 """
 
 import dataclasses
-import datetime
 import json
 import logging
 import math
 import operator
 import os
-import shutil
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -33,7 +30,7 @@ _RESERVED = ("step", "time")
 
 @dataclasses.dataclass(frozen=True)
 class WandbConfig:
-    """Where Weights & Biases puts the run; it needs `pip install -e '.[wandb]'`.
+    """Where Weights & Biases puts the run; it needs `pip install -e ".[wandb]"`.
 
     Attributes:
       project: project the run belongs to.
@@ -49,7 +46,7 @@ class WandbConfig:
 
 
 class MetricsWriter:
-    """Writes scalars and shows progress; on all but the main process it does neither.
+    """Writes scalars; on all but the main process it only checks them.
 
     In `workdir`:
 
@@ -67,11 +64,9 @@ class MetricsWriter:
         workdir: str | os.PathLike[str],
         *,
         start_step: int = 0,
-        total_steps: int | None = None,
         wandb: WandbConfig | None = None,
         config: Mapping[str, Any] | None = None,
         is_main_process: bool = True,
-        log_every_seconds: float = 60.0,
     ):
         """Opens the outputs and drops what a previous writer wrote after `start_step`.
 
@@ -79,16 +74,13 @@ class MetricsWriter:
           workdir: directory for the files; it is made if need be.
           start_step: the step of the checkpoint this run goes on from, whose own metrics stay; at 0
             nothing of a previous run stays.
-          total_steps: the run's last step, for the remaining time.
           wandb: also log to Weights & Biases.
           config: the run's settings by name, shown by Weights & Biases.
           is_main_process: whether this process writes; of several hosts' processes only one may.
-          log_every_seconds: least time between two progress lines in a log (not on a terminal).
 
         Raises:
           ImportError: `wandb` is given but Weights & Biases is not installed.
         """
-        self._progress = _Progress(start_step, total_steps, is_main_process, log_every_seconds)
         self._outputs: list[_Output] = []
         if not is_main_process:
             return
@@ -118,39 +110,6 @@ class MetricsWriter:
         for output in self._outputs:
             output.write(step, now, values)
 
-    def progress(
-        self,
-        step: int,
-        *,
-        loss: float | None = None,
-        steps: int | None = None,
-        tokens: int | None = None,
-        targets: int | None = None,
-    ) -> dict[str, float]:
-        """Shows the progress: on a terminal as one line that changes, else now and then in the log.
-
-        Args:
-          step: number of training steps done.
-          loss: the latest loss.
-          steps: training steps done since the last call, if `step` is an earlier one.
-          tokens: history tokens processed since the last call.
-          targets: targets processed since the last call.
-
-        Returns:
-          The speed since the last call, to `write` if wanted: "speed/steps_per_second" and, where
-          given, "speed/tokens_per_second" and "speed/targets_per_second". Empty on the first call,
-          which starts the clock: what comes before is compilation.
-        """
-        return self._progress.update(step, loss, steps, tokens, targets)
-
-    def show_step(self, step: int) -> None:
-        """Between two calls of `progress`: the step, on a terminal, at most once a second.
-
-        Args:
-          step: number of training steps started.
-        """
-        self._progress.show_step(step)
-
     def flush(self) -> None:
         """Makes what was written survive a crash of the machine, not only of the process."""
         for output in self._outputs:
@@ -158,7 +117,6 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the outputs; a second call does nothing."""
-        self._progress.close()
         while self._outputs:
             self._outputs.pop().close()
 
@@ -251,7 +209,7 @@ class _WandbRun:
         except ImportError as e:
             raise ImportError(
                 f"the run is to be logged to Weights & Biases ({wandb}), which is not installed: "
-                "pip install -e '.[wandb]', or set wandb to none"
+                'pip install -e ".[wandb]", or set wandb to none'
             ) from e
         id_file = directory / "wandb_run_id.txt"
         is_resumed = first_step > 0 and id_file.exists()
@@ -263,7 +221,7 @@ class _WandbRun:
             mode=wandb.mode,
             dir=str(directory),
             config=dict(config),
-            allow_val_change=True,  # A resumed run may have a longer total_steps.
+            allow_val_change=True,  # A resumed run may be a longer one.
             id=run_id,
             resume="allow",
         )
@@ -278,85 +236,6 @@ class _WandbRun:
 
     def close(self) -> None:
         self._run.finish()
-
-
-class _Progress:
-    """Measures the speed between calls and shows it."""
-
-    def __init__(self, start_step: int, total_steps: int | None, show: bool, log_every: float):
-        self._total_steps = total_steps
-        self._show = show
-        self._log_every = log_every
-        self._is_terminal = sys.stderr.isatty()
-        self._step = start_step
-        self._time: float | None = None
-        self._log_time = -math.inf
-        self._shown_time = -math.inf
-        self._latest: tuple[float | None, dict[str, float]] = (None, {})
-
-    def update(
-        self,
-        step: int,
-        loss: float | None,
-        steps: int | None,
-        tokens: int | None,
-        targets: int | None,
-    ) -> dict[str, float]:
-        now = time.monotonic()
-        steps = step - self._step if steps is None else steps
-        counts = {"steps": steps, "tokens": tokens, "targets": targets}
-        speed: dict[str, float] = {}
-        if self._time is not None and now > self._time:
-            speed = {n: c / (now - self._time) for n, c in counts.items() if c is not None}
-        self._step, self._time = step, now
-        self._latest = (loss, speed)
-        if self._show:
-            self._print(now, _progress_line(step, self._total_steps, loss, speed))
-        return {f"speed/{name}_per_second": value for name, value in speed.items()}
-
-    def show_step(self, step: int) -> None:
-        now = time.monotonic()
-        if self._show and self._is_terminal and now - self._shown_time >= 1:
-            self._print(now, _progress_line(step, self._total_steps, *self._latest))
-
-    def _print(self, now: float, line: str) -> None:
-        self._shown_time = now
-        if self._is_terminal:
-            # Clears the rest of the line and goes back to its start, where the next line overwrites
-            # it, be it progress or a log message.
-            width = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(f"{line[:width]}\x1b[K\r")
-            sys.stderr.flush()
-        elif now - self._log_time >= self._log_every or self._step == self._total_steps:
-            self._log_time = now
-            _log.info("%s", line)
-
-    def close(self) -> None:
-        if self._show and self._is_terminal and self._shown_time > -math.inf:
-            sys.stderr.write("\n")
-        self._show = False
-
-
-def _progress_line(
-    step: int, total_steps: int | None, loss: float | None, speed: Mapping[str, float]
-) -> str:
-    parts = [f"step {step:,}" + (f"/{total_steps:,}" if total_steps is not None else "")]
-    if loss is not None:
-        parts.append(f"loss {loss:.4g}")
-    parts += [f"{_short(value)} {name}/s" for name, value in speed.items()]
-    if total_steps is not None and speed.get("steps", 0) > 0:
-        seconds = round((total_steps - step) / speed["steps"])
-        parts.append(f"ETA {datetime.timedelta(seconds=seconds)}")
-    return "  ".join(parts)
-
-
-def _short(value: float) -> str:
-    """Returns three digits and a unit: 1234567 -> "1.23M"."""
-    for unit in ("", "k", "M"):
-        if value < 999.5:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g}G"
 
 
 def _scalar(name: str, value: Any) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from stca_jax.models.layers import is_matrix
 
@@ -36,6 +36,10 @@ class OptimizerConfig:
         Adam a first moment as wide as the row, and two numbers.
       table_learning_rate: Its peak learning rate.
       table_accumulator: What Adagrad's sum of squared gradients starts from.
+      table_decay: alpha of adaptive regularisation (AdamAR and AdagradAR, arXiv 2511.06374): a row
+        whose last gradient was I steps ago loses the share min(1, alpha I) of its values beside
+        the next. Rare rows, which several epochs would let a model learn by heart, so keep little;
+        alpha from 1e-6 to 1e-1. It costs an integer per row; 0 is no decay.
       warmup_steps: Length of the warm-up.
       final_fraction: Learning rate at the last step over the peak.
     """
@@ -48,6 +52,7 @@ class OptimizerConfig:
     tables: Literal["adagrad", "adam"] = "adagrad"
     table_learning_rate: float = 0.03
     table_accumulator: float = 1e-8
+    table_decay: float = 0.0
     warmup_steps: int = 100
     final_fraction: float = 0.02
 
@@ -58,7 +63,7 @@ class OptimizerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         if self.base_width is not None and self.base_width < 1:
             raise ValueError(f"base_width is {self.base_width}; it must be at least 1")
-        for name in ("weight_decay", "warmup_steps", "final_fraction"):
+        for name in ("weight_decay", "table_decay", "warmup_steps", "final_fraction"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
 
@@ -134,6 +139,18 @@ def _decay_matrices(weight_decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
+class RowStep(NamedTuple):
+    """What rows need to know of a step.
+
+    Attributes:
+      learning_rate: Of the tables.
+      number: Steps taken before it.
+    """
+
+    learning_rate: Float[Array, ""]
+    number: Int[Array, ""]
+
+
 class RowOptimizer(NamedTuple):
     """An optimizer of table rows, each of which learns on its own.
 
@@ -142,39 +159,61 @@ class RowOptimizer(NamedTuple):
 
     Attributes:
       init: (number of rows, width) -> slots.
-      update: (rows, slots, gradient, learning rate) -> (rows, slots), for any selection of rows.
+      update: (rows, slots, gradient, step) -> (rows, slots), for any selection of rows.
     """
 
     init: Callable[[int, int], RowSlots]
     update: Callable[
-        [Float[Array, "U W"], RowSlots, Float[Array, "U W"], Float[Array, ""]],
+        [Float[Array, "U W"], RowSlots, Float[Array, "U W"], RowStep],
         tuple[Float[Array, "U W"], RowSlots],
     ]
 
 
 def row_optimizer(config: OptimizerConfig) -> RowOptimizer:
-    """Row-wise Adagrad or Adam, as configured."""
-    if config.tables == "adam":
-        return _ROW_ADAM
-    return RowOptimizer(
+    """Row-wise Adagrad or Adam, as configured, with decay or without."""
+    adagrad = RowOptimizer(
         # Typed: a state of weakly typed numbers would compile the step twice.
         lambda num_rows, _: {
             "square_sum": jnp.full(num_rows, config.table_accumulator, jnp.float32)
         },
         _update_adagrad,
     )
+    optimizer = _ROW_ADAM if config.tables == "adam" else adagrad
+    return _with_decay(optimizer, config.table_decay) if config.table_decay else optimizer
+
+
+def _with_decay(optimizer: RowOptimizer, alpha: float) -> RowOptimizer:
+    """Decoupled decay by the time that a row had no gradient, at its next one."""
+
+    def init(num_rows: int, width: int) -> RowSlots:
+        return {**optimizer.init(num_rows, width), "last_step": jnp.full(num_rows, -1, jnp.int32)}
+
+    def update(
+        rows: Float[Array, "U W"], slots: RowSlots, gradient: Float[Array, "U W"], step: RowStep
+    ) -> tuple[Float[Array, "U W"], RowSlots]:
+        last_step = slots["last_step"]
+        others = {name: slot for name, slot in slots.items() if name != "last_step"}
+        new_rows, new_slots = optimizer.update(rows, others, gradient, step)
+        # A row that never had a gradient has learned nothing that it could forget.
+        idle = jnp.where(last_step < 0, 0, step.number - last_step)
+        touched = (gradient != 0).any(-1)
+        share = jnp.where(touched, jnp.minimum(alpha * idle, 1), 0)
+        last_step = jnp.where(touched, step.number, last_step)
+        return new_rows - share[:, None] * rows, {**new_slots, "last_step": last_step}
+
+    return RowOptimizer(init, update)
 
 
 def _update_adagrad(
     rows: Float[Array, "U W"],
     slots: RowSlots,
     gradient: Float[Array, "U W"],
-    learning_rate: Float[Array, ""],
+    step: RowStep,
 ) -> tuple[Float[Array, "U W"], RowSlots]:
     """Row-wise Adagrad: one sum per row, of the mean squared gradient."""
     square_sum = slots["square_sum"] + jnp.square(gradient).mean(-1)
-    step = learning_rate * gradient / jnp.sqrt(square_sum)[:, None]
-    return rows - step, {"square_sum": square_sum}
+    change = step.learning_rate * gradient / jnp.sqrt(square_sum)[:, None]
+    return rows - change, {"square_sum": square_sum}
 
 
 def _init_adam(num_rows: int, width: int) -> RowSlots:
@@ -189,7 +228,7 @@ def _update_adam(
     rows: Float[Array, "U W"],
     slots: RowSlots,
     gradient: Float[Array, "U W"],
-    learning_rate: Float[Array, ""],
+    step: RowStep,
 ) -> tuple[Float[Array, "U W"], RowSlots]:
     """Row-wise Adam: one second moment per row, and time that counts the row's own updates.
 
@@ -200,8 +239,8 @@ def _update_adam(
     mean = _BETA1 * slots["mean"] + (1 - _BETA1) * gradient
     mean_square = _BETA2 * slots["mean_square"] + (1 - _BETA2) * jnp.square(gradient).mean(-1)
     scale = jnp.sqrt(mean_square / (1 - _BETA2**count)) + _EPSILON
-    step = learning_rate * mean / ((1 - _BETA1**count) * scale)[:, None]
-    new = rows - step, {"mean": mean, "mean_square": mean_square, "count": count}
+    change = step.learning_rate * mean / ((1 - _BETA1**count) * scale)[:, None]
+    new = rows - change, {"mean": mean, "mean_square": mean_square, "count": count}
     touched = (gradient != 0).any(-1)
 
     def where_touched(value: Array, old: Array) -> Array:

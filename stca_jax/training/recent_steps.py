@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from stca_jax.models.sequence import SequenceCost
 from stca_jax.training.flops import chip_of
 from stca_jax.training.metrics_writer import MetricsWriter
 from stca_jax.training.monitoring import PhaseClock, device_memory
+from stca_jax.training.progress import Progress
 from stca_jax.training.train_step import StepMetrics, TrainingConfig
 
 _MOST_SKIPPED = 50  # steps in a row; a run that skips more learns nothing
@@ -41,20 +43,32 @@ class RecentSteps:
       clock: Of the loop; its laps since the last report are averaged over the steps reported.
     """
 
-    def __init__(self, config: TrainingConfig, flops: SequenceCost, num_shares: int):
+    def __init__(
+        self,
+        config: TrainingConfig,
+        flops: SequenceCost,
+        num_shares: int,
+        writer: MetricsWriter,
+        progress: Progress,
+    ):
         """Starts the clock.
 
         Args:
           config: What to report, and what to do about steps that diverge.
           flops: Of the model that is trained.
           num_shares: Shares of a global batch, of which this process reads one.
+          writer: Gets the lines of metrics.
+          progress: Shows the steps, and of the lines the loss and the speed.
         """
         self.clock = PhaseClock()
+        self._writer = writer
+        self._progress = progress
         self._num_shares = num_shares
         self._training = config
         self._flops = flops
         self._steps: collections.deque[_Step] = collections.deque()
         self._timed_step = 0  # the last one whose time has been reported
+        self._is_compiled = False  # by the first report, whose time the compilation is part of
         self._num_skipped = 0  # in a row
 
     def add(self, step: int, metrics: StepMetrics, element: InputElement) -> None:
@@ -63,8 +77,9 @@ class RecentSteps:
             history={}, target={}, request={}, history_time=element.batch.history_time[:, :0]
         )
         self._steps.append(_Step(step, metrics, element._replace(batch=batch)))
+        self._progress.step()
 
-    def report(self, writer: MetricsWriter, *, everything: bool) -> None:
+    def report(self, *, everything: bool) -> None:
         """Writes the mean of each full window, once it is one window old, or of all that is left.
 
         Raises:
@@ -80,18 +95,18 @@ class RecentSteps:
             return
         # Windows reported together are timed together: the first of them ended unseen.
         self.clock.lap("step")
+        laps = self.clock.take()
         timed = self._ended_since(windows)
-        fills = [s.element.fill for s in timed]
-        speed = writer.progress(
-            windows[-1][-1].step,
-            loss=summaries[-1].get("train/loss"),
-            steps=len(timed),
-            tokens=sum(fill.tokens for fill in fills),
-            targets=sum(fill.targets for fill in fills),
-        )
-        timing = self._timing(timed, is_compiled=bool(speed))
+        speed = self._speed(timed, laps) if self._is_compiled else {}
+        self._is_compiled = True
+        timing = self._timing(len(timed), laps) | device_memory(jax.local_devices())
+        named = {f"speed/{name}_per_second": value for name, value in speed.items()}
+        if speed:
+            named |= self._utilization(timed, laps)
         for window, summary in zip(windows, summaries, strict=True):
-            writer.write(window[-1].step, summary | speed | timing)
+            self._writer.write(window[-1].step, summary | named | timing)
+        loss = summaries[-1].get("train/loss")
+        self._progress.report(windows[-1][-1].step, loss, speed, sum(laps.values()))
 
     def _ended_since(self, windows: list[list[_Step]]) -> list[_Step]:
         """Steps that ended since the last report: not those of its windows, if the device is quick.
@@ -125,21 +140,33 @@ class RecentSteps:
             summary["train/skipped_steps"] = sum(diverged)
         return summary
 
-    def _timing(self, timed: list[_Step], *, is_compiled: bool) -> dict[str, float]:
-        """Where the time since the last report went, per step, and what the devices made of it."""
-        laps = self.clock.take()
-        timing = {
-            f"train/{phase}_seconds": laps.get(phase, 0.0) / max(1, len(timed))
+    @staticmethod
+    def _timing(num_steps: int, laps: Mapping[str, float]) -> dict[str, float]:
+        """Where the time since the last report went, per step."""
+        return {
+            f"train/{phase}_seconds": laps.get(phase, 0.0) / max(1, num_steps)
             for phase in ("input", "step", "checkpoint", "validation")
         }
-        if is_compiled:
-            flops = sum(self._flops_of(step) for step in timed)
-            rate = flops / (laps["input"] + laps["step"])
-            timing["speed/model_flops_per_second"] = rate
-            devices = jax.devices()
-            if chip := chip_of(devices[0].device_kind):
-                timing["speed/model_flops_utilization"] = rate / (chip.flops * len(devices))
-        return timing | device_memory(jax.local_devices())
+
+    @staticmethod
+    def _speed(timed: list[_Step], laps: Mapping[str, float]) -> dict[str, float]:
+        """What was done a second of all the time since the last report."""
+        fills = [step.element.fill for step in timed]
+        counts = {
+            "steps": len(timed),
+            "tokens": sum(fill.tokens for fill in fills),
+            "targets": sum(fill.targets for fill in fills),
+        }
+        return {name: count / sum(laps.values()) for name, count in counts.items()}
+
+    def _utilization(self, timed: list[_Step], laps: Mapping[str, float]) -> dict[str, float]:
+        """What the devices made of the time of input and step."""
+        rate = sum(self._flops_of(step) for step in timed) / (laps["input"] + laps["step"])
+        found = {"speed/model_flops_per_second": rate}
+        devices = jax.devices()
+        if chip := chip_of(devices[0].device_kind):
+            found["speed/model_flops_utilization"] = rate / (chip.flops * len(devices))
+        return found
 
     def _flops_of(self, step: _Step) -> float:
         """Of the global batch; every share of it is taken to have as long ranges as ours."""

@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, Int
 from stca_jax.batch import RequestBatch
 from stca_jax.schema import Schema
 from stca_jax.training.exchange import Rounds, RowsByTable, exchange
-from stca_jax.training.optimizer import RowOptimizer, RowSlots
+from stca_jax.training.optimizer import RowOptimizer, RowSlots, RowStep
 from stca_jax.training.sharding import MESH_AXES
 
 # Every power of two up to 1,024 divides it, and three times each: the usual device counts.
@@ -72,12 +72,12 @@ class TableStep(NamedTuple):
 
     Attributes:
       optimizer: Of a row.
-      learning_rate: Of this step.
+      step: Which step.
       mesh: The mesh of `touch`.
     """
 
     optimizer: RowOptimizer
-    learning_rate: Float[Array, ""]
+    step: RowStep
     mesh: Mesh
 
 
@@ -192,7 +192,7 @@ def update(
     slots: Mapping[str, RowSlots],
     touched: Mapping[str, TouchedRows],
     gradients: Tables,
-    step: TableStep,
+    table_step: TableStep,
 ) -> tuple[dict[str, Float[Array, "V W"]], dict[str, RowSlots], Float[Array, ""]]:
     """Updates the rows whose gradient is not zero.
 
@@ -201,16 +201,16 @@ def update(
       slots: The optimizer's, by table.
       touched: From `touch`.
       gradients: Of what `fetch` returned.
-      step: What to do with a row, once the devices' gradients of it are summed.
+      table_step: What to do with a row, once the devices' gradients of it are summed.
 
     Returns:
       Tables, slots, and the squared global norm of the gradient.
     """
-    optimizer, learning_rate, mesh = step
+    optimizer, step, mesh = table_step
     new_tables, new_slots, square = {}, {}, jnp.zeros(())
     for name in [name for name in tables if name not in touched]:
         new_tables[name], new_slots[name] = optimizer.update(
-            tables[name], slots[name], gradients[name], learning_rate
+            tables[name], slots[name], gradients[name], step
         )
         square += jnp.square(gradients[name]).sum()
     if not touched:
@@ -227,7 +227,7 @@ def update(
         {name: slots[name] for name in touched},
         {name: t.distinct for name, t in touched.items()},
         {name: gradients[name] for name in touched},
-        learning_rate,
+        step,
     )
     return new_tables | divided_tables, new_slots | divided_slots, square + divided_square
 
@@ -281,7 +281,7 @@ def _update_on_device(
     slots: Mapping[str, RowSlots],
     distinct: RowsByTable,
     gradients: Tables,
-    learning_rate: Float[Array, ""],
+    step: RowStep,
     *,
     update: Callable[..., tuple[Array, RowSlots]],
     num_devices: int,
@@ -297,7 +297,7 @@ def _update_on_device(
         rows = jnp.where(used, rows, len(block) + jnp.arange(len(rows)))  # keeps them distinct
         gradient = jnp.where(used[:, None], gradient, 0)
         old = jax.tree.map(lambda x: x.at[rows].get(mode="clip"), (block, slots))
-        new = update(*old, gradient, learning_rate)
+        new = update(*old, gradient, step)
         block, slots = jax.tree.map(
             lambda x, values: x.at[rows].set(
                 values, mode="drop", indices_are_sorted=True, unique_indices=True

@@ -25,6 +25,7 @@ from stca_jax.training.loss import LabelLoss, Loss, LossInputs, LossWeighting
 from stca_jax.training.optimizer import (
     OptimizerConfig,
     RowOptimizer,
+    RowStep,
     dense_optimizer,
     row_optimizer,
     schedule,
@@ -217,9 +218,8 @@ class Program:
             # Rows without a gradient stay as they are.
             row_gradients = jax.tree.map(lambda g: jnp.where(diverged, 0, g), row_gradients)
         scale = schedule(self.optimizer, self.num_steps)(state.step)
-        table_step = table_rows.TableStep(
-            self._table_transform, self.optimizer.table_learning_rate * scale, self.mesh
-        )
+        row_step = RowStep(self.optimizer.table_learning_rate * scale, state.step)
+        table_step = table_rows.TableStep(self._table_transform, row_step, self.mesh)
         tables, table_optimizer, table_square = table_rows.update(
             state.tables, state.table_optimizer, touched, row_gradients, table_step
         )

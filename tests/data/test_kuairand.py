@@ -186,3 +186,69 @@ def test_what_came_of_an_impression_is_no_feature_of_its_target(dataset, tmp_pat
         np.testing.assert_array_equal(a.target[name], b.target[name], err_msg=name)
     for name in dataset.schema.history:  # of all events before it
         np.testing.assert_array_equal(a.history[name][:-1], b.history[name][:-1], err_msg=name)
+
+
+def unirank_rows():
+    """By file: a user is shown a video each day of both months; which, and what came, cycles."""
+    rows = {"log_standard_4_08_to_4_21": [], "log_standard_4_22_to_5_08": [],
+            "log_random_4_22_to_5_08": []}  # fmt: skip
+    days = [f"2022-04-{d:02}" for d in range(8, 31)] + [f"2022-05-{d:02}" for d in range(1, 9)]
+    for k, day in enumerate(days):
+        name = "log_standard_4_08_to_4_21" if day <= "2022-04-21" else "log_standard_4_22_to_5_08"
+        for user in range(3):
+            for n in range(4):
+                outcome = [(k + user + n + task) % 2 for task in range(6)]
+                rows[name].append((user, (k + n) % 5, f"{day}T1{n}:00:00", outcome, 0))
+    rows["log_random_4_22_to_5_08"] = [
+        (0, 1, "2022-05-02T23:59:59", [1, 1, 1, 1, 1, 1], 1),
+        (0, 1, "2022-05-03T00:00:00", [0, 0, 0, 0, 0, 0], 1),
+        (0, 2, "2022-05-06T00:00:00", [1, 0, 1, 0, 1, 0], 1),
+    ]
+    return rows
+
+
+def unirank_line(user, video, when, outcome, is_random):
+    """`outcome` is click, follow, like, comment, forward and long view."""
+    click, follow, like, comment, forward, long_view = outcome
+    return (
+        f"{user},{video},{when[:10].replace('-', '')},{int(when[11:13])}00,{milliseconds(when)},"
+        f"{click},{like},{follow},{comment},{forward},0,{long_view},0,10000,0,0,0,{is_random},1"
+    )
+
+
+def test_unirank_has_all_impressions_as_targets_of_six_tasks_split_by_date(tmp_path):
+    folder = tmp_path / "KuaiRand-1K" / "data"
+    write_files(folder)
+    rows = unirank_rows()
+    for name, of_log in rows.items():
+        lines = [LOG_HEADER, *(unirank_line(*row) for row in of_log)]
+        (folder / f"{name}_1k.csv").write_text("\n".join(lines) + "\n")
+    prepared = prepare("kuairand/unirank_1k", tmp_path / "prepared", manual_dir=tmp_path)
+    dataset = RequestDataset(prepared)
+    assert dataset.schema.tasks == (
+        "is_click", "is_follow", "is_like", "is_comment", "is_forward", "long_view",
+    )  # fmt: skip
+    item = {v: k for k, v in ids(dataset, "item").items()}
+    origin = dataset.metadata["time_origin"]
+    found = set()
+    for user in range(3):
+        record = dataset.record(user)
+        for k, time in enumerate((record.request_time + origin).tolist()):
+            when = datetime.datetime.fromtimestamp(time, BEIJING).isoformat()[:19]
+            for t in range(*record.target_offset[k : k + 2]):
+                shown = (user, int(item[record.target["item"][t]]), when)
+                label = tuple(record.label[t].astype(int).tolist())
+                found.add((*shown, label, int(record.request_split[k])))
+    expected = set()
+    for of_log in rows.values():
+        for user, video, when, outcome, _ in of_log:
+            split = int(when >= "2022-05-03") + int(when >= "2022-05-06")
+            expected.add((user, video, when, tuple(outcome), split))
+    assert found == expected
+    assert len(dataset.schema.request) == 2 + 26  # hour and weekday
+    # Of 0, 3, 7, 15, 30 and 60 seconds, how many a duration exceeds: 6, 3, none (missing), 6.
+    history = dataset.record(0).history
+    pairs = zip(history["item"].tolist(), history["duration"].tolist(), strict=True)
+    bucket = {item[i]: d for i, d in pairs}
+    assert bucket["0"] == bucket["3"]
+    assert len({bucket[video] for video in "012"}) == 3

@@ -98,7 +98,7 @@ def test_only_a_package_of_the_extra_is_said_to_be_in_it(monkeypatch):
         )
         preparation.import_builder("movielens")
 
-    with pytest.raises(UserError, match=r"movielens needs duckdb: pip install -e '.\[logs\]'"):
+    with pytest.raises(UserError, match=r'movielens needs duckdb: pip install -e "\.\[logs\]"'):
         import_without("duckdb")
     with pytest.raises(ModuleNotFoundError):
         import_without("data.mistyped")

@@ -14,6 +14,7 @@ from stca_jax.data.synthetic_interests.synthetic_interests_dataset_builder impor
     SyntheticInterestsConfig,
 )
 from stca_jax.data.synthetic_interests.truth import reference_rows
+from stca_jax.data.synthetic_interests.users import make_schema
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.records import SPLITS, validate_record
 
@@ -48,7 +49,7 @@ def catalogue():
 
 
 def test_records_are_valid(records):
-    schema = generator.make_schema(TINY)
+    schema = make_schema(TINY)
     for record in records:
         validate_record(record, schema)
     assert [r.user_id for r in records] == list(range(TINY.num_users))
@@ -88,7 +89,7 @@ def test_splits_are_by_time(records):
 
 
 def test_catalogue_is_a_tree_of_the_schema_s_size(catalogue):
-    schema = generator.make_schema(TINY)
+    schema = make_schema(TINY)
     assert schema.vocabularies == {
         "item": len(catalogue.category_of_item),
         "category": len(catalogue.topic_of_category),
@@ -208,7 +209,7 @@ def test_reference_rows_score_the_test_requests(dataset, catalogue):
 
 def test_a_user_with_almost_no_events():
     config = dataclasses.replace(TINY, num_users=20, min_events=1, max_events=2)
-    schema, catalogue = generator.make_schema(config), generator.make_catalogue(config)
+    schema, catalogue = make_schema(config), generator.make_catalogue(config)
     for record in generator.generate_users(config):
         validate_record(record, schema)
         assert np.isfinite(generator.true_logit(record, catalogue)).all()
@@ -242,7 +243,7 @@ def test_builds_are_equal_byte_for_byte(tmp_path, dataset):
 
 def test_builder_writes_the_generated_users(dataset, records):
     assert len(dataset) == len(records)
-    assert dataset.schema == generator.make_schema(TINY)
+    assert dataset.schema == make_schema(TINY)
     for i in (0, 50, 95):
         found, expected = dataset.record(i), records[i]
         np.testing.assert_array_equal(found.event_time, expected.event_time)

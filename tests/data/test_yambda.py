@@ -57,7 +57,7 @@ def events(last_played=3):
     return rows
 
 
-def prepare_files(root, **changes) -> RequestDataset:
+def prepare_files(root, name="50m", **changes) -> RequestDataset:
     rows = events(**changes)
     columns = zip(*rows, strict=True)
     arrays = [
@@ -71,7 +71,7 @@ def prepare_files(root, **changes) -> RequestDataset:
     artist, item = (pa.array(c, pa.uint32()) for c in zip(*ARTISTS, strict=True))
     artists = pa.table({"artist_id": artist, "item_id": item})
     pq.write_table(artists, root / "artist_item_mapping.parquet")
-    return RequestDataset(prepare("yambda/50m", root / "prepared", manual_dir=root))
+    return RequestDataset(prepare(f"yambda/{name}", root / "prepared", manual_dir=root))
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +161,20 @@ def test_what_came_of_a_listen_is_no_feature_of_its_target(dataset, tmp_path):
         np.testing.assert_array_equal(a.target[name], b.target[name], err_msg=name)
     for name in dataset.schema.history:
         np.testing.assert_array_equal(a.history[name][:-1], b.history[name][:-1], err_msg=name)
+
+
+def test_every_listen_is_a_request_after_all_events_before_it(tmp_path):
+    dataset = prepare_files(tmp_path, name="dlrm_v4_50m")
+    record, item = dataset.record(0), {v: k for k, v in ids(dataset, "item").items()}
+    log = [r for r in events() if r[0] == 100]
+    expected = collections.Counter(
+        (time, sum(r[1] < time for r in log), track, int(played >= 50))
+        for _, time, track, _, played, _, kind in log
+        if kind == "listen"
+    )
+    found = collections.Counter()
+    for k, (time, end) in enumerate(zip(record.request_time, record.history_end, strict=True)):
+        for t in range(*record.target_offset[k : k + 2]):
+            track = item[record.target["item"][t]]
+            found[int(time), int(end), track, int(record.label[t, 0])] += 1
+    assert found == expected

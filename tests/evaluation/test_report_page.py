@@ -9,7 +9,13 @@ import pytest
 
 from stca_jax import config as config_lib
 from stca_jax.errors import UserError
-from stca_jax.evaluation.report.charts import Line, lines_by_length, lines_by_step, training_charts
+from stca_jax.evaluation.report.charts import (
+    Line,
+    lines_by_length,
+    lines_by_step,
+    quality_charts,
+    training_charts,
+)
 from stca_jax.evaluation.report.page import write_report
 from stca_jax.evaluation.report.runs import Selection, best_selection, load_run
 from stca_jax.experiments.configs import tiny
@@ -102,13 +108,19 @@ def test_page_loads_nothing_and_holds_the_numbers(tmp_path):
     assert all(address.startswith("#") for address in page.addresses)
     assert {address[1:] for address in page.addresses} <= set(page.ids)
     assert "my <run>" in page.text
-    assert page.tables[0] == [
+    head, summary = page.tables[0]
+    assert head[:3] == ["run", "history", "AUC"]
+    # The longest history that was scored, and 40 steps at 4 a second.
+    expected = ["my <run>, step 40", "256", "0.5656", "1.0100", "0.5000 (counting)", "40", "0.2"]
+    assert summary == expected
+    assert page.text.index("Summary") < page.text.index("Numbers")
+    assert page.tables[1] == [
         ["length", "16", "64", "256"],
         ["my <run>, step 40", "0.5416", "0.5464", "0.5656"],
         ["counting", "0.5000", "0.5000", "0.5000"],
     ]
     # 40 steps at 4 a second, of half of 8 rows of 256 tokens each.
-    assert page.tables[2][1] == ["my <run>", "40", "0.2", "0.0", "4,096", "0.500"]
+    assert page.tables[3][1] == ["my <run>", "40", "0.2", "0.0", "4,096", "0.500"]
     config = dict(row for row in page.tables[-1][1:] if len(row) == 2)
     assert config["input.row_length"] == "256"
     assert config["model.sequence.width"] == "16"
@@ -161,8 +173,33 @@ def test_seeds_are_one_line_with_bars(tmp_path):
     by_step = lines_by_step(runs[:3], selection, None, "auc", in_minutes=False)
     assert [line.label for line in by_step] == ["256 events", "64 events", "16 events"]
     write_report(runs, tmp_path / "page.html")
-    cells = Page((tmp_path / "page.html").read_text()).tables[0][1]
-    assert cells[:2] == ["long, 3 seeds", "0.5349 ± 0.0115"]
+    summary, numbers, *_ = Page((tmp_path / "page.html").read_text()).tables
+    assert numbers[1][:2] == ["long, 3 seeds", "0.5349 ± 0.0115"]
+    assert summary[1][:3] == ["long, 3 seeds", "256", "0.5589 ± 0.0115"]
+    assert summary[2][:3] == ["again, step 20", "256", "0.5456"]
+
+
+def test_no_validation_point_of_several_runs_is_left_out(tmp_path):
+    """Seeds that got to different steps, eight runs, and one that was scored on other requests."""
+    own = VALIDATION | {"max_targets": 9}
+    runs = [load_run(write_run(tmp_path / "s/0", steps=(20, 40, 60), seed=0), "s/0")]
+    runs.append(load_run(write_run(tmp_path / "s/1", steps=(20,), seed=1), "s/1"))
+    for k in range(7):
+        workdir = write_run(tmp_path / f"o{k}", selection=own if k == 6 else VALIDATION)
+        config = json.loads((workdir / "config.json").read_text())
+        config["input"]["min_history"] = k + 1
+        (workdir / "config.json").write_text(json.dumps(config))
+        (workdir / "metrics.jsonl").unlink()
+        runs.append(load_run(workdir, f"o{k}"))
+    selection = best_selection(runs, None, across_steps=True)
+    lines = lines_by_step(runs, selection, None, "auc", in_minutes=False)
+    names = ["s, 2 seeds", *(f"o{k}" for k in range(6))]
+    assert [line.label for line in lines] == [f"{name}, 256 events" for name in names]
+    assert lines[0].x == [20, 40, 60]
+    assert lines[0].y == pytest.approx([auc(s, 256) for s in (20, 40, 60)])
+    np.testing.assert_equal(lines[0].error, [0, np.nan, np.nan])
+    captions = [chart.caption for chart in quality_charts(runs, None)]
+    assert all(caption.endswith("Not scored on these: o6.") for caption in captions)
 
 
 def test_test_split_is_shown_by_length_and_what_has_most_steps_by_step(tmp_path):

@@ -27,16 +27,6 @@ def start(module: str, *args: str, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def run(module: str, *args: str, timeout: float = 300, **env: str) -> tuple[int, str]:
-    """Exit status and output of `python -m module`."""
-    process = start(module, *args, **env)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return process.returncode, output
-
-
 def start_forked(module: str, *args: str, output: str | None = None) -> BaseProcess:
     """Like `start`, forked from a server that has imported the library, which takes seconds.
 
@@ -49,14 +39,24 @@ def start_forked(module: str, *args: str, output: str | None = None) -> BaseProc
     return process
 
 
-def run_forked(module: str, *args: str, timeout: float = 60) -> tuple[int | None, str]:
-    """Like `run`, but forked as by `start_forked`."""
+def run(module: str, *args: str, timeout: float = 300, **env: str) -> tuple[int | None, str]:
+    """Exit status and output of `python -m module`.
+
+    Forked as by `start_forked`, but for an environment of its own, which takes a new process.
+    """
+    if env:
+        started = start(module, *args, **env)
+        try:
+            output, _ = started.communicate(timeout=timeout)
+        finally:
+            started.kill()
+        return started.returncode, output
     with tempfile.NamedTemporaryFile() as file:
-        process = start_forked(module, *args, output=file.name)
-        process.join(timeout)
-        process.kill()
-        process.join()
-        return process.exitcode, pathlib.Path(file.name).read_text()
+        forked = start_forked(module, *args, output=file.name)
+        forked.join(timeout)
+        forked.kill()
+        forked.join()
+        return forked.exitcode, pathlib.Path(file.name).read_text()
 
 
 def _run_as_main(module: str, *args: str, output: str | None) -> None:

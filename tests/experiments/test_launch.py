@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from processes import REPOSITORY, run_forked, start_forked
+from processes import REPOSITORY, run, start_forked
 
 from stca_jax import config as config_lib
 from stca_jax.experiments import launch
@@ -36,7 +36,7 @@ def test_every_program_is_a_launcher():
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_help_groups_every_flag(launcher):
-    status, output = run_forked(launcher, "--help")
+    status, output = run(launcher, "--help")
     assert status == 0, output
     source = (REPOSITORY / (launcher.replace(".", "/") + ".py")).read_text()
     shown = re.findall(r"^  --(?:\[no\])?([a-z_]+)", output, re.MULTILINE)
@@ -49,7 +49,7 @@ def test_help_groups_every_flag(launcher):
 
 
 def test_help_shows_every_value_of_a_config_and_what_it_means():
-    status, output = run_forked("experiments.train", TINY, "--help")
+    status, output = run("experiments.train", TINY, "--help")
     assert status == 0, output
     for path in config_lib.flatten(tiny.get_config()):
         assert f"--config.{path}=" in output
@@ -74,7 +74,7 @@ def test_help_shows_every_value_of_a_config_and_what_it_means():
     ],
 )
 def test_mistake_is_one_paragraph(launcher, arguments, message):
-    status, output = run_forked(f"experiments.{launcher}", *arguments)
+    status, output = run(f"experiments.{launcher}", *arguments)
     assert status == 1
     assert output.startswith("error: ")
     assert message in output
@@ -83,7 +83,7 @@ def test_mistake_is_one_paragraph(launcher, arguments, message):
 
 @pytest.mark.parametrize("arguments", [["--zzz"], ["--workdir=nowhere"]])
 def test_debug_shows_where_a_mistake_was_found(arguments):
-    status, output = run_forked("experiments.evaluate", "--debug", *arguments)
+    status, output = run("experiments.evaluate", "--debug", *arguments)
     assert status == 1
     assert "Traceback" in output
     assert "UserError: " in output

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from processes import run_forked, start_forked
+from processes import run, start_forked
 
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
@@ -53,7 +53,7 @@ def test_killed_study_goes_on_and_repeats_no_run(tmp_path, data_dir):
     assert results.is_scored(first)
     assert not results.is_scored(second)
     finished = times(first)
-    status, output = run_forked(*arguments)
+    status, output = run(*arguments)
     assert status == 0, output
     assert times(first) == finished
 

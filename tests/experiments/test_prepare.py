@@ -64,7 +64,10 @@ def test_profile_then_dataset_then_training(tmp_path, log):
     assert status == 0, output
     assert "60 users" in output
     assert "--config.dataset=interaction_log/mine" in output
-    assert output.splitlines()[-1] == f"The dataset is in {data_dir}/interaction_log/mine/1.0.0"
+    folder = f"{data_dir}/interaction_log/mine/1.0.0"
+    assert output.splitlines()[-1] == f"The dataset is in {folder}"
+    printed = re.search(r"^  python -m experiments.train (.*) --workdir=DIR$", output, re.MULTILINE)
+    assert printed[1] == f"--config={folder}/train_config.py --data_dir={data_dir}"
 
     status, again = prepare(data_dir, log)
     assert status == 0, again
@@ -75,11 +78,9 @@ def test_profile_then_dataset_then_training(tmp_path, log):
 
     status, output = run(
         "experiments.train",
-        "--config=experiments/configs/tiny.py",
-        "--config.dataset=interaction_log/mine",
+        *printed[1].split(),
         "--config.training.max_steps=2",
         f"--workdir={tmp_path / 'run'}",
-        f"--data_dir={data_dir}",
     )
     assert status == 0, output
     assert "finished 2 steps" in output

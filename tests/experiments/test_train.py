@@ -138,9 +138,7 @@ def test_sigterm_saves_and_exits_with_143(tmp_path, data_dir, uninterrupted, tin
     ],
 )
 def test_mistake_is_one_clear_error(uninterrupted, data_dir, extra, message):
-    status, output = run(
-        "experiments.train", *arguments(uninterrupted, data_dir), *extra, JAX_PLATFORMS="cpu"
-    )
+    status, output = run("experiments.train", *arguments(uninterrupted, data_dir), *extra)
     assert status == 1
     error = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(error) == 1, output

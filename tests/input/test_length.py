@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stca_jax.input.encoding import uniform
+from stca_jax.input.hashing import uniform
 from stca_jax.input.length import BetaLength, FixedLength, UniformLength, window_start
 
 N = 200_000

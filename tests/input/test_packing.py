@@ -10,7 +10,6 @@ from stca_jax.input.packing import (
     chunk_starts,
     group_starts,
     pack_rows,
-    ragged_arange,
     split_requests,
 )
 
@@ -135,7 +134,3 @@ def test_shares_of_a_balanced_order_have_near_equal_tokens(shares):
         sums = tokens[balanced_order(tokens.tolist())].reshape(shares, -1).sum(1)
         # An arbitrary order's shares differ by 12, 30 and 55 % of their mean, on average.
         assert np.ptp(sums) <= 0.012 * shares / 2 * sums.mean()
-
-
-def test_ragged_arange():
-    assert ragged_arange(np.array([2, 0, 3])).tolist() == [0, 1, 0, 1, 2]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import own_process
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,18 +23,15 @@ R, L, M, H, D = 8, 10_000, 16, 8, 256
 
 
 def in_process_of_its_own(module: str, name: str, *arguments: str) -> None:
-    """Calls a function of a test file; a process compiles for one kind of device only."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # it loads what it finds onto the device
-    }  # fmt: skip
-    path = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})"
-    call = f"{module}.{name}({', '.join(map(repr, arguments))})"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{path}; import {module}; {call}"],
-        env=environment, capture_output=True, text=True, timeout=550,
+    """Calls a function of a test file; a process compiles for one kind of device only.
+
+    The first argument names the kind.
+    """
+    own_process.call(
+        module, name, *arguments,
+        kind=arguments[0], TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        JAX_ENABLE_COMPILATION_CACHE="false",  # it loads what it finds onto the device
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def compiled_step(

@@ -1,5 +1,7 @@
 """Compiles the op for TPUs on a machine without one: kernels fit, and scores are never stored."""
 
+import itertools
+
 import jax.numpy as jnp
 import pytest
 from compiled_step import D, H, R, compiled_step, in_process_of_its_own, stores_scores
@@ -54,26 +56,25 @@ def check_sharded(generation: str) -> None:
         assert "all-to-all" not in text
 
 
-def check_vmem_error() -> None:
+def check_vmem_error(generation: str) -> None:
     with pytest.raises(ValueError, match="MiB of VMEM; the kernel has"):
         compiled_step(
-            devices_of("v5e"), "mosaic_tpu", "absorbed", "float32",
+            devices_of(generation), "mosaic_tpu", "absorbed", "float32",
             sizes=BlockSizes(history=8192, targets=32),
         )  # fmt: skip
 
 
-def test_bfloat16_on_one_v5e():
-    in_process_of_its_own(MODULE, "check_single", "v5e", "absorbed", "bfloat16")
-
-
 def test_too_large_blocks_name_the_limit():
-    in_process_of_its_own(MODULE, "check_vmem_error")
+    in_process_of_its_own(MODULE, "check_vmem_error", "v5e")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("order", ["absorbed", "projected"])
-@pytest.mark.parametrize("generation", TOPOLOGIES)
+CASES = list(itertools.product(TOPOLOGIES, ("absorbed", "projected"), ("bfloat16", "float32")))
+
+
+@pytest.mark.parametrize(
+    ("generation", "order", "dtype"),
+    [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])],
+)
 def test_one_chip(generation, order, dtype):
     in_process_of_its_own(MODULE, "check_single", generation, order, dtype)
 

@@ -1,30 +1,16 @@
 """Rows and histories split over eight CPU devices: same results, and no history crosses devices."""
 
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import own_process
 import pytest
 
 from stca_jax.ranges import Ranges
 
 DEVICES = 8
-
-
-def run_in_subprocess(name: str) -> None:
-    """Device count is fixed when JAX starts, so each check below gets a process of its own."""
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    folder = os.path.dirname(__file__)
-    code = f"import sys; sys.path.insert(0, {folder!r}); import test_sharded; test_sharded.{name}()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def inputs(fused: bool):
@@ -126,4 +112,5 @@ def check_indivisible():
 
 @pytest.mark.parametrize("name", ["check_attention", "check_match", "check_indivisible"])
 def test_on_eight_devices(name):
-    run_in_subprocess(name)
+    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    own_process.call("test_sharded", name, XLA_FLAGS=flags)

@@ -1,4 +1,3 @@
-import io
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stca_jax.training import metrics_writer
 from stca_jax.training.metrics_writer import MetricsWriter, WandbConfig
 
 
@@ -157,66 +155,13 @@ def test_killed_writer_loses_and_repeats_nothing(tmp_path):
     assert _points(workdir, "b")[-1][0] == 150
 
 
-def test_other_processes_write_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics_writer._log, "info", pytest.fail)
+def test_other_processes_write_nothing(tmp_path):
     with MetricsWriter(tmp_path / "run", is_main_process=False, wandb=WandbConfig("p")) as writer:
         writer.write(1, {"a": 1.0})
-        writer.progress(1)
         writer.flush()
         with pytest.raises(TypeError):
             writer.write(1, {"a": "b"})
     assert not (tmp_path / "run").exists()
-
-
-class Clock:
-    """Stands for time.monotonic."""
-
-    def __init__(self, monkeypatch):
-        self.now = 100.0
-        monkeypatch.setattr(metrics_writer.time, "monotonic", lambda: self.now)
-
-
-def test_progress_in_a_log(tmp_path, monkeypatch):
-    clock, logged = Clock(monkeypatch), []
-    monkeypatch.setattr(metrics_writer._log, "info", lambda form, *args: logged.append(form % args))
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with MetricsWriter(tmp_path, start_step=10, total_steps=10_000, log_every_seconds=30) as writer:
-        assert writer.progress(20, loss=0.5) == {}
-        clock.now += 10
-        assert writer.progress(40, tokens=12_345_670, targets=5000) == {
-            "speed/steps_per_second": 2.0,
-            "speed/tokens_per_second": 1_234_567.0,
-            "speed/targets_per_second": 500.0,
-        }
-        clock.now += 25
-        writer.progress(90, loss=float("nan"), tokens=25_000, targets=25)
-        clock.now += 1
-        writer.progress(91, loss=0.1)
-        clock.now += 1
-        assert writer.progress(10_000, steps=3) == {"speed/steps_per_second": 3.0}
-    assert logged == [
-        "step 20/10,000  loss 0.5",
-        "step 90/10,000  loss nan  2 steps/s  1k tokens/s  1 targets/s  ETA 1:22:35",
-        "step 10,000/10,000  3 steps/s  ETA 0:00:00",
-    ]
-    assert sys.stderr.getvalue() == ""
-
-
-def test_progress_on_a_terminal(tmp_path, monkeypatch):
-    clock = Clock(monkeypatch)
-    monkeypatch.setattr(metrics_writer._log, "info", pytest.fail)
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", "20")
-    with MetricsWriter(tmp_path) as writer:
-        writer.progress(1)
-        clock.now += 2
-        writer.progress(2, loss=0.125)
-        writer.show_step(3)
-        clock.now += 1
-        writer.show_step(4)
-    shown = ["step 1", "step 2  loss 0.125 ", "step 4  loss 0.125 "]
-    assert sys.stderr.getvalue() == "".join(f"{line}\x1b[K\r" for line in shown) + "\n"
 
 
 def test_wandb(tmp_path, monkeypatch):
@@ -249,6 +194,6 @@ def test_wandb_missing(tmp_path, monkeypatch):
     MetricsWriter(tmp_path).close()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"pip install -e '\.\[wandb\]'"):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[wandb\]"'):
         MetricsWriter(tmp_path, wandb=WandbConfig("project"))
     assert len(_lines(tmp_path)) == 1  # Nothing was dropped for a run that did not start.

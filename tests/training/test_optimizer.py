@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,16 +12,23 @@ from strategies import SCHEMA
 from stca_jax.models.embedding import EmbeddingConfig
 from stca_jax.models.ranker import Ranker, RankerConfig
 from stca_jax.models.stca import StcaConfig
-from stca_jax.training.optimizer import OptimizerConfig, dense_optimizer, row_optimizer, schedule
+from stca_jax.training.optimizer import (
+    OptimizerConfig,
+    RowStep,
+    dense_optimizer,
+    row_optimizer,
+    schedule,
+)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["adagrad", "adam"])
-def test_row_without_gradient_stays_and_so_do_its_slots(name):
-    transform = row_optimizer(OptimizerConfig(tables=name))
+def test_row_without_gradient_stays_and_so_do_its_slots(name, decay):
+    transform = row_optimizer(OptimizerConfig(tables=name, table_decay=decay))
     rows, gradient = jnp.ones((3, 2)), jnp.array([[1.0, 2], [0, 0], [0, 1]])
     slots = transform.init(3, 2)
-    for _ in range(2):
-        new_rows, new_slots = transform.update(rows, slots, gradient, 0.1)
+    for step in range(2):
+        new_rows, new_slots = transform.update(rows, slots, gradient, RowStep(0.1, step))
         for old, new in zip(
             jax.tree.leaves((rows, slots)), jax.tree.leaves((new_rows, new_slots)), strict=True
         ):
@@ -32,8 +42,25 @@ def test_first_adam_step_of_a_row_is_its_learning_rate_however_late():
     rows, slots = jnp.zeros((2, 1)), transform.init(2, 1)
     for step in range(50):
         gradient = jnp.array([[1.0], [7.0 if step == 49 else 0.0]])
-        rows, slots = transform.update(rows, slots, gradient, 0.1)
+        rows, slots = transform.update(rows, slots, gradient, RowStep(0.1, step))
     np.testing.assert_allclose(rows[1], -0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adagrad", "adam"])
+def test_rows_decay_by_the_steps_since_their_last_gradient(name):
+    """Beside what the optimizer does, which a twin without decay shows, from the same row."""
+    config = OptimizerConfig(tables=name, table_decay=0.1)
+    decaying = row_optimizer(config)
+    twin = row_optimizer(dataclasses.replace(config, table_decay=0))
+    rng = np.random.default_rng(0)
+    row = rng.normal(size=(1, 3)).astype(np.float32)
+    slots, twin_slots = decaying.init(1, 3), twin.init(1, 3)
+    for step, share in ((5, 0), (6, 0.1), (9, 0.3), (30, 1)):  # never before; 1, 3, 21 steps
+        gradient = rng.normal(size=(1, 3)).astype(np.float32)
+        moved, twin_slots = twin.update(row, twin_slots, gradient, RowStep(0.1, step))
+        found, slots = decaying.update(row, slots, gradient, RowStep(0.1, step))
+        np.testing.assert_allclose(found, moved - share * row, rtol=1e-6, atol=1e-7)
+        row = np.asarray(found)
 
 
 def test_schedule_warms_up_and_falls():
@@ -70,6 +97,7 @@ def test_values_that_cannot_work_are_refused(field):
         OptimizerConfig(**{field: 0})
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))  # else every operation is compiled by itself
 def one_step(config, parameters, gradients, num_steps=100):
     """Parameters after the first step whose learning rate is the peak."""
     transform = dense_optimizer(config, num_steps)
@@ -84,11 +112,11 @@ def test_weight_decay_is_of_matrices_only(name):
     config = RankerConfig(
         sequence=sequence, embedding=EmbeddingConfig(time_delta=True, feature_width=4)
     )
-    ranker = Ranker(config, SCHEMA, rngs=nnx.Rngs(0))
+    ranker = nnx.eval_shape(lambda: Ranker(config, SCHEMA, rngs=nnx.Rngs(0)))
     parameters = nnx.to_pure_dict(nnx.state(ranker, nnx.Param))
-    parameters = jax.tree.map(lambda p: jnp.full(p.shape, 2.0), parameters)
+    parameters = jax.tree.map(lambda p: np.full(p.shape, 2.0, np.float32), parameters)
     optimizer = OptimizerConfig(dense=name, weight_decay=0.5, learning_rate=0.1, warmup_steps=0)
-    after = one_step(optimizer, parameters, jax.tree.map(jnp.zeros_like, parameters))
+    after = one_step(optimizer, parameters, jax.tree.map(np.zeros_like, parameters))
     shrunk = {}
     for path, value in jax.tree_util.tree_leaves_with_path(after):
         kind = str(path[-1].key)
@@ -129,7 +157,7 @@ def test_warm_up_takes_at_most_half_of_a_short_run(num_steps):
 
 
 NUMBERS = ("learning_rate", "clip_norm", "table_learning_rate", "table_accumulator",
-           "weight_decay", "final_fraction")  # fmt: skip
+           "weight_decay", "table_decay", "final_fraction")  # fmt: skip
 
 
 @pytest.mark.parametrize("field", NUMBERS)

@@ -1,18 +1,15 @@
 """Lookups and updates of divided tables against NumPy in float64, on one device and on eight."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import own_process
 import pytest
 
 from stca_jax.batch import empty_batch
 from stca_jax.schema import Schema
 from stca_jax.training import exchange, table_rows
-from stca_jax.training.optimizer import OptimizerConfig, row_optimizer
+from stca_jax.training.optimizer import OptimizerConfig, RowStep, row_optimizer
 from stca_jax.training.sharding import MeshConfig, batch_shardings, device_batch, make_mesh
 from stca_jax.training.table_rows import rows_by_id, stored_row, stored_schema
 
@@ -69,9 +66,16 @@ class Float64Optimizer:
 
     def __init__(self, name: str, config: OptimizerConfig):
         self.name, self.slots = name, {}
-        self.start = config.table_accumulator
+        self.start, self.decay = config.table_accumulator, config.table_decay
+        self.last = {}
 
-    def update(self, key, row, gradient, learning_rate):
+    def update(self, key, row, gradient, learning_rate, step):
+        idle = step - self.last.get(key, step)
+        self.last[key] = step
+        kept = (1 - min(1, self.decay * idle)) * row
+        return self.moved(key, row, gradient, learning_rate) - row + kept
+
+    def moved(self, key, row, gradient, learning_rate):
         if self.name == "adagrad":
             self.slots[key] = self.slots.get(key, self.start) + (gradient**2).mean()
             return row - learning_rate * gradient / np.sqrt(self.slots[key])
@@ -81,10 +85,10 @@ class Float64Optimizer:
         return row - learning_rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
 
 
-def check(mesh, optimizer: str, kinds) -> None:
+def check(mesh, optimizer: str, kinds, decay: float = 0.0) -> None:
     """Embeds and updates a few batches, and compares with NumPy after each."""
     rng = np.random.default_rng(0)
-    config = OptimizerConfig(tables=optimizer)
+    config = OptimizerConfig(tables=optimizer, table_decay=decay)
     transform, oracle = row_optimizer(config), Float64Optimizer(optimizer, config)
     tables = {n: rng.normal(size=(s, WIDTHS[n])).astype(np.float32) for n, s in DIVIDED.items()}
     slots = {n: transform.init(s, WIDTHS[n]) for n, s in DIVIDED.items()}
@@ -95,7 +99,7 @@ def check(mesh, optimizer: str, kinds) -> None:
     shardings = batch_shardings(mesh, random_batch(rng, "same"))
 
     @jax.jit
-    def step(tables, slots, batch, weights):
+    def step(tables, slots, batch, weights, number):
         touched = table_rows.touch(batch, DIVIDED, mesh)
         rows = table_rows.fetch(tables, touched, mesh)
 
@@ -110,10 +114,10 @@ def check(mesh, optimizer: str, kinds) -> None:
             slots,
             touched,
             gradient,
-            table_rows.TableStep(transform, jnp.float32(0.1), mesh),
+            table_rows.TableStep(transform, RowStep(jnp.float32(0.1), number), mesh),
         )
 
-    for kind in kinds:
+    for number, kind in enumerate(kinds):
         batch = random_batch(rng, kind)
         weights = {
             level: {
@@ -125,7 +129,7 @@ def check(mesh, optimizer: str, kinds) -> None:
         }
         with jax.set_mesh(mesh):
             on_mesh = device_batch(batch, shardings)
-            embedded, tables, slots, square = step(tables, slots, on_mesh, weights)
+            embedded, tables, slots, square = step(tables, slots, on_mesh, weights, number)
         total = {n: {} for n in DIVIDED}
         for level, of_level in weights.items():
             for name, weight in of_level.items():
@@ -139,7 +143,9 @@ def check(mesh, optimizer: str, kinds) -> None:
         np.testing.assert_allclose(square, squares, rtol=1e-4)
         for name, gradients in total.items():
             for i, gradient in gradients.items():
-                expected[name][i] = oracle.update((name, i), expected[name][i], gradient, 0.1)
+                expected[name][i] = oracle.update(
+                    (name, i), expected[name][i], gradient, 0.1, number
+                )
             found = rows_by_id(tables[name], SCHEMA.vocabularies[name])
             np.testing.assert_allclose(found, expected[name], rtol=2e-5, atol=2e-5)
 
@@ -147,13 +153,13 @@ def check(mesh, optimizer: str, kinds) -> None:
 KINDS = ("skewed", "same", "distinct", "one owner", "skewed")
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
-def test_one_device(optimizer):
-    check(make_mesh(MeshConfig(), jax.devices()[:1]), optimizer, KINDS)
+@pytest.mark.parametrize(("optimizer", "decay"), [("adagrad", 0), ("adam", 0), ("adagrad", 0.1)])
+def test_one_device(optimizer, decay):
+    check(make_mesh(MeshConfig(), jax.devices()[:1]), optimizer, KINDS, decay)
 
 
 def check_on_eight_devices() -> None:
-    check(make_mesh(MeshConfig(2, 2, 2)), "adam", KINDS)
+    check(make_mesh(MeshConfig(2, 2, 2)), "adam", KINDS, decay=0.1)
     check(make_mesh(MeshConfig(8, 1, 1)), "adagrad", KINDS)
     exchange._MOST_DEVICES_IN_ONE_HOP = 4  # as if they were many
     check(make_mesh(MeshConfig(1, 4, 2)), "adagrad", ("skewed", "one owner"))
@@ -161,11 +167,9 @@ def check_on_eight_devices() -> None:
 
 @pytest.mark.slow
 def test_eight_devices():
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}; import test_table_rows as t; t.check_on_eight_devices()"],
-        env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    own_process.call(
+        "test_table_rows",
+        "check_on_eight_devices",
+        kind="table rows",  # it changes a constant
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )

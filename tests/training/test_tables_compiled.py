@@ -1,26 +1,13 @@
 """What the compiled train step does with tables: rows move between devices, tables never do."""
 
-import os
 import re
-import subprocess
-import sys
 
 import jax
+import own_process
 import pytest
 
 WIDTH = 16
 ROWS, LENGTH, TARGETS = 8, 256, 12
-
-
-def in_process_of_its_own(call: str, **environment: str) -> None:
-    """The device count and the platforms are fixed when JAX starts."""
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}; import test_tables_compiled as t; t.{call}"],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def compiled_step(num_items: int, devices, sizes=(2, 2, 2), tables: str = "adagrad"):
@@ -128,21 +115,27 @@ def check_one_device() -> None:
 
 @pytest.mark.slow
 def test_one_cpu_device():
-    in_process_of_its_own("check_one_device()")
+    own_process.call("test_tables_compiled", "check_one_device")
 
 
 @pytest.mark.exhaustive
 def test_eight_cpu_devices():
-    in_process_of_its_own("check_cpu()", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    own_process.call(
+        "test_tables_compiled", "check_cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8"
+    )
 
 
 @pytest.mark.exhaustive
 def test_initialization_on_eight_devices():
-    in_process_of_its_own(
-        "check_initialization()", XLA_FLAGS="--xla_force_host_platform_device_count=8"
+    own_process.call(
+        "test_tables_compiled",
+        "check_initialization",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
     )
 
 
 @pytest.mark.exhaustive
 def test_eight_tpu_devices():
-    in_process_of_its_own("check_tpu()", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    own_process.call(
+        "test_tables_compiled", "check_tpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+    )

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, Integer, Shaped
 
+from stca_jax.input.arrays import ragged_ranges
 from stca_jax.input.dataset import RequestDataset, RequestIndex
 
 
@@ -145,7 +146,7 @@ def read_targets(dataset: RequestDataset, requests: RequestIndex) -> Iterator[Us
         first, last = record.target_offset[chosen], record.target_offset[chosen + 1]
         size = (last - first).astype(np.int64)
         offset = np.append(0, np.cumsum(size))
-        targets = np.arange(offset[-1]) + np.repeat(first - offset[:-1], size)
+        targets = ragged_ranges(first, size)
         columns = {name: values[targets] for name, values in record.target.items()}
         for name, values in record.request.items():
             columns.setdefault(name, np.repeat(values[chosen], size))

@@ -6,6 +6,7 @@ deviation.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,7 +21,6 @@ from stca_jax.evaluation.report.runs import (
     shown_step,
 )
 
-MAX_LINES = 6  # as many as there are colours and markers
 REFERENCES = ("counting", "logistic", "truth")
 _CALIBRATED = (0.98, 1.02)
 
@@ -85,7 +85,7 @@ def quality_charts(runs: Sequence[Run], task: str | None) -> list[Chart]:
             Chart(
                 f"{metric}_by_length{suffix}",
                 f"{label[0].upper()}{label[1:]} by history length{of_task}",
-                f"{by_length}; one checkpoint of each run.{note}",
+                f"{by_length}; one checkpoint of each run.{note}{_unscored(runs, by_length, task)}",
                 "history length (events)",
                 label,
                 lines,
@@ -105,7 +105,7 @@ def quality_charts(runs: Sequence[Run], task: str | None) -> list[Chart]:
                 Chart(
                     f"auc_by_{name}{suffix}",
                     f"AUC by {what}{of_task}",
-                    f"{by_step}.{note}",
+                    f"{by_step}.{note}{_unscored(runs, by_step, task)}",
                     unit,
                     "AUC",
                     lines,
@@ -114,10 +114,16 @@ def quality_charts(runs: Sequence[Run], task: str | None) -> list[Chart]:
     return charts
 
 
+def _unscored(runs: Sequence[Run], selection: Selection, task: str | None) -> str:
+    """Names the runs that a chart lacks."""
+    names = [run.name for run in runs if not run.rows_of(selection, task)]
+    return f" Not scored on these: {', '.join(names)}." if names else ""
+
+
 def training_charts(runs: Sequence[Run]) -> list[Chart]:
     """Charts of what the training itself reported."""
     lines = []
-    for run in runs[:MAX_LINES]:
+    for run in runs:
         points = [
             (line["step"], line["speed/tokens_per_second"])
             for line in run.lines
@@ -125,7 +131,7 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
         ]
         if points:
             lines.append(Line(run.name, [p[0] for p in points], [p[1] for p in points]))
-    losses = [line for run in runs[:MAX_LINES] if (line := _training_loss(run)).x]
+    losses = [line for run in runs if (line := _training_loss(run)).x]
     of_loss = Chart("training_loss", "Training loss", "Means of the logged steps.",
                     "training step", "loss (nats)", losses)  # fmt: skip
     caption = "The time of validation and of checkpoints is included."
@@ -144,7 +150,7 @@ def lines_by_length(
 ) -> list[Line]:
     """A metric at each length: of one checkpoint per run, seeds averaged, and of the references."""
     lines = []
-    for group in group_by_seed(runs)[:MAX_LINES]:
+    for group in group_by_seed(runs):
         tables = []
         for run in group.runs:
             step = shown_step(run, selection, task)
@@ -167,23 +173,26 @@ def lines_by_step(
     *,
     in_minutes: bool,
 ) -> list[Line]:
-    """A metric after each step: of a single line of runs at each length, else at the longest."""
+    """A metric after each step: of a single line of runs at each length, else at the longest.
+
+    Every step that a run was scored at is a point, also where other seeds have not got there.
+    """
     lengths = sorted(
         {row["length"] for run in runs for row in run.rows_of(selection, task)}, reverse=True
     )
     lines = []
     groups = group_by_seed(runs)
-    for group in groups[:MAX_LINES]:
+    for group in groups:
         speed = group.steps_per_second() if in_minutes else 1.0
         if not speed:
             continue
         tables = [run.rows_of(selection, task) for run in group.runs]
         own = [n for n in lengths if all(any(r["length"] == n for r in rows) for rows in tables)]
-        for length in own[: 1 if len(groups) > 1 else MAX_LINES]:
+        for length in own[:1] if len(groups) > 1 else own:
             label = f"{length:,} events"
             label = f"{group.name}, {label}" if len(groups) > 1 else label
             at_length = [[r for r in rows if r["length"] == length] for rows in tables]
-            line = mean_line(label, at_length, "step", metric)
+            line = mean_line(label, at_length, "step", metric, of_all=False)
             scale = 1 / (speed * 60) if in_minutes else 1
             lines.append(line._replace(x=[x * scale for x in line.x]))
     return [line for line in lines if line.x]
@@ -195,8 +204,10 @@ def mean_line(
     x: str,
     metric: str,
     reference: str | None = None,
+    *,
+    of_all: bool = True,
 ) -> Line:
-    """The mean of a metric over tables, wherever all of them have it.
+    """The mean of a metric over tables.
 
     Args:
       label: For the legend.
@@ -204,9 +215,13 @@ def mean_line(
       x: Column of the horizontal axis.
       metric: Column of the vertical one.
       reference: See `Line`.
+      of_all: Only where all tables have it; else wherever one has.
     """
     columns = [{r[x]: r[metric] for r in rows if r.get(metric) is not None} for rows in tables]
-    shared = sorted(set.intersection(*map(set, columns)))
-    values = [[column[at] for column in columns] for at in shared]
-    error = [statistics.stdev(v) for v in values] if len(columns) > 1 else None
-    return Line(label, shared, [statistics.fmean(v) for v in values], reference, error)
+    combine = set.intersection if of_all else set.union
+    places = sorted(combine(*map(set, columns)))
+    values = [[column[at] for column in columns if at in column] for at in places]
+    error = None
+    if len(columns) > 1:
+        error = [statistics.stdev(v) if len(v) > 1 else math.nan for v in values]
+    return Line(label, places, [statistics.fmean(v) for v in values], reference, error)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stca_jax.errors import UserError
-from stca_jax.evaluation.report.charts import MAX_LINES, Chart, Line
+from stca_jax.evaluation.report.charts import Chart, Line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +23,9 @@ _MARKERS = "osD^vP"
 # In the SVG these become the page's colours; in the PNG they are seen as they are, on white.
 _INK, _MUTED, _RULE = "#121314", "#696a6b", "#dcdddf"
 _CSS_COLORS = {_INK: "var(--ink)", _MUTED: "var(--muted)", _RULE: "var(--rule)"}
-_REFERENCE_STYLES = {"counting": ":", "logistic": "--", "truth": "-."}
+_REFERENCE_STYLES = {
+    "counting": ":", "logistic": "--", "boosted": (0, (4, 1, 1, 1, 1, 1)), "truth": "-."
+}  # fmt: skip
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: searchable, and in the page's own font
     "svg.hashsalt": "stca_jax",
@@ -89,8 +91,10 @@ def _draw_lines(axes: Any, lines: Sequence[Line]) -> None:
             style = {"color": _MUTED, "linestyle": _REFERENCE_STYLES[line.reference]}
         else:
             style = {
-                "color": _PALETTE[runs % MAX_LINES],
-                "marker": _MARKERS[runs % MAX_LINES] if len(line.x) <= 40 else "",
+                "color": _PALETTE[runs % len(_PALETTE)],
+                # With every round of colours the markers move on by one.
+                "marker": _MARKERS[sum(divmod(runs, len(_PALETTE))) % len(_MARKERS)],
+                "markevery": max(1, len(line.x) // 40),
                 "markersize": 4.5,
             }
             runs += 1

@@ -5,19 +5,25 @@ from __future__ import annotations
 import html
 import os
 import pathlib
+import statistics
 from collections.abc import Sequence
 
 from stca_jax.errors import UserError
 from stca_jax.evaluation.report.charts import Line, lines_by_length, quality_charts, training_charts
 from stca_jax.evaluation.report.drawing import draw, figure_html
-from stca_jax.evaluation.report.runs import METRICS, Run, best_selection, median
+from stca_jax.evaluation.report.runs import METRICS, Run, best_selection, group_by_seed, median
+
+
+def page_html(title: str, subtitle: str, body: str) -> str:
+    """A page in this style around its body, which is HTML; it loads nothing."""
+    return _PAGE.format(title=html.escape(title), datasets=html.escape(subtitle), body=body)
 
 
 def write_report(runs: Sequence[Run], output: str | os.PathLike[str]) -> list[pathlib.Path]:
     """Writes the page, and its charts as PNG into a directory beside it that has the same name.
 
     Args:
-      runs: At least one; more than six share colours.
+      runs: At least one.
       output: Ending in `.html`.
 
     Returns:
@@ -52,6 +58,8 @@ def _page(runs: Sequence[Run], tasks: Sequence[str | None], figures: Sequence[st
     title = ", ".join(run.name for run in runs)
     tables = [table for task in tasks for table in _quality_tables(runs, task)]
     sections = [
+        "<h2>Summary</h2>",
+        *(_summary_table(runs, task) for task in tasks),
         '<div class="charts">',
         *figures,
         "</div>",
@@ -66,6 +74,47 @@ def _page(runs: Sequence[Run], tasks: Sequence[str | None], figures: Sequence[st
     return _PAGE.format(
         title=html.escape(title), datasets=html.escape(datasets), body="\n".join(sections)
     )
+
+
+def _summary_table(runs: Sequence[Run], task: str | None) -> str:
+    """A row per line of runs: what it reaches with all of the history, and what it took."""
+    selection = best_selection(runs, task)
+    references = [line for line in lines_by_length(runs, selection, task, "auc") if line.reference]
+    headings = ["run", "history", *METRICS.values(), "best reference's AUC", "steps", "minutes"]
+    cells = []
+    for group in group_by_seed(runs):
+        lines: dict[str, Line] = {}
+        for metric in METRICS:
+            for line in lines_by_length(group.runs, selection, task, metric):
+                if not line.reference:
+                    lines[metric] = line
+        if not lines:
+            cells.append([f"{group.name}, not scored", *[""] * (len(headings) - 1)])
+            continue
+        length = max(line.x[-1] for line in lines.values())
+        found = {metric: dict(zip(v.x, _numbers(v), strict=True)) for metric, v in lines.items()}
+        others = {
+            line.y[line.x.index(length)]: line.label for line in references if length in line.x
+        }
+        best = max(others, default=None)
+        steps, speed = statistics.fmean(map(_num_steps, group.runs)), group.steps_per_second()
+        cells.append(
+            [
+                next(iter(lines.values())).label,
+                _number(length, 0),
+                *(found.get(metric, {}).get(length, "") for metric in METRICS),
+                "" if best is None else f"{_number(best, 4)} ({others[best]})",
+                _number(steps, 0),
+                _number(speed and steps / speed / 60, 1),
+            ]
+        )
+    of_task = f"{task}: " if task else ""
+    caption = f"{of_task}{selection}, with the longest history that was scored"
+    return _table(caption, headings, cells)
+
+
+def _num_steps(run: Run) -> int:
+    return max((line["step"] for line in run.lines), default=0)
 
 
 def _quality_tables(runs: Sequence[Run], task: str | None) -> list[str]:
@@ -89,7 +138,7 @@ def _quality_tables(runs: Sequence[Run], task: str | None) -> list[str]:
 def _cost_table(runs: Sequence[Run]) -> str:
     cells = []
     for run in runs:
-        steps = max((line["step"] for line in run.lines), default=0)
+        steps = _num_steps(run)
         speed, tokens = run.steps_per_second(), run.tokens_per_step()
         cells.append(
             [

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stca_jax.input import request_building as rb
+from stca_jax.data import request_building as rb
+from stca_jax.input.arrays import offsets, run_starts
 
 EVENTS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12), st.integers(0, 9)), max_size=60)
 
@@ -25,10 +26,7 @@ def test_events_of_the_same_timestamp_are_not_history():
     assert rb.history_end(user, time, np.zeros(3, int), np.array([4, 5, 8])).tolist() == [1, 4, 4]
 
 
-def test_runs_and_splits():
-    user, time = np.array([7, 7, 7, 9, 9]), np.array([1, 1, 4, 4, 4])
-    assert rb.run_starts(user, time).tolist() == [0, 2, 3]
-    assert rb.run_starts(user[:0]).tolist() == []
+def test_time_split():
     assert rb.time_split(np.array([0, 9, 10, 19, 20, 99]), 10, 20).tolist() == [0, 0, 1, 1, 2, 2]
 
 
@@ -150,16 +148,16 @@ def test_targets_need_training_events():
 def test_user_logs_cut_the_flat_arrays_by_user(events):
     events = sorted(events)
     user, time, item = (np.array(c, np.int64) for c in zip(*events, strict=True))
-    start = rb.run_starts(user, time)
+    start = run_starts(user, time)
     request_user, request_time = user[start], time[start]
     count = np.diff(np.r_[start, len(user)])
     num_users = 7
     logs = rb.UserLogs(
         user_id=np.arange(num_users) + 100,
-        event_offset=rb.offsets(user, num_users),
+        event_offset=offsets(user, num_users),
         event_time=time,
         history={"item": item},
-        request_offset=rb.offsets(request_user, num_users),
+        request_offset=offsets(request_user, num_users),
         request_id=np.arange(len(start)),
         request_time=request_time,
         request_split=np.zeros(len(start), np.int32),

@@ -19,19 +19,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
-from stca_jax.input.encoding import counter_hash
+from stca_jax.input.arrays import ragged_arange, rank_in_run
+from stca_jax.input.hashing import counter_hash
 from stca_jax.input.records import UserRecord
 
 _POSITIVE, _NEGATIVE, _ORDER = 1, 2, 3  # separate streams of one seed
-
-
-def run_starts(*columns: np.ndarray) -> Int[np.ndarray, " runs"]:
-    """Where each run of equal rows of the columns begins, e.g. of (user, time): the requests."""
-    changes = np.zeros(len(columns[0]), bool)
-    changes[:1] = True
-    for column in columns:
-        changes[1:] |= column[1:] != column[:-1]
-    return np.flatnonzero(changes)
 
 
 def history_end(
@@ -124,7 +116,7 @@ def next_item_targets(
     order = np.lexsort(
         (counter_hash(seed, _POSITIVE, request_key[owner], item_key[candidate]), owner)
     )
-    positive = bought[order][_rank_in_run(owner[order]) < max_positives]
+    positive = bought[order][rank_in_run(owner[order]) < max_positives]
     wanted = negatives_per_positive * np.bincount(positive // num_items, minlength=len(request_key))
     negative = _sample_negatives(bought, wanted, request_key, train_count, seed)
     return arrange_targets(
@@ -169,8 +161,7 @@ def _sample_negatives(
 
     def draw(request: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """What so many draws give each request, the first ones it can use."""
-        owner = np.repeat(request, draws)
-        count = np.arange(len(owner)) - np.repeat(np.cumsum(draws) - draws, draws)
+        owner, count = np.repeat(request, draws), ragged_arange(draws)
         hashed = counter_hash(seed, _NEGATIVE, request_key[owner], count)
         # An item of count c owns c consecutive integers; one of count 0 owns none.
         uniform = (hashed % np.uint64(cumulative[-1])).astype(np.int64)
@@ -179,7 +170,7 @@ def _sample_negatives(
         position = np.minimum(np.searchsorted(bought, pair), len(bought) - 1)
         pair = pair[bought[position] != pair]
         owner = pair // len(train_count)
-        return pair[_rank_in_run(owner) < wanted[owner]]
+        return pair[rank_in_run(owner) < wanted[owner]]
 
     # Few draws do for most requests; the others start again with all of theirs.
     request = np.flatnonzero(wanted)
@@ -189,12 +180,6 @@ def _sample_negatives(
     rest = draw(short, 4 * wanted[short] + 16)
     enough = few[found[few // len(train_count)] >= wanted[few // len(train_count)]]
     return np.concatenate([enough, rest])
-
-
-def _rank_in_run(run: np.ndarray) -> np.ndarray:
-    """0, 1, 2 … within each run of equal values."""
-    starts = run_starts(run)
-    return np.arange(len(run)) - np.repeat(starts, np.diff(np.append(starts, len(run))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,11 +243,6 @@ class UserLogs:
             target={n: v[targets] for n, v in self.target.items()},
             label=self.label[targets],
         )
-
-
-def offsets(owner: Int[np.ndarray, " n"], num_owners: int) -> Int[np.ndarray, " owners+1"]:
-    """Where the items of each owner begin, when `owner` is ascending in `[0, num_owners)`."""
-    return np.searchsorted(owner, np.arange(num_owners + 1), side="left")
 
 
 def log_popularity(train_count: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

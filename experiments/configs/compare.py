@@ -1,0 +1,28 @@
+"""What the modules of the comparison on Complete Journey share.
+
+Command: python -m experiments.compare --config=experiments/configs/compare.py --workdir=DIR
+    --steps=150
+Reaches: not measured.
+
+The main job's data, features and evaluation, over requests with at least 500 earlier events, with
+windows of 512: every module reads the same events at the same cost of input. A budget of 150 steps
+is about a quarter of an epoch.
+"""
+
+import dataclasses
+
+from stca_jax.experiment import ExperimentConfig
+from stca_jax.experiments.configs import length_study
+from stca_jax.input.length import FixedLength
+
+
+def get_config() -> ExperimentConfig:
+    """Returns what the modules share."""
+    base = length_study.get_config()
+    return dataclasses.replace(
+        base,
+        input=dataclasses.replace(base.input, length=FixedLength(512)),
+        evaluation=dataclasses.replace(
+            base.evaluation, lengths=(50, 200, 1_000, 4_000), max_requests=1_000
+        ),
+    )

@@ -1,0 +1,1 @@
+"""The comparison of sequence modules: what is compared, what it costs, and tables of its runs."""
