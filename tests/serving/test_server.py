@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from replay import replay
 
-SECONDS = 120  # for a start, on a busy machine
+SECONDS = 400  # for a start, on a busy machine
 
 
 class Process:
@@ -24,7 +24,7 @@ class Process:
     def __init__(self, model, *options, **environment):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "stca_jax.serving", f"--model={model}", "--port=0",
-             "--encoded", "--deadline=60", *options],
+             "--encoded", "--deadline=60", "--warm_up=1", *options],
             stderr=subprocess.PIPE, text=True, env=os.environ | environment,
         )  # fmt: skip
         self.lines = queue.Queue()

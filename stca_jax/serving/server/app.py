@@ -70,13 +70,16 @@ class Server:
 
     Attributes:
       app: For uvicorn.
+      scorer: What answers.
+      telemetry: What it tells an operator.
       is_ready: Whether new requests should come; false while it ends.
     """
 
     def __init__(self, worker: Worker, telemetry: Telemetry, options: ServerOptions):
         """Nothing is listened to yet."""
         self._worker = worker
-        self._telemetry = telemetry
+        self.scorer = worker.scorer
+        self.telemetry = telemetry
         self._options = options
         self.is_ready = True
         model = f"/v2/models/{options.name}"
@@ -103,7 +106,7 @@ class Server:
             started = time.monotonic()
             response = await self._answer(operation, handler, request)
             seconds = time.monotonic() - started
-            self._telemetry.answered(operation, response.status_code, seconds)
+            self.telemetry.answered(operation, response.status_code, seconds)
             if response.status_code >= 500:
                 fields = {
                     "operation": operation,
@@ -146,17 +149,16 @@ class Server:
 
     async def _append(self, request: Request) -> Response:
         user, events = _user(request), _events(await self._json(request))
-        scorer = self._worker.scorer
-        return _json({"appended": await self._do(lambda: scorer.append(user, events))})
+        return _json({"appended": await self._do(lambda: self.scorer.append(user, events))})
 
     async def _update(self, request: Request) -> Response:
         user, events = _user(request), _events(await self._json(request))
-        await self._do(lambda: self._worker.scorer.update(user, events))
+        await self._do(lambda: self.scorer.update(user, events))
         return _json({"updated": len(events)})
 
     async def _forget(self, request: Request) -> Response:
         user = _user(request)
-        return _json({"deleted": await self._do(lambda: self._worker.scorer.forget(user))})
+        return _json({"deleted": await self._do(lambda: self.scorer.forget(user))})
 
     async def _score(self, request: Request) -> Response:
         user, body = _user(request), await self._json(request)
@@ -164,7 +166,7 @@ class Server:
         scored = await self._scored(
             ScoreRequest(user, body["targets"], body.get("request") or {}, body.get("time"))
         )
-        version = self._worker.scorer.model.info.version
+        version = self.scorer.model.info.version
         probabilities = {task: np.ascontiguousarray(v) for task, v in scored.items()}
         return _json({"probabilities": probabilities, "model_version": version})
 
@@ -173,7 +175,7 @@ class Server:
         asked, header = protocol.read_request(body, request.headers.get(protocol.HEADER_LENGTH))
         _check_user(asked.user)
         scored = await self._scored(asked)
-        version = self._worker.scorer.model.info.version
+        version = self.scorer.model.info.version
         content, headers = protocol.write_answer(header, scored, self._options.name, version)
         return Response(content, headers=headers)
 
@@ -193,7 +195,7 @@ class Server:
         return await self._worker.do(work, self._options.deadline_seconds)
 
     async def _metadata(self, request: Request) -> Response:
-        return _json(protocol.metadata(self._worker.scorer.model, self._options.name))
+        return _json(protocol.metadata(self.scorer.model, self._options.name))
 
     async def _about(self, request: Request) -> Response:
         version = importlib.metadata.version("stca-jax")
@@ -207,7 +209,7 @@ class Server:
         return _json({"ready": self.is_ready}, 200 if self.is_ready else 503)
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(self._telemetry.text(), headers={"content-type": CONTENT_TYPE})
+        return Response(self.telemetry.text(), headers={"content-type": CONTENT_TYPE})
 
     async def _json(self, request: Request) -> dict[str, Any]:
         try:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import pathlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import uvicorn
 
 from stca_jax.errors import UserError, first_line
-from stca_jax.serving.model import BUCKETS
 from stca_jax.serving.scorer import Scorer
 from stca_jax.serving.server.app import Server, ServerOptions
 from stca_jax.serving.server.telemetry import Telemetry
@@ -32,21 +32,31 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """How a server goes on and ends.
+
+    Attributes:
+      model: Path of the export, such as a link that is set to another before SIGHUP.
+      warm_up: Numbers of candidates that another export is compiled for before it answers.
+      drain_seconds: After SIGTERM, how long /v2/health/ready says no before the sockets close.
+    """
+
+    model: pathlib.Path
+    warm_up: Sequence[int]
+    drain_seconds: float
+
+
 def run(
-    scorer: Scorer,
-    model: pathlib.Path,
-    options: ServerOptions,
-    sockets: list[socket.socket],
-    drain_seconds: float,
+    scorer: Scorer, options: ServerOptions, operation: Operation, sockets: list[socket.socket]
 ) -> None:
-    """Serves until SIGTERM or SIGINT; SIGHUP goes on with what lies at `model` then.
+    """Serves until SIGTERM or SIGINT; SIGHUP goes on with what lies at the model's path then.
 
     Args:
       scorer: What answers.
-      model: Path of the export, such as a link that is set to another.
       options: What an operator may set.
+      operation: How it goes on and ends.
       sockets: Bound, to listen at.
-      drain_seconds: After SIGTERM, how long /v2/health/ready says no before the sockets close.
     """
     telemetry = Telemetry()
     worker = Worker(scorer, max_waiting=options.max_waiting, timed=telemetry.stage)
@@ -57,9 +67,7 @@ def run(
         timeout_graceful_shutdown=_LONGEST_DRAIN, backlog=16_384,
     )  # fmt: skip
     try:
-        asyncio.run(
-            _serve(_Uvicorn(config), server, scorer, telemetry, model, sockets, drain_seconds)
-        )
+        asyncio.run(_serve(_Uvicorn(config), server, operation, sockets))
     finally:
         worker.close()
         scorer.histories.close()
@@ -67,13 +75,7 @@ def run(
 
 
 async def _serve(
-    http: _Uvicorn,
-    server: Server,
-    scorer: Scorer,
-    telemetry: Telemetry,
-    model: pathlib.Path,
-    sockets: list[socket.socket],
-    drain_seconds: float,
+    http: _Uvicorn, server: Server, operation: Operation, sockets: list[socket.socket]
 ) -> None:
     loop = asyncio.get_running_loop()
     reloading = threading.Lock()
@@ -83,31 +85,32 @@ async def _serve(
 
     def drain() -> None:
         server.is_ready = False
-        _log.info("SIGTERM: ending", extra={"fields": {"drain_seconds": drain_seconds}})
-        loop.call_later(drain_seconds, end)
+        _log.info("SIGTERM: ending", extra={"fields": {"drain_seconds": operation.drain_seconds}})
+        loop.call_later(operation.drain_seconds, end)
 
     def reload() -> None:
         with reloading:
-            _reload(scorer, telemetry, model)
+            _reload(server, operation)
 
     loop.add_signal_handler(signal.SIGTERM, drain)
     loop.add_signal_handler(signal.SIGINT, end)
     loop.add_signal_handler(
         signal.SIGHUP, lambda: threading.Thread(target=reload, daemon=True).start()
     )
-    _log.info("ready", extra={"fields": {"model_version": scorer.model.info.version}})
+    _log.info("ready", extra={"fields": {"model_version": server.scorer.model.info.version}})
     await http.serve(sockets)
 
 
-def _reload(scorer: Scorer, telemetry: Telemetry, model: pathlib.Path) -> None:
+def _reload(server: Server, operation: Operation) -> None:
     """Goes on with another export if it is sound, else with the one that serves."""
+    scorer = server.scorer
     try:
-        scorer.reload(model.resolve(), warm_up=BUCKETS)
+        scorer.reload(operation.model.resolve(), warm_up=operation.warm_up)
     except (UserError, OSError) as error:
-        telemetry.reloaded("failed")
+        server.telemetry.reloaded("failed")
         fields = {"reason": first_line(error), "model_version": scorer.model.info.version}
         _log.error("the new export cannot serve; the old one goes on", extra={"fields": fields})
         return
-    telemetry.reloaded("succeeded")
+    server.telemetry.reloaded("succeeded")
     fields = {"model_version": scorer.model.info.version}
     _log.info("goes on with a new export", extra={"fields": fields})
