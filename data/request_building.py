@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
@@ -75,21 +76,34 @@ class Targets:
     label: Float[np.ndarray, " t"]
 
 
+class ItemSampler(Protocol):
+    """Where negatives come from."""
+
+    @property
+    def num_items(self) -> int:
+        """How many items there are."""
+
+    def draw(
+        self, request: Int[np.ndarray, " n"], hashed: UInt64[np.ndarray, " n"]
+    ) -> Int[np.ndarray, " n"]:
+        """An item for each request and uniform number; -1 where the request can have none."""
+
+
 def next_item_targets(
     request: Int[np.ndarray, " n"],
     item: Int[np.ndarray, " n"],
     *,
     request_key: UInt64[np.ndarray, " q"],
     item_key: Int[np.ndarray, " items"],
-    train_count: Int[np.ndarray, " items"],
+    sampler: ItemSampler,
     max_positives: int,
     negatives_per_positive: int,
     seed: int,
 ) -> Targets:
-    """Positives are the distinct items of a request; negatives are drawn by training popularity.
+    """Positives are the distinct items of a request; negatives are drawn by a sampler.
 
-    A negative is never an item of its own request (one cut by `max_positives` neither), never
-    repeats within a request, and never has a training count of 0.  A request gets fewer negatives
+    A negative is never an item of its own request (one cut by `max_positives` neither) and never
+    repeats within a request.  A request gets fewer negatives
     than wanted when its draws, four for each one wanted and 16 more, do not suffice.
 
     Args:
@@ -97,20 +111,20 @@ def next_item_targets(
       item: The event's item.
       request_key: Identifies each request, whatever else is in the data.
       item_key: Identifies each item, whatever else is in the data.
-      train_count: How often each item occurs in training events.
+      sampler: Where negatives come from.
       max_positives: Requests with more distinct items keep a random subset.
       negatives_per_positive: How many negatives are wanted for each positive kept.
       seed: Of all choices.
 
     Raises:
-      ValueError: no item occurs in training, or a number is below its minimum.
+      ValueError: a number is below its minimum.
     """
     if max_positives < 1 or negatives_per_positive < 0:
         raise ValueError(
             f"max_positives={max_positives} must be at least 1 and "
             f"negatives_per_positive={negatives_per_positive} at least 0"
         )
-    num_items = len(train_count)
+    num_items = sampler.num_items
     bought = np.unique(request.astype(np.int64) * num_items + item)
     owner, candidate = np.divmod(bought, num_items)
     order = np.lexsort(
@@ -118,7 +132,7 @@ def next_item_targets(
     )
     positive = bought[order][rank_in_run(owner[order]) < max_positives]
     wanted = negatives_per_positive * np.bincount(positive // num_items, minlength=len(request_key))
-    negative = _sample_negatives(bought, wanted, request_key, train_count, seed)
+    negative = _sample_negatives(bought, wanted, request_key, sampler, seed)
     return arrange_targets(
         positive, negative, request_key=request_key, item_key=item_key, seed=seed
     )
@@ -151,34 +165,31 @@ def _sample_negatives(
     bought: np.ndarray,
     wanted: np.ndarray,
     request_key: np.ndarray,
-    train_count: np.ndarray,
+    sampler: ItemSampler,
     seed: int,
 ) -> np.ndarray:
     """Up to `wanted[k]` distinct (request, item) pairs of request k that are not in `bought`."""
-    cumulative = np.cumsum(train_count, dtype=np.int64)
-    if not len(cumulative) or cumulative[-1] < 1:
-        raise ValueError("no item occurs in training events: move the validation start later")
+    num_items = sampler.num_items
 
     def draw(request: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """What so many draws give each request, the first ones it can use."""
         owner, count = np.repeat(request, draws), ragged_arange(draws)
         hashed = counter_hash(seed, _NEGATIVE, request_key[owner], count)
-        # An item of count c owns c consecutive integers; one of count 0 owns none.
-        uniform = (hashed % np.uint64(cumulative[-1])).astype(np.int64)
-        pair = owner * len(train_count) + np.searchsorted(cumulative, uniform, side="right")
+        item = sampler.draw(owner, hashed)
+        pair = (owner * num_items + item)[item >= 0]
         pair = pair[np.sort(np.unique(pair, return_index=True)[1])]
         position = np.minimum(np.searchsorted(bought, pair), len(bought) - 1)
         pair = pair[bought[position] != pair]
-        owner = pair // len(train_count)
+        owner = pair // num_items
         return pair[rank_in_run(owner) < wanted[owner]]
 
     # Few draws do for most requests; the others start again with all of theirs.
     request = np.flatnonzero(wanted)
     few = draw(request, wanted[request] + 2)
-    found = np.bincount(few // len(train_count), minlength=len(wanted))
+    found = np.bincount(few // num_items, minlength=len(wanted))
     short = np.flatnonzero(found < wanted)
     rest = draw(short, 4 * wanted[short] + 16)
-    enough = few[found[few // len(train_count)] >= wanted[few // len(train_count)]]
+    enough = few[found[few // num_items] >= wanted[few // num_items]]
     return np.concatenate([enough, rest])
 
 
@@ -199,7 +210,7 @@ class UserLogs:
       request: Request features by name.
       target_offset: Targets of request k, counted over all users.
       target: Target features by name.
-      label: 0 or 1.
+      label: 0 or 1, or NaN where it is missing.
     """
 
     user_id: Int[np.ndarray, " users"]

@@ -31,6 +31,7 @@ from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.planning import select_requests
 from stca_jax.models.ranker import Ranker
 from stca_jax.training.checkpointing import Checkpointer
+from stca_jax.training.train_step import Predictions
 from stca_jax.workdir import load_workdir_config, restore_for_evaluation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
@@ -56,7 +57,7 @@ def main() -> None:
         )  # fmt: skip
 
     predictions = predict(state)
-    label, logit = predictions.label[:, 0], predictions.logit[:, 0]
+    label, logit, is_known = _first_task(predictions)
     print(f"{_SPLIT.value} split at length {length:,}, {len(label):,} targets, first task")
     requests = select_requests(
         dataset.index,
@@ -84,14 +85,20 @@ def main() -> None:
         ceilings = [{"of": n, "auc": metrics.auc(label[order], z)} for n, z in known.items()]
         print("\n" + format_table(ceilings))
     history = dict(zip(requests.request_id.tolist(), requests.history_end.tolist(), strict=True))
-    events = np.array([history[i] for i in predictions.request_id.tolist()])
+    events = np.array([history[i] for i in predictions.request_id[is_known].tolist()])
     print("\n" + format_table(calibration_rows(label, logit, np.minimum(events, length))))
     rows: list[Row] = [{"off": "nothing", "auc": metrics.auc(label, logit)}]
     ranker = nnx.eval_shape(lambda: Ranker(config.model, dataset.schema, rngs=nnx.Rngs(0)))
     for channel, changed in channels(state, ranker).items():
-        found = predict(changed)
-        rows.append({"off": channel, "auc": metrics.auc(found.label[:, 0], found.logit[:, 0])})
+        label, logit, _ = _first_task(predict(changed))
+        rows.append({"off": channel, "auc": metrics.auc(label, logit)})
     print("\n" + format_table(rows))
+
+
+def _first_task(predictions: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels and logits of the targets that have a label of the first task, and which they are."""
+    known = ~np.isnan(predictions.label[:, 0])
+    return predictions.label[known, 0], predictions.logit[known, 0], known
 
 
 def _step(workdir: pathlib.Path) -> int:

@@ -290,8 +290,8 @@ def validate_batch(batch: RequestBatch, schema: Schema) -> None:
     )
     label = batch.label
     _check(
-        (mask[..., None] & ~np.isin(label, (0, 1))).any(-1),
-        "labels must be 0 or 1",
+        (mask[..., None] & ~(np.isin(label, (0, 1)) | np.isnan(label))).any(-1),
+        "labels must be 0 or 1, or NaN where one is missing",
         label=label,
     )
     _check(mask & (batch.num_request_targets < 1), "a request has at least one target",

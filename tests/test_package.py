@@ -209,7 +209,7 @@ def check_registered_names(python, project, tmp_path):
     shutil.copytree(project / "my_ranking", source / "my_ranking")
     (source / "pyproject.toml").write_text(settings)
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps")
-    run(*pip, "--no-build-isolation", source, cwd=elsewhere)
+    run(*pip, source, cwd=elsewhere)
     code = """
         import pathlib
         from stca_jax import config

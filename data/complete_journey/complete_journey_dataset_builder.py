@@ -11,10 +11,14 @@ import tensorflow_datasets as tfds
 from stca_jax.data import request_building as rb
 from stca_jax.data.base import UserData, UserDatasetBuilder
 from stca_jax.data.complete_journey import source
+from stca_jax.data.negatives import make_sampler
+from stca_jax.data.popularity import auc, count_targets
 from stca_jax.input.arrays import offsets, run_starts
 from stca_jax.input.encoding import Encoder
 from stca_jax.input.features import Features, FeatureTable
 from stca_jax.input.hashing import counter_hash, uniform
+from stca_jax.input.records import SPLITS
+from stca_jax.input.trends import Trends, ValueEvents, parse_window, trend_names
 
 _SEED = 0
 _MAX_POSITIVES = 16
@@ -22,18 +26,47 @@ _KEPT = 5  # a stream of hashes of its own
 
 
 @dataclasses.dataclass
-class NextPurchase(tfds.core.BuilderConfig):
-    """Which products a basket holds, among popularity-sampled ones.
+class JourneyConfig(tfds.core.BuilderConfig):
+    """What both tasks can have.
 
     Attributes:
+      item_trends: Windows such as ("7d", "7d"): purchases of the product in that time before the
+        visit, and its age.
+      trends_of: What to count so: "item", and other features of products.
+      user_trends: Windows: purchases of the household in that time before the visit.
+    """
+
+    item_trends: tuple[str, ...] = ()
+    trends_of: tuple[str, ...] = ("item",)
+    user_trends: tuple[str, ...] = ()
+
+    @property
+    def trend_names(self) -> tuple[str, ...]:
+        """Features of targets."""
+        return trend_names(self.trends_of, self.item_trends, ())
+
+    @property
+    def user_windows(self) -> dict[str, int]:
+        """Seconds, by the name of the request's feature."""
+        return {f"user_events_{text}": parse_window(text) for text in self.user_trends}
+
+
+@dataclasses.dataclass
+class NextPurchase(JourneyConfig):
+    """Which products a basket holds, among sampled ones.
+
+    Attributes:
+      negatives: How products are sampled: by their popularity in a window before the visit, such as
+        "7d", by that in "training", or "uniform" over those bought before.
       negatives_per_positive: Sampled products for each product bought.
     """
 
+    negatives: str = "7d"
     negatives_per_positive: int = 1
 
 
 @dataclasses.dataclass
-class PromotionExposure(tfds.core.BuilderConfig):
+class PromotionExposure(JourneyConfig):
     """Which of the products on promotion in the store and week of a visit are bought there.
 
     Attributes:
@@ -51,13 +84,16 @@ class PromotionExposure(tfds.core.BuilderConfig):
 class Builder(UserDatasetBuilder):
     """Households' purchases and visits; see README.md."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {  # noqa: RUF012
+        "1.0.0": "First version.",
+        "2.0.0": "Negatives by popularity before the visit; summer time; the folder features/.",
+    }
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"Run `{source.INSTALL}`, or put its *.parquet files here."
     BUILDER_CONFIGS = [  # noqa: RUF012
         NextPurchase(
             name="next_purchase",
-            description="The products of a basket against as many popularity-sampled ones.",
+            description="The products of a basket against as many sampled by popularity of late.",
         ),
         PromotionExposure(
             name="promotion_exposure",
@@ -70,12 +106,18 @@ class Builder(UserDatasetBuilder):
     def feature_names(self) -> Mapping[str, tuple[str, ...]]:
         """Features by level."""
         promotion = tuple(source.PROMOTIONS) if self._of_promotions else ()
+        config = self._config
         return {
             "history": (*source.PRODUCT_FEATURES, "quantity"),
-            "target": (*source.PRODUCT_FEATURES, "log_popularity", *promotion),
-            "request": ("hour", "weekday", *source.HOUSEHOLD_FEATURES),
+            "target": (*source.PRODUCT_FEATURES, "log_popularity", *promotion, *config.trend_names),
+            "request": ("hour", "weekday", *source.HOUSEHOLD_FEATURES, *config.user_windows),
             "tasks": ("purchase",),
         }
+
+    @property
+    def _config(self) -> JourneyConfig:
+        assert isinstance(self.builder_config, JourneyConfig)
+        return self.builder_config
 
     @property
     def _of_promotions(self) -> bool:
@@ -99,11 +141,22 @@ class Builder(UserDatasetBuilder):
             promotion = {"display": promotions.display[row], "mailer": promotions.mailer[row]}
             notes = {"negative_rate": rate}
         else:
-            negatives = self.builder_config.negatives_per_positive
-            targets = next_purchase_targets(purchases, visits, negatives)
+            config = self.builder_config
+            targets = next_purchase_targets(purchases, visits, config)
             promotion = {}
-            notes = {"negatives_per_positive": negatives, "max_positives": _MAX_POSITIVES}
+            notes = {
+                "negatives": config.negatives,
+                "negatives_per_positive": config.negatives_per_positive,
+                "max_positives": _MAX_POSITIVES,
+            }
+        notes["auc_of_popularity_alone"] = popularity_auc(purchases, visits, targets)
+        trends = purchase_trends(purchases, products.table, self._config)
+        if trends is not None:
+            values = _trend_values(trends, products.table, targets.item)
+            promotion |= trends.encode(values, purchases.origin + visits.time[targets.request])
         logs = user_logs(purchases, products.table, households.table, visits, targets, promotion)
+        request = household_trends(purchases, logs, self._config)
+        logs = dataclasses.replace(logs, request={**logs.request, **request})
         sizes = {name: encoder.size for name, encoder in encoders.items()}
         return UserData(
             schema=self.schema(sizes | {"hour": 24, "weekday": 7}),
@@ -116,6 +169,7 @@ class Builder(UserDatasetBuilder):
                 encoders=encoders,
                 items=products.table,
                 users=households.table,
+                trends=trends and trends.tail(_trend_sizes(trends, products)),
                 clock=source.CLOCK,
                 definitions=source.DEFINITIONS,
             ),
@@ -160,19 +214,81 @@ def group_visits(purchases: source.Purchases) -> Visits:
 
 
 def next_purchase_targets(
-    purchases: source.Purchases, visits: Visits, negatives_per_positive: int
+    purchases: source.Purchases, visits: Visits, config: NextPurchase
 ) -> rb.Targets:
-    """A visit's products, and products drawn by their popularity in training weeks."""
+    """A visit's products, and products that are drawn."""
+    time, product = source.by_time(purchases)
+    sampler = make_sampler(
+        config.negatives, purchases.train_count, time, product, purchases.origin + visits.time
+    )
     return rb.next_item_targets(
         visits.of_purchase,
         purchases.product,
         request_key=visits.key,
         item_key=purchases.product_id,
-        train_count=purchases.train_count,
+        sampler=sampler,
         max_positives=_MAX_POSITIVES,
-        negatives_per_positive=negatives_per_positive,
+        negatives_per_positive=config.negatives_per_positive,
         seed=_SEED,
     )
+
+
+def popularity_auc(
+    purchases: source.Purchases, visits: Visits, targets: rb.Targets
+) -> dict[str, float]:
+    """How well purchases in training weeks alone tell the targets apart, by split."""
+    counts = count_targets(
+        visits.split[targets.request], targets.label[:, None], purchases.train_count[targets.item]
+    )
+    return {name: round(auc(counts, split=k, task=0), 4) for k, name in enumerate(SPLITS)}
+
+
+def purchase_trends(
+    purchases: source.Purchases, products: FeatureTable, config: JourneyConfig
+) -> Trends | None:
+    """Counts of all purchases; None if none are wanted."""
+    if not config.item_trends:
+        return None
+    time = purchases.origin + purchases.time
+    return Trends(
+        windows={text: parse_window(text) for text in config.item_trends},
+        tasks=(),
+        label_delay=0,
+        fields={
+            field: ValueEvents.of(_values(products, field, purchases.product), time)
+            for field in config.trends_of
+        },
+        time=source.by_time(purchases)[0],
+    )
+
+
+def household_trends(
+    purchases: source.Purchases, logs: rb.UserLogs, config: JourneyConfig
+) -> dict[str, np.ndarray]:
+    """Half the log of 1 + purchases of the household in windows before each visit."""
+    user = np.repeat(np.arange(len(logs)), np.diff(logs.request_offset))
+    found = {}
+    for name, seconds in config.user_windows.items():
+        start = logs.request_time - seconds
+        before = rb.history_end(purchases.user, purchases.time, user, start)
+        found[name] = (np.log1p(logs.history_end - before) / 2).astype(np.float32)
+    return found
+
+
+def _values(products: FeatureTable, field: str, product: np.ndarray) -> np.ndarray:
+    """What purchases of products are counted by."""
+    return product if field == "item" else products.columns[field][product]
+
+
+def _trend_values(
+    trends: Trends, products: FeatureTable, product: np.ndarray
+) -> dict[str, np.ndarray]:
+    return {field: _values(products, field, product) for field in trends.fields}
+
+
+def _trend_sizes(trends: Trends, products: source.SideTable) -> dict[str, int]:
+    items = {"item": len(products.table)}
+    return {field: (items | products.sizes)[field] for field in trends.fields}
 
 
 def promotion_targets(

@@ -155,6 +155,13 @@ def read_purchases(folder: pathlib.Path) -> Purchases:
     )
 
 
+def by_time(purchases: Purchases) -> tuple[np.ndarray, np.ndarray]:
+    """Unix seconds as uint32, ascending, and products of all purchases."""
+    order = np.lexsort((purchases.product, purchases.time))
+    time = (purchases.origin + purchases.time[order]).astype(np.uint32)
+    return time, purchases.product[order]
+
+
 def store_week_key(store: np.ndarray, week: np.ndarray) -> np.ndarray:
     """One int32 for a store and a week of the year."""
     return (store * 64 + week).astype(np.int32)

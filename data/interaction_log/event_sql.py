@@ -155,10 +155,8 @@ def _row_reasons(
         (f"{inner[name]} = 2", NO_LABEL.format(name.removeprefix("label_"))) for name in labels
     ]
     missing = " + ".join(f"({inner[name]} IS NULL)::INT" for name in labels)
-    if len(labels) > 1:
-        cases.append((f"{missing} NOT IN (0, {len(labels)})", "some labels are missing"))
     if config.request_id:
-        unknown = f"{inner['request']} IS NULL AND {missing} = 0"
+        unknown = f"{inner['request']} IS NULL AND {missing} < {len(labels)}"
         cases.append((unknown, f"{config.key_columns['request'].name} is missing"))
     if config.history_filter and not labels:
         cases.append((f"NOT {inner['in_history']}", LEFT_OUT))

@@ -83,7 +83,7 @@ class LogDatasetBuilder(UserDatasetBuilder, skip_registration=True):  # type: ig
     def user_data(self, dl_manager: tfds.download.DownloadManager) -> UserData:
         """Sorts the log and fits vocabularies; records are built shard by shard."""
         staging = self.stage(self.manual_dir(dl_manager))
-        plan = staging.plan()
+        plan = staging.plan
         folder = pathlib.Path(self.data_path)
         profile = staging.profile()
         (folder / "profile.txt").write_text(profile + "\n")

@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from stca_jax.errors import UserError
+from stca_jax.input.encoding import Clock
+from stca_jax.input.trends import parse_window, trend_names
 
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DERIVED = ("item", "log_popularity", "hour", "weekday")  # features that every log gets
+NEGATIVES = ("training", "uniform")  # ways to sample besides a window
 _NEXT_ITEM = "next"  # the task of logs without labels
 DEFAULT_NULL_WORDS = ("NULL", "null", "NaN", "nan", "None", r"\N")
 # A cast to a type of SQL, "x::numeric", has two colons.
@@ -116,10 +119,20 @@ class LogConfig:
       users: Files with a row per user, having the column `user_id`.
       user_features: Features of the user table.
       validation_start: Where requests for training end: a share of the events, such as "0.8", or a
-        date, such as "2024-03-01" or "2024-03-01 06:00" in UTC.
+        date, such as "2024-03-01" or "2024-03-01 06:00", in `time_zone`.
       test_start: Likewise, where requests for validation end.
+      item_trends: Windows such as 1d,7d,28d,91d: for each, how often an event had the target's item
+        in that time before the request, and how often with each label; and the item's age.
+      trends_of: What to count so: "item", and categorical features of `item_features`.
+      user_trends: Windows: for each, how many events of the history lie in that time before the
+        request.
+      negatives: Without labels, how items are sampled: by their popularity in a window before the
+        request, such as 7d, by that in "training", or "uniform" over those seen before.
       negatives_per_positive: Without labels: sampled items for each true one.
       max_positives: Without labels: true items of a request, at most.
+      label_delay: After how long an event's label is known, such as 7d; until then it is no
+        feature.
+      time_zone: Of hours, weekdays, and dates of splits, such as Europe/Paris.
       min_count: Training events that earn a value an id of its own.
       num_oov: Ids that all other values of a feature are hashed into.
       seed: Of all random choices.
@@ -149,8 +162,14 @@ class LogConfig:
     user_features: tuple[str, ...] = ()
     validation_start: str = "0.8"
     test_start: str = "0.9"
+    item_trends: tuple[str, ...] = ()
+    trends_of: tuple[str, ...] = ("item",)
+    user_trends: tuple[str, ...] = ()
+    negatives: str = "7d"
     negatives_per_positive: int = 1
     max_positives: int = 16
+    label_delay: str = "0s"
+    time_zone: str = "UTC"
     min_count: int = 5
     num_oov: int = 16
     seed: int = 0
@@ -190,10 +209,54 @@ class LogConfig:
             )
         if self.request_id and not self.labels:
             raise UserError("request_id needs labels: without them requests are runs of events")
+        for text in (*self.item_trends, *self.user_trends):
+            parse_window(text)
+        if self.negatives not in NEGATIVES:
+            try:
+                parse_window(self.negatives)
+            except UserError:
+                raise UserError(
+                    f"negatives is {self.negatives!r}; give a window such as 7d, or "
+                    f"{' or '.join(NEGATIVES)}"
+                ) from None
+        if unknown := [n for n in self.trends_of if n not in self._id_features]:
+            raise UserError(
+                f"trends_of has {unknown[0]!r}; give some of {', '.join(self._id_features)}"
+            )
+        if self.label_seconds and not self.labels:
+            raise UserError("label_delay needs labels")
+        self.clock  # noqa: B018 - raises for a zone that does not exist
         self._check_names()
 
+    @property
+    def clock(self) -> Clock:
+        """Of hours and weekdays."""
+        return Clock(self.time_zone)
+
+    @property
+    def label_seconds(self) -> int:
+        """After how many seconds labels are known."""
+        return 0 if self.label_delay.strip() in ("", "0", "0s") else parse_window(self.label_delay)
+
+    @property
+    def trend_windows(self) -> dict[str, int]:
+        """Seconds of the items' windows, by name."""
+        return {text.strip(): parse_window(text) for text in self.item_trends}
+
+    @property
+    def user_windows(self) -> dict[str, int]:
+        """Seconds of the users' windows, by the feature's name."""
+        return {f"user_events_{text.strip()}": parse_window(text) for text in self.user_trends}
+
+    @property
+    def _id_features(self) -> tuple[str, ...]:
+        """What events can be counted by."""
+        return ("item", *(c.name for c in map(Column.parse, self.item_features)))
+
     def _check_names(self) -> None:
-        names = [*_DERIVED, *(n for c in self.feature_columns.values() for n in map(_name, c))]
+        columns = self.feature_columns.values()
+        made = [*self._trend_names, *self.user_windows]
+        names = [*_DERIVED, *made, *(n for c in columns for n in map(_name, c))]
         repeated = {n for n in names if names.count(n) > 1}
         if repeated:
             raise UserError(
@@ -239,10 +302,15 @@ class LogConfig:
         item = ("item", *names["item"], *names["target"])
         return {
             "history": (*item, *names["history"], *names["label"]),
-            "target": (*item, "log_popularity"),
-            "request": ("hour", "weekday", *names["user"]),
+            "target": (*item, "log_popularity", *self._trend_names),
+            "request": ("hour", "weekday", *names["user"], *self.user_windows),
             "tasks": names["label"] or (_NEXT_ITEM,),
         }
+
+    @property
+    def _trend_names(self) -> tuple[str, ...]:
+        labels = tuple(map(_name, map(Column.parse, self.labels)))
+        return trend_names(self.trends_of, tuple(self.trend_windows), labels)
 
 
 def _name(column: Column) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,16 @@ from stca_jax.data.interaction_log.encoders import (
     fit_vocabulary,
     positions,
 )
+from stca_jax.data.interaction_log.event_stream import EventStream
 from stca_jax.data.interaction_log.events import LogSource, id_keys, read_side_table
 from stca_jax.data.interaction_log.log_config import Column
 from stca_jax.data.interaction_log.moments import Moments
 from stca_jax.data.interaction_log.statistics import ShardStatistics, ValueCounts
+from stca_jax.data.negatives import make_sampler
+from stca_jax.errors import UserError
 from stca_jax.input.encoding import Clock, Encoder, Vocabulary
 from stca_jax.input.features import Features, FeatureTable
+from stca_jax.input.trends import Trends
 from stca_jax.schema import Schema
 
 _DAY = 86_400
@@ -48,6 +53,7 @@ class Plan:
       users: Every user of the user table.
       user_columns: Features of each, and last those of a user who is not there, encoded.
       clock: Of the request's hour and weekday.
+      stream: All events in the order of time, and by item; None if nothing needs them.
       first_user: Users in the shards before each shard.
       first_request: Requests in the shards before each shard.
     """
@@ -65,8 +71,36 @@ class Plan:
     users: pa.Array
     user_columns: dict[str, np.ndarray]
     clock: Clock
+    stream: EventStream | None
     first_user: np.ndarray
     first_request: np.ndarray
+
+    def sampler(self, request_time: np.ndarray) -> rb.ItemSampler:
+        """Where requests of these times, in Unix seconds, get their negatives from."""
+        none = np.empty(0, np.uint32)
+        time, item = (none, none) if self.stream is None else (self.stream.time, self.stream.item)
+        kind = self.source.config.negatives
+        return make_sampler(kind, self.item_count, time, item, request_time)
+
+    @functools.cached_property
+    def trends(self) -> Trends | None:
+        """Of items before a request; None if none are wanted."""
+        config, stream = self.source.config, self.stream
+        if stream is None or not config.trend_windows:
+            return None
+        return Trends(
+            config.trend_windows,
+            stream.labels,
+            config.label_seconds,
+            {field: stream.by_value(field) for field in stream.fields},
+            stream.time,
+            *stream.label_counts(),
+        )
+
+    def trend_values(self, item: np.ndarray) -> dict[str, np.ndarray]:
+        """What the events of each field are counted by, for items."""
+        fields = self.source.config.trends_of
+        return {n: item if n == "item" else self.item_columns[n][item] for n in fields}
 
 
 def make_plan(
@@ -75,6 +109,7 @@ def make_plan(
     counts: ValueCounts,
     first_time: int,
     times: Sequence[int],
+    stream: EventStream | None,
 ) -> Plan:
     """Fits vocabularies and scales on training events.
 
@@ -84,6 +119,7 @@ def make_plan(
       counts: Of the whole log.
       first_time: Of all events, Unix seconds.
       times: Where validation and test begin, Unix seconds.
+      stream: As in `Plan`.
     """
     config = source.config
     by_item = counts.columns["item"].sort_by("value").combine_chunks()
@@ -106,6 +142,8 @@ def make_plan(
     encoders |= fitted
     users, user_columns, fitted = _fit_users(source, counts.users)
     encoders |= fitted
+    if numbers := [n for n in config.trends_of if not encoders[n].size]:
+        raise UserError(f"trends_of has {numbers[0]}, a number; give categorical features")
     vocabularies = {n: e.size for n, e in encoders.items() if e.size} | {"hour": 24, "weekday": 7}
     names = config.feature_names
     return Plan(
@@ -127,7 +165,8 @@ def make_plan(
         item_columns=item_columns,
         users=users,
         user_columns=user_columns,
-        clock=Clock(),
+        clock=config.clock,
+        stream=stream,
         first_user=_before([s.num_users if s else 0 for s in statistics]),
         first_request=_before([s.num_requests if s else 0 for s in statistics]),
     )
@@ -209,6 +248,7 @@ def describe_features(plan: Plan, user_ids: pa.Array) -> Features:
     others = plan.users.filter(pa.array(positions(plan.users, user_ids) < 0))
     users = pa.concat_arrays([user_ids, others])
     row = positions(users, plan.users)
+    sizes = {n: len(plan.items) if n == "item" else plan.encoders[n].size for n in config.trends_of}
     return Features(
         encoders=plan.encoders,
         items=FeatureTable(
@@ -224,6 +264,7 @@ def describe_features(plan: Plan, user_ids: pa.Array) -> Features:
         clock=plan.clock,
         null_words=config.null_words,
         definitions=_definitions(config.feature_columns, config.key_columns["item"]),
+        trends=plan.trends and plan.trends.tail(sizes),
         facts={"log": dataclasses.asdict(config)},
     )
 

@@ -21,10 +21,10 @@ def build_user_logs(plan: Plan, shard: Shard, index: int) -> rb.UserLogs:
       index: Which shard it is.
     """
     requests = shard.requests
-    in_history = np.flatnonzero(shard.is_history)
+    in_history, event_time, _ = shard.history
     events = shard.events.take(pa.array(in_history))
     event_item = positions(events["item"], plan.items)
-    targets, label = _targets(plan, shard)
+    targets, label = find_targets(plan, shard)
     num_users, num_requests = len(shard.user_ids), len(requests.time)
     columns = plan.source.config.feature_columns
     item_features = [c.name for c in columns["item"]]
@@ -32,7 +32,7 @@ def build_user_logs(plan: Plan, shard: Shard, index: int) -> rb.UserLogs:
     for column in (*columns["target"], *columns["history"]):
         values = events[f"feature_{column.name}"]
         history[column.name] = encode_column(plan.encoders[column.name], values)
-    history |= _label_features(shard, in_history)
+    history |= _label_features(shard)
     user_row = positions(shard.user_ids, plan.users)[requests.user]
     target = {n: plan.item_columns[n][targets.item] for n in ("item", *item_features)}
     target["log_popularity"] = plan.item_columns["log_popularity"][targets.item]
@@ -40,10 +40,13 @@ def build_user_logs(plan: Plan, shard: Shard, index: int) -> rb.UserLogs:
     for column in columns["target"]:
         values = shown[f"feature_{column.name}"]
         target[column.name] = encode_column(plan.encoders[column.name], values)
+    if plan.trends is not None:
+        values = plan.trend_values(targets.item)
+        target |= plan.trends.encode(values, requests.time[targets.request])
     return rb.UserLogs(
         user_id=plan.first_user[index] + np.arange(num_users),
         event_offset=offsets(shard.user[in_history], num_users),
-        event_time=shard.time[in_history] - plan.time_origin,
+        event_time=event_time - plan.time_origin,
         history=history,
         request_offset=offsets(requests.user, num_users),
         request_id=plan.first_request[index] + np.arange(num_requests),
@@ -51,26 +54,39 @@ def build_user_logs(plan: Plan, shard: Shard, index: int) -> rb.UserLogs:
         request_split=rb.time_split(requests.time, plan.validation_start, plan.test_start),
         history_end=requests.history_end,
         request=plan.clock.encode(requests.time)
-        | {n: column[user_row] for n, column in plan.user_columns.items()},
+        | {n: column[user_row] for n, column in plan.user_columns.items()}
+        | _user_trends(shard),
         target_offset=offsets(targets.request, num_requests),
         target=target,
         label=label,
     )
 
 
-def _targets(plan: Plan, shard: Shard) -> tuple[rb.Targets, np.ndarray]:
-    """Targets by request, and their labels, [t, tasks]."""
+def _user_trends(shard: Shard) -> dict[str, np.ndarray]:
+    """Half the log of 1 + events of the history in windows before each request."""
+    requests, (row, time, _) = shard.requests, shard.history
+    found = {}
+    for name, seconds in shard.config.user_windows.items():
+        start = requests.time - seconds
+        before = rb.history_end(shard.user[row], time, requests.user, start)
+        found[name] = (np.log1p(requests.history_end - before) / 2).astype(np.float32)
+    return found
+
+
+def find_targets(plan: Plan, shard: Shard) -> tuple[rb.Targets, np.ndarray]:
+    """Targets by request, and their labels, [t, tasks]; NaN where one is missing."""
     requests, config = shard.requests, plan.source.config
     item = positions(shard.events["item"], plan.items)[requests.target_row]
     if config.labels:
         label = shard.labels[requests.target_row].astype(np.float32)
+        label[label < 0] = np.nan
         return rb.Targets(requests.of_target, item, label[:, 0]), label
     targets = rb.next_item_targets(
         requests.of_target,
         item,
         request_key=requests.key,
         item_key=plan.item_key,
-        train_count=plan.item_count,
+        sampler=plan.sampler(requests.time),
         max_positives=config.max_positives,
         negatives_per_positive=config.negatives_per_positive,
         seed=config.seed,
@@ -78,10 +94,12 @@ def _targets(plan: Plan, shard: Shard) -> tuple[rb.Targets, np.ndarray]:
     return targets, targets.label[:, None]
 
 
-def _label_features(shard: Shard, row: np.ndarray) -> dict[str, np.ndarray]:
+def _label_features(shard: Shard) -> dict[str, np.ndarray]:
     """What came of earlier events: 0, 1, or 2 where it is unknown."""
     columns = shard.config.feature_columns["label"]
     if not columns:
         return {}
-    label = np.where(shard.labels < 0, LABELS.missing_id, shard.labels)[row]
+    row, _, is_known = shard.history
+    label = shard.labels[row]
+    label = np.where((label < 0) | ~is_known[:, None], LABELS.missing_id, label)
     return {c.name: label[:, k] for k, c in enumerate(columns)}

@@ -51,7 +51,7 @@ class Shard:
         """Whether each event is a target: labelled, or all of a log without labels, [n]."""
         if not self.config.labels:
             return np.ones(len(self.time), bool)
-        return self.labels[:, 0] >= 0
+        return np.any(self.labels >= 0, axis=1)
 
     @functools.cached_property
     def is_history(self) -> np.ndarray:
@@ -59,6 +59,24 @@ class Shard:
         if "in_history" not in self.events.column_names:
             return np.ones(len(self.time), bool)
         return self.events["in_history"].to_numpy()
+
+    @functools.cached_property
+    def history(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Histories of all users: rows of events, their times, and whether their labels are known.
+
+        With a delay of labels, an event's are unknown; one that has a label of 1 stands there a
+        second time, when that is known.
+        """
+        row = np.flatnonzero(self.is_history)
+        delay = self.config.label_seconds
+        if not delay:
+            return row, self.time[row], np.ones(len(row), bool)
+        late = row[(self.labels[row] == 1).any(1)]
+        known = np.repeat([False, True], [len(row), len(late)])
+        row = np.concatenate([row, late])
+        time = self.time[row] + delay * known
+        order = np.lexsort((known, time, self.user[row]))
+        return row[order], time[order], known[order]
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -134,11 +152,11 @@ def _requests(shard: Shard, row: np.ndarray, of_target: np.ndarray, num_cut: int
     begins = np.flatnonzero(np.diff(of_target, prepend=-1))
     first, last = row[begins], row[np.append(begins[1:], len(row))[: len(begins)] - 1]
     user, time = shard.user[first], shard.time[first]
-    in_history = np.flatnonzero(shard.is_history)
+    event, event_time, _ = shard.history
     return Requests(
         user=user,
         time=time,
-        history_end=rb.history_end(shard.user[in_history], shard.time[in_history], user, time),
+        history_end=rb.history_end(shard.user[event], event_time, user, time),
         target_row=row,
         of_target=of_target,
         key=counter_hash(shard.config.seed, id_keys(shard.user_ids)[user], time),

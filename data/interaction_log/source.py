@@ -44,7 +44,7 @@ _BYTES_PER_BLOCK = 256 << 20
 _TEXT_BYTES_PER_ROW = 40  # a guess, to size shards before a text file is read
 _COMPRESSION = 5  # likewise
 _EVENTS_PER_SHARD = 2_000_000
-_VERSION = 3  # of the prepared records: change it when the same log gives other ones
+_VERSION = 4  # of the prepared records: change it when the same log gives other ones
 _OURS = re.compile("__.*__")  # names that SQL of ours uses
 # String literals, quoted names, and words: what SQL is made of.
 _TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")+"|[^\W\d]\w*""")

@@ -6,6 +6,8 @@
       shards/            00017.parquet           events of one shard, sorted, each once
                          00017.json              its statistics: it is whole
                          00017.counts            its requests; values that occur in training
+                         00017.targets           of some shards: how popular targets are
+      stream/            time.npy …              all events by time, and by item: `event_stream`
       records/           00017.array_record      (written by data.base)
 
 A part or a shard that has its last file is whole.  Memory holds some blocks of rows, or a shard.
@@ -27,11 +29,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stca_jax.data import request_building as rb
 from stca_jax.data.interaction_log.coverage import check_features, check_side_tables
+from stca_jax.data.interaction_log.event_stream import EventStream
 from stca_jax.data.interaction_log.events import DUPLICATE, LogSource, group_events, read_events
 from stca_jax.data.interaction_log.labels import check_classes, check_values
 from stca_jax.data.interaction_log.odd_rows import PartSummary, check_events, check_rows
 from stca_jax.data.interaction_log.plan import Plan, make_plan
+from stca_jax.data.interaction_log.records import find_targets
 from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.data.interaction_log.statistics import (
     ShardStatistics,
@@ -41,9 +46,11 @@ from stca_jax.data.interaction_log.statistics import (
     format_profile,
     split_times,
 )
+from stca_jax.data.popularity import Counts, count_targets, describe
 from stca_jax.data.running import Runner
 from stca_jax.files import write_json
 
+_SAMPLED_SHARDS = 8
 _BUFFERED_BYTES = 256 << 20  # of events of a part, before they go to their shards
 
 
@@ -105,6 +112,10 @@ class Staging:
         lines, warnings = check_side_tables(source, self.counts)
         self.coverage += lines
         self.warnings += warnings
+        self.stream = self._make_stream()
+        if self.stream is not None:
+            run("Ordering events", self.order_events, self.stream.num_steps)
+        run("Counting targets", self.count_targets, len(self._sampled))
 
     def shard(self, index: int) -> Shard:
         """Reads a shard's events."""
@@ -113,14 +124,20 @@ class Staging:
 
     def user_ids(self) -> pa.Array:
         """Every user of the log, in the order of the records."""
-        shards = [i for i, found in enumerate(self.statistics) if found is not None]
-        columns = (pq.read_table(self._shard_file(i, "parquet"), columns=["user"]) for i in shards)
+        files = (self._shard_file(i, "parquet") for i in self._shards)
+        columns = (pq.read_table(file, columns=["user"]) for file in files)
         return pa.concat_arrays([c["user"].combine_chunks().unique() for c in columns])
 
+    @functools.cached_property
     def plan(self) -> Plan:
-        """Fits what the records need."""
+        """What the records need."""
         return make_plan(
-            self.source, self.statistics, self.counts, self.total.first_time, self.times
+            self.source,
+            self.statistics,
+            self.counts,
+            self.total.first_time,
+            self.times,
+            self.stream,
         )
 
     def profile(self) -> str:
@@ -129,7 +146,8 @@ class Staging:
         text = format_profile(
             self.source, self.read, self.total, self.reasons, num_items, self.times
         )
-        features = [f"{name}: {line}" for name, line in self.coverage]
+        lines = [*self._popularity(), *self.coverage]
+        features = [f"{name}: {line}" for name, line in lines]
         return "\n".join([text, *features, *(f"warning: {warning}" for warning in self.warnings)])
 
     def read_part(self, index: int) -> None:
@@ -179,6 +197,53 @@ class Staging:
             counted = ValueCounts.of(shard, self.times), statistics.with_requests(shard)
             unfinished.write_bytes(pickle.dumps(counted))
             unfinished.rename(path)
+
+    def order_events(self, step: int) -> None:
+        """Puts the events of all shards in another order."""
+        assert self.stream is not None
+        plan = self.plan
+        shards = [self._shard_file(i, "parquet") for i in self._shards]
+        self.stream.write(step, shards, plan.items, plan.item_columns)
+
+    def count_targets(self, index: int) -> None:
+        """Counts some shard's targets by label and popularity."""
+        shard = self._sampled[index]
+        path = self._shard_file(shard, "targets")
+        if path.exists():
+            return
+        plan, events = self.plan, self.shard(shard)
+        targets, label = find_targets(plan, events)
+        split = rb.time_split(events.requests.time, plan.validation_start, plan.test_start)
+        found = count_targets(split[targets.request], label, plan.item_count[targets.item])
+        write_json(path, [[*key, number] for key, number in sorted(found.items())])
+
+    def _popularity(self) -> list[tuple[str, str]]:
+        counts: Counts = collections.Counter()
+        for shard in self._sampled:
+            for *key, number in _read_json(self._shard_file(shard, "targets")):
+                counts[tuple(key)] += number
+        return describe(counts, self.source.config.feature_names["tasks"])
+
+    def _make_stream(self) -> EventStream | None:
+        config = self.source.config
+        if not config.trend_windows and (config.labels or config.negatives == "training"):
+            return None
+        return EventStream(
+            self.folder / "stream",
+            config.trends_of if config.trend_windows else (),
+            tuple(c.name for c in config.feature_columns["label"]),
+            self.total.num_events,
+        )
+
+    @property
+    def _shards(self) -> list[int]:
+        """Those that have events."""
+        return [i for i, found in enumerate(self.statistics) if found is not None]
+
+    @property
+    def _sampled(self) -> list[int]:
+        """Shards enough to know how popular targets are."""
+        return self._shards[:: -(-len(self._shards) // _SAMPLED_SHARDS)]
 
     def _add_up_counts(self) -> ValueCounts:
         """Of all shards; keeps the statistics that were counted with them."""

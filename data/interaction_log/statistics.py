@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
+import zoneinfo
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxtyping import Int
 
 from stca_jax.data.interaction_log.event_sql import LEFT_OUT
 from stca_jax.data.interaction_log.events import DUPLICATE, LogSource
+from stca_jax.data.interaction_log.log_config import LogConfig
 from stca_jax.data.interaction_log.moments import Moments
 from stca_jax.data.interaction_log.odd_rows import PartSummary, lines_of_profile
 from stca_jax.data.interaction_log.requests import Shard
@@ -137,8 +139,8 @@ def split_times(source: LogSource, total: ShardStatistics) -> tuple[int, int]:
     """
     config = source.config
     return (
-        _split_time("validation_start", config.validation_start, total),
-        _split_time("test_start", config.test_start, total),
+        _split_time("validation_start", config, total),
+        _split_time("test_start", config, total),
     )
 
 
@@ -178,11 +180,12 @@ def split_counts(total: ShardStatistics, times: Sequence[int]) -> list[int]:
     return counts
 
 
-def _split_time(name: str, value: str, total: ShardStatistics) -> int:
+def _split_time(name: str, config: LogConfig, total: ShardStatistics) -> int:
+    value = getattr(config, name)
     try:
         share = float(value)
     except ValueError:
-        return _parse_date(name, value)
+        return _parse_date(name, value, config.time_zone)
     if not 0 < share < 1:
         raise UserError(f"{name} is {value}; give a share of the events between 0 and 1, or a date")
     minutes = sorted(total.event_minute)
@@ -190,16 +193,16 @@ def _split_time(name: str, value: str, total: ShardStatistics) -> int:
     return int(minutes[np.searchsorted(before, share * before[-1])]) * _MINUTE
 
 
-def _parse_date(name: str, value: str) -> int:
+def _parse_date(name: str, value: str, time_zone: str) -> int:
     try:
         date = datetime.datetime.fromisoformat(value)
     except ValueError:
         raise UserError(
-            f"{name} is {value!r}; give a share of the events, such as 0.8, or a date in UTC, such "
+            f"{name} is {value!r}; give a share of the events, such as 0.8, or a date, such "
             "as 2024-03-01 or '2024-03-01 06:00'"
         ) from None
     if date.tzinfo is None:
-        date = date.replace(tzinfo=datetime.UTC)
+        date = date.replace(tzinfo=zoneinfo.ZoneInfo(time_zone))
     return int(date.timestamp()) // _MINUTE * _MINUTE
 
 

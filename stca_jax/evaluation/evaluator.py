@@ -246,7 +246,7 @@ def metric_rows(
     on_failure: Callable[[str, Exception], None] | None = None,
     **columns: Any,
 ) -> list[Row]:
-    """One row of ranking metrics per task.
+    """One row of ranking metrics per task, over the targets that have a label of it.
 
     Args:
       predictions: From `predict_all`.
@@ -257,11 +257,12 @@ def metric_rows(
     """
     rows = []
     for k, task in enumerate(tasks):
+        known = ~np.isnan(predictions.label[:, k])
         metrics = ranking_metrics(
-            predictions.label[:, k],
-            predictions.logit[:, k],
-            predictions.user_id,
-            predictions.request_id,
+            predictions.label[known, k],
+            predictions.logit[known, k],
+            predictions.user_id[known],
+            predictions.request_id[known],
             own=own,
             on_failure=on_failure,
         )

@@ -4,6 +4,7 @@
       features.json      of each feature: where it comes from, how it is encoded; time, trends
       vocabularies.npz   the values that have ids of their own, of each vocabulary
       items.npz          every item's own id, and its features as encoded
+      trends.npz         the latest events of each item or field, for counts in windows
       users.npz          every user's own id, and their features as encoded; users of records first
 
 NumPy and the standard library read it, and nothing in it is pickled.  Texts are UTF-8 bytes, one
@@ -15,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -39,7 +39,9 @@ from stca_jax.input.encoding import (
     as_text,
     is_missing,
 )
+from stca_jax.input.feature_arrays import pack, pack_trends, unpack, unpack_trends
 from stca_jax.input.hashing import text_hash
+from stca_jax.input.trends import Trends
 from stca_jax.schema import Schema
 
 FOLDER = "features"
@@ -113,6 +115,7 @@ class Features:
       items: Every item, with the target's features that it alone decides.
       users: Every user, with the request's features that they alone decide; user u of the records
         is row u.
+      trends: Features of targets as of a request, with the events at the end of the log.
       clock: Of the request's features "hour" and "weekday".
       null_words: Texts that stand for a missing value.
       definitions: What people should know of a feature, by name: "from" and, of a column, "column"
@@ -123,6 +126,7 @@ class Features:
     encoders: Mapping[str, Encoder]
     items: FeatureTable = dataclasses.field(default_factory=empty_table)
     users: FeatureTable = dataclasses.field(default_factory=empty_table)
+    trends: Trends | None = None
     clock: Clock = dataclasses.field(default_factory=Clock)
     null_words: tuple[str, ...] = ()
     definitions: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -172,6 +176,20 @@ class Features:
         found["item"][new] = hashed
         return found
 
+    def trend_features(
+        self, ids: Sequence[Any] | np.ndarray, time: Int[np.ndarray, " n"]
+    ) -> dict[str, np.ndarray]:
+        """Features of `trends` of items by their own ids, as of Unix seconds; none without trends.
+
+        Exact for requests after the end of the log, as of its events.
+        """
+        if self.trends is None:
+            return {}
+        row = self.items.rows(ids)
+        items = self.item_features(ids)
+        values = {n: row if n == "item" else items[n] for n in self.trends.fields}
+        return self.trends.encode(values, np.asarray(time, np.int64))
+
     def user_features(self, ids: Sequence[Any] | np.ndarray) -> dict[str, np.ndarray]:
         """Features of users by their own ids, known or not: those of `users.columns`."""
         return self.users.of(self.users.rows(ids))
@@ -184,7 +202,7 @@ class Features:
         for name, encoder in self.encoders.items():
             described = {"kind": encoder.kind, "size": encoder.size}
             if isinstance(encoder, Vocabulary):
-                arrays |= _pack(name, encoder.known)
+                arrays |= pack(name, encoder.known)
                 described |= {
                     "is_text": encoder.is_text,
                     "num_oov": encoder.num_oov,
@@ -194,11 +212,11 @@ class Features:
             else:
                 described |= dataclasses.asdict(encoder)
             encoders[name] = described
-        tables = {"vocabularies": arrays}
+        tables = {"vocabularies": arrays, "trends": pack_trends(self.trends)}
         for what in _TABLES:
             table: FeatureTable = getattr(self, what)
             columns = {f"column:{name}": column for name, column in table.columns.items()}
-            tables[what] = _pack("id", table.ids) | columns
+            tables[what] = pack("id", table.ids) | columns
         for name, contents in tables.items():
             with replacing(folder / f"{name}.npz") as file:
                 np.savez(file, **contents)  # type: ignore[arg-type]
@@ -220,6 +238,13 @@ class Features:
                 },
                 "time_zone": self.clock.zone,
                 "null_words": list(self.null_words),
+                "trends": self.trends
+                and {
+                    "windows": dict(self.trends.windows),
+                    "tasks": self.trends.tasks,
+                    "label_delay": self.trends.label_delay,
+                    "fields": list(self.trends.fields),
+                },
                 "facts": dict(self.facts),
                 "tables": described_tables,
                 "sha256": {f"{name}.npz": _digest(folder / f"{name}.npz") for name in tables},
@@ -258,10 +283,13 @@ class Features:
                 columns = {
                     n.removeprefix("column:"): arrays[n] for n in arrays if n.startswith("column:")
                 }
-                ids = _unpack("id", arrays, described["is_text"], object)
+                ids = unpack("id", arrays, described["is_text"], object)
             tables[what] = FeatureTable(ids, columns, described["absent"])
+        with _open(folder / "trends.npz") as arrays:
+            trends = values["trends"] and unpack_trends(values["trends"], arrays)
         return cls(
             encoders=encoders,
+            trends=trends,
             clock=Clock(values["time_zone"]),
             null_words=tuple(values["null_words"]),
             definitions=definitions,
@@ -274,7 +302,7 @@ def _encoder(name: str, described: Mapping[str, Any], known: Mapping[str, np.nda
     values = {n: v for n, v in described.items() if n not in ("kind", "size")}
     match described["kind"]:
         case Vocabulary.kind:
-            packed = _unpack(name, known, described["is_text"], str)
+            packed = unpack(name, known, described["is_text"], str)
             return Vocabulary(packed, described["num_oov"], described["missing"])
         case Ids.kind:
             return Ids(described["size"])
@@ -284,25 +312,6 @@ def _encoder(name: str, described: Mapping[str, Any], known: Mapping[str, np.nda
             return Scale(**values)
         case other:
             raise UserError(f"feature {name!r} is encoded as {other!r}, which is not known here")
-
-
-def _pack(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Integers as they are; texts as bytes, and where each begins."""
-    if values.dtype.kind == "i":
-        return {f"values:{name}": values.astype(np.int64)}
-    encoded = [text.encode() for text in values.tolist()]
-    return {
-        f"bytes:{name}": np.frombuffer(b"".join(encoded), np.uint8),
-        f"begin:{name}": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
-    }
-
-
-def _unpack(name: str, arrays: Mapping[str, np.ndarray], is_text: bool, dtype: type) -> np.ndarray:
-    if not is_text:
-        return arrays[f"values:{name}"]
-    data, begin = arrays[f"bytes:{name}"].tobytes(), arrays[f"begin:{name}"].tolist()
-    texts = [data[a:b].decode() for a, b in itertools.pairwise(begin)]
-    return np.array(texts, dtype)
 
 
 def _open(path: pathlib.Path) -> Any:

@@ -43,7 +43,7 @@ class UserRecord:
       target_offset: Targets of request k are `[target_offset[k], target_offset[k + 1])`.
       request: Request features by name.
       target: Target features by name.
-      label: 0 or 1 per target and task.
+      label: 0 or 1 per target and task; NaN where it is missing.
     """
 
     user_id: int
@@ -103,7 +103,9 @@ def validate_record(record: UserRecord, schema: Schema) -> None:
     label = np.asarray(record.label)
     shape = (t, len(schema.tasks))
     require(label.shape == shape, "label", f"has shape {label.shape}, not {shape}")
-    require(np.isin(label, (0, 1)).all(-1), "label", "is not 0 or 1")
+    known = ~np.isnan(label)
+    require((np.isin(label, (0, 1)) | ~known).all(-1), "label", "is not 0, 1 or missing")
+    require(known.any(-1), "label", "is missing for every task")
     for level, size in (("history", n), ("request", q), ("target", t)):
         for name in getattr(schema, level):
             values = np.asarray(getattr(record, level)[name])

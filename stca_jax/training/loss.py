@@ -31,28 +31,35 @@ def target_weights(batch: RequestBatch, weighting: LossWeighting) -> Float[Array
     return mask / jnp.maximum(batch.num_request_targets, 1).astype(jnp.float32)
 
 
+def label_weights(batch: RequestBatch, weighting: LossWeighting) -> Float[Array, "R M tasks"]:
+    """How much each label counts: the target's weight over the tasks; zero where it is missing."""
+    weights = target_weights(batch, weighting)[..., None] / batch.label.shape[-1]
+    return jnp.where(jnp.isnan(batch.label), 0, weights)
+
+
 def binary_cross_entropy(
     logits: Float[Array, "R M tasks"],
     batch: RequestBatch,
     weighting: LossWeighting = "target",
     total_weight: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Weighted mean over valid targets of the mean over tasks, in float32.
+    """Weighted mean over the labels of valid targets, in float32; NaN is a missing label.
 
-    A batch without a valid target has loss 0.
+    A batch without a label has loss 0.
 
     Args:
       logits: Of every target slot.
       batch: The batch.
       weighting: See `target_weights`.
-      total_weight: Sum of the weights that the mean is over.  The losses of micro-batches, each
-        with the total of all, add up to the loss of the whole batch; None is this batch's own.
+      total_weight: Sum of the weights that the mean is over, as `label_weights` gives them.
+        The losses of micro-batches, each with the total of all, add up to the loss of the whole
+        batch; None is this batch's own.
     """
     # Garbage in padding is selected away before it meets a product, whose gradient it would reach.
-    used = batch.target_mask[..., None]
+    used = batch.target_mask[..., None] & ~jnp.isnan(batch.label)
     logits, label = (jnp.where(used, x.astype(jnp.float32), 0) for x in (logits, batch.label))
-    losses = (jnp.logaddexp(0.0, logits) - label * logits).mean(-1)  # -log p, without overflow
-    weights = target_weights(batch, weighting)
+    losses = jnp.logaddexp(0.0, logits) - label * logits  # -log p, without overflow
+    weights = label_weights(batch, weighting)
     total_weight = weights.sum() if total_weight is None else total_weight
     return (losses * weights).sum() / jnp.maximum(total_weight, jnp.finfo(jnp.float32).tiny)
 
@@ -116,8 +123,8 @@ class LabelLoss(Loss):
         return "label"
 
     def total_weight(self, batch: RequestBatch) -> Float[Array, ""]:
-        """Sum of the targets' weights."""
-        return target_weights(batch, self.weighting).sum()
+        """Sum of the labels' weights."""
+        return label_weights(batch, self.weighting).sum()
 
     def __call__(self, inputs: LossInputs, total_weight: Float[Array, ""]) -> Float[Array, ""]:
         """E10."""

@@ -118,7 +118,7 @@ class Predictions(NamedTuple):
 
     Attributes:
       logit: float32.
-      label: 0 or 1.
+      label: 0 or 1, or NaN where it is missing.
       target_mask: False in padding slots.
       user_id: The user's index in the dataset.
       request_id: The request's index in the dataset.

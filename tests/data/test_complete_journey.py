@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import datetime
@@ -52,6 +53,12 @@ class Raw:
         self.train_count = collections.Counter(train)
         frequent = sorted(p for p, c in self.train_count.items() if c >= 5)
         self.item = {p: i for i, p in enumerate(frequent)}
+        self.by_time = sorted((x.time, self.item.get(x.product, -1)) for x in lines)
+
+    def recent_items(self, time: int) -> set[int]:
+        """Ids of products bought in the 7 days before a time."""
+        first, last = (bisect.bisect_left(self.by_time, (t,)) for t in (time - 7 * 86_400, time))
+        return {item for _, item in self.by_time[first:last]}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +134,8 @@ def check_user(record: UserRecord, raw: Raw, num_items: int) -> None:
         assert {i for i in positives if i < len(raw.item)} <= frequent
         assert len(negatives) <= len(positives)
         assert not {i for i, _ in negatives} & frequent
-        assert all(pop > -1 for _, pop in negatives)  # bought in training
+        recent = raw.recent_items(time)
+        assert {i for i, _ in negatives if i < len(raw.item)} <= recent
 
 
 def test_records_match_the_source_line_by_line(next_purchase, raw):
@@ -251,7 +259,7 @@ def test_two_builds_are_byte_identical(tables, tmp_path, config):
     first = build(tables, tmp_path / "first", config).directory
     second = build(tables, tmp_path / "second", config).directory
     names = {str(p.relative_to(first)) for p in first.rglob("*.*")} - {"request_index.npz"}
-    assert len(names) == 8
+    assert len(names) == 9
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
@@ -261,7 +269,8 @@ def test_negatives_per_positive(tables, tmp_path):
     dataset = build(tables, tmp_path, config)
     label = np.concatenate([dataset.record(i).label[:, 0] for i in range(len(dataset))])
     assert 0.2 < label.mean() < 0.35  # large baskets run out of the 60 products
-    assert dataset.metadata["notes"] == {"negatives_per_positive": 3, "max_positives": 16}
+    notes = dataset.metadata["notes"]
+    assert (notes["negatives_per_positive"], notes["negatives"]) == (3, "7d")
 
 
 def test_exposures_match_the_source(exposure, raw, tables):

@@ -119,20 +119,20 @@ def test_without_labels_next_items_stand_against_sampled_ones(tmp_path, small_sh
         tmp_path, config(log, history_filter="kind = 'view'", negatives_per_positive=2)
     )
     viewed = [r for r in rows if r["kind"] == "view"]
-    train_end = RequestDataset(folder).metadata["validation_start"]
-    origin = RequestDataset(folder).metadata["time_origin"]
-    in_training = {r["item"] for r in viewed if r["time"] - origin < train_end}
     # Only the columns that are read make rows equal.
     viewed = [{n: r[n] for n in ("user", "item", "time")} for r in viewed]
-    positives = collections.Counter()
+    positives, wanted, found = collections.Counter(), 0, 0
     for when, history, targets in log_oracle.prepared_requests(folder).elements():
         items = [item for item, _ in targets]
         assert len(set(items)) == len(items)
         bought = tuple(sorted((item,) for item, label in targets if label))
         sampled = {item for item, label in targets if not label}
-        assert sampled <= in_training
-        assert len(sampled) == 2 * len(bought)
+        recent = {r["item"] for r in viewed if when - 7 * 86_400 <= r["time"] < when}
+        assert sampled <= recent
+        if len(recent) > 8 * len(bought):
+            wanted, found = wanted + 2 * len(bought), found + len(sampled)
         positives[when, history, bought] += 1
+    assert wanted == found > 300
     expected = log_oracle.without_user(log_oracle.expected_requests(viewed))
     assert positives == collections.Counter(
         {(t, h, tuple(sorted(set(bought)))): n for (t, h, bought), n in expected.items()}
@@ -485,14 +485,15 @@ from stca_jax.data.interaction_log.log_config import LogConfig
 from stca_jax.data.record_files import RecordFiles
 source._EVENTS_PER_SHARD, source._ROWS_PER_PART, source._ROWS_PER_BLOCK = 150, 100, 30
 for cls, name in ((staging.Staging, "read_part"), (staging.Staging, "sort_shard"),
-                  (staging.Staging, "count_values"), (RecordFiles, "write")):
+                  (staging.Staging, "count_values"), (staging.Staging, "order_events"),
+                  (RecordFiles, "write")):
     def slow(self, index, step=getattr(cls, name), name=name):
         step(self, index)
         print(name, index, file=sys.stderr, flush=True)
         time.sleep(float(sys.argv[3]))
     setattr(cls, name, slow)
 config = LogConfig(log=(sys.argv[1],), user_id="user", item_id="item", timestamp="time",
-                   labels=("click",), min_count=1)
+                   labels=("click",), item_trends=("1h", "7d"), min_count=1)
 data_dir = pathlib.Path(sys.argv[2])
 builder = make_builder("mine", config, data_dir)
 if sys.argv[4:]:
@@ -513,11 +514,11 @@ def start(log, data_dir, seconds, *beam_options):
 
 def test_a_killed_preparation_goes_on(tmp_path, small_shards):
     log = write(tmp_path / "log.parquet", random_rows())
-    expected = prepare(tmp_path, config(log, labels=("click",)))
+    expected = prepare(tmp_path, config(log, labels=("click",), item_trends=("1h", "7d")))
 
     folder = tmp_path / "killed" / "interaction_log" / "mine"
     written = {}
-    for step in ("read_part 2", "sort_shard 1", "count_values 0", "write 1"):
+    for step in ("read_part 2", "sort_shard 1", "count_values 0", "order_events 0", "write 1"):
         process = start(log, tmp_path / "killed", 0.1)
         for line in process.stderr:
             if line.strip() == step:
@@ -535,13 +536,13 @@ def test_a_killed_preparation_goes_on(tmp_path, small_shards):
 
 def test_beam_writes_the_same_records(tmp_path, small_shards):
     log = write(tmp_path / "log.parquet", random_rows())
-    here = prepare(tmp_path, config(log, labels=("click",)))
+    here = prepare(tmp_path, config(log, labels=("click",), item_trends=("1h", "7d")))
     # In a process of its own, since Beam leaves threads behind.
     process = start(log, tmp_path / "beam", 0, "--runner=DirectRunner")
     assert process.communicate()[1].splitlines()[-1] == "whole"
     beam = tmp_path / "beam" / "interaction_log" / "mine" / "1.0.0"
     assert log_oracle.digests(here) == log_oracle.digests(beam)
-    files = ("features.json", "vocabularies.npz", "items.npz", "users.npz")
+    files = ("features.json", "vocabularies.npz", "items.npz", "users.npz", "trends.npz")
     for name in ("profile.txt", *(f"features/{name}" for name in files)):
         assert (here / name).read_bytes() == (beam / name).read_bytes()
 

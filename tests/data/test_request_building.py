@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stca_jax.data import request_building as rb
+from stca_jax.data.negatives import ByCount
 from stca_jax.input.arrays import offsets, run_starts
 
 EVENTS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12), st.integers(0, 9)), max_size=60)
@@ -45,7 +46,7 @@ def make_targets(requests, train_count, item_key=None, **changes):
     arguments = {
         "request_key": np.array([key for key, _ in requests], np.uint64),
         "item_key": np.arange(len(train_count)) if item_key is None else item_key,
-        "train_count": np.asarray(train_count),
+        "sampler": ByCount(np.asarray(train_count)),
         "max_positives": 4,
         "negatives_per_positive": 2,
         "seed": 0,

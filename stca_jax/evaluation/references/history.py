@@ -119,7 +119,7 @@ class UserTargets:
     Attributes:
       view: What a reference that counts may see of them.
       columns: [t] features of the targets and of their requests by name: int32 ids or float32.
-      label: [t, tasks] of 0 or 1.
+      label: [t, tasks] of 0 or 1, or -1 where it is missing.
       user_id: The user's index in the dataset.
       request_id: int64 [t], the requests' indices in the dataset.
     """
@@ -162,7 +162,7 @@ def read_targets(dataset: RequestDataset, requests: RequestIndex) -> Iterator[Us
                 item_field=schema.item,
             ),
             columns=columns,
-            label=record.label[targets].astype(np.int8),
+            label=np.nan_to_num(record.label[targets], nan=-1).astype(np.int8),
             user_id=record.user_id,
             request_id=np.repeat(record.request_id[chosen].astype(np.int64), size),
         )

@@ -96,13 +96,16 @@ def read_label_rates(dataset: RequestDataset, training: RequestIndex, task: int)
     shares: list[Float64[np.ndarray, " q"]] = []
     start = num_positives = 0
     for targets in read_targets(dataset, training):
-        label = targets.label[:, task]
-        time = np.repeat(targets.view.request_time, np.diff(targets.view.target_offset))
+        known = targets.label[:, task] >= 0
+        label = targets.label[known, task]
+        time = np.repeat(targets.view.request_time, np.diff(targets.view.target_offset))[known]
         end = start + len(label)
         for name, ids in _ids_of(targets, names):
-            keys[name][start:end] = (ids << 32) + 2 * time + label
-        shares.append(_shares(label, targets.view.target_offset))
+            keys[name][start:end] = (ids[known] << 32) + 2 * time + label
+        offset = np.append(0, np.cumsum(known))[targets.view.target_offset]
+        shares.append(_shares(label, offset))
         start, num_positives = end, num_positives + int(label.sum())
+    size, keys = start, {name: values[:start] for name, values in keys.items()}
     if not 0 < num_positives < size:
         value = "negative" if num_positives == 0 else "positive"
         raise ValueError(f"all {size:,} training labels are {value}")

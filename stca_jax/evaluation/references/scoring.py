@@ -189,6 +189,8 @@ class _Fits:
             features[rows], label[rows] = found, targets.label[:, self._task]
             user[rows] = targets.user_id
             start += len(found)
+        known = label >= 0
+        features, label, user = features[known], label[known], user[known]
         if kind == "logistic":
             return fit_logistic(features, label)
         is_categorical = np.zeros(features.shape[1], bool)
@@ -225,9 +227,11 @@ def _score(
     if not labels:
         raise ValueError("No requests, expected at least one: was the split empty?")
     label, user, request = (np.concatenate(values) for values in (labels, users, requests))
+    known = label >= 0
+    label, user, request = label[known], user[known], request[known]
     rows: list[Row] = []
     for (kind, length), parts in scores.items():
-        values = metrics.ranking_metrics(label, np.concatenate(parts), user, request)
+        values = metrics.ranking_metrics(label, np.concatenate(parts)[known], user, request)
         if kind == "counting":
             for name in _LIKELIHOODS:
                 del values[name]

@@ -1,0 +1,151 @@
+"""All events of a log in orders that shards do not have: by time, and by a field's value.
+
+    stream/
+      time.npy item.npy           every event in the order of time: Unix seconds, item's number
+      positive_0.npy known_0.npy  of each task: how many of the first 0 … n had label 1, any label
+      field_0/key.npy …           every event by a field's value and then by time; labels likewise
+      00000.json …                a step is whole
+
+DuckDB sorts, on disk where memory does not do; what reads the files maps them into memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stca_jax.data.interaction_log.event_sql import text_sql
+from stca_jax.data.interaction_log.events import connect
+from stca_jax.data.interaction_log.log_config import quoted
+from stca_jax.files import write_json
+from stca_jax.input.trends import ValueEvents
+
+_ROWS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class EventStream:
+    """The events of a log; small enough to send to workers.
+
+    Attributes:
+      folder: Where they lie.
+      fields: Of which there are trends.
+      labels: Names of the tasks.
+      num_events: Events.
+    """
+
+    folder: pathlib.Path
+    fields: tuple[str, ...]
+    labels: tuple[str, ...]
+    num_events: int
+
+    @property
+    def num_steps(self) -> int:
+        """Of `write`."""
+        return 1 + len(self.fields)
+
+    def write(
+        self, step: int, shards: Sequence[pathlib.Path], items: pa.Array, columns: Mapping[str, Any]
+    ) -> None:
+        """Puts all events in one order, unless an earlier attempt has.
+
+        Args:
+          step: 0 for that of time, 1 … for that of a field.
+          shards: Parquet files of events.
+          items: Every item of the log; its number is its place.
+          columns: Of each field but "item", each item's value.
+        """
+        done = self.folder / f"{step:05d}.json"
+        if done.exists():
+            return
+        field = self.fields[step - 1] if step else ""
+        folder = self._field_folder(field)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = np.arange(len(items)) if field in ("", "item") else columns[field][: len(items)]
+        table = pa.table({"id": items, "value": pa.array(values, pa.uint64())})
+        by = "time, value" if not step else "value, time"
+        labels = [f"label_{k}" for k in range(len(self.labels))]
+        with connect(folder / "temporary") as connection:
+            connection.register("items", table)
+            named = zip(self.labels, labels, strict=True)
+            read = ["e.time::UBIGINT AS time", "i.value AS value"]
+            read += [f"e.{quoted(f'label_{name}')} AS {k}" for name, k in named]
+            files = ", ".join(text_sql(str(path)) for path in shards)
+            found = connection.sql(
+                f"SELECT {', '.join(read)} "
+                f"FROM read_parquet([{files}]) e JOIN items i ON e.item = i.id "
+                f"ORDER BY {', '.join([by, *labels])}"
+            )
+            batches = found.to_arrow_reader(_ROWS)
+            self._write_arrays(folder, bool(step), batches)
+        shutil.rmtree(folder / "temporary", ignore_errors=True)
+        write_json(done, {"events": self.num_events})
+
+    @functools.cached_property
+    def time(self) -> np.ndarray:
+        """Of all events, ascending; uint32 Unix seconds, [n]."""
+        return self._load("", "time")
+
+    @functools.cached_property
+    def item(self) -> np.ndarray:
+        """Of each event in that order, its number, [n]."""
+        return self._load("", "item")
+
+    def label_counts(self, field: str = "") -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Of each task, how many of the first 0 … n events were positive, and were labelled."""
+        tasks = range(len(self.labels))
+        return (
+            [self._load(field, f"positive_{k}") for k in tasks],
+            [self._load(field, f"known_{k}") for k in tasks],
+        )
+
+    def by_value(self, field: str) -> ValueEvents:
+        """The events in the order of a field."""
+        return ValueEvents(self._load(field, "key"), *self.label_counts(field))
+
+    def _field_folder(self, field: str) -> pathlib.Path:
+        return self.folder / f"field_{self.fields.index(field)}" if field else self.folder
+
+    def _load(self, field: str, name: str) -> np.ndarray:
+        return np.load(self._field_folder(field) / f"{name}.npy", mmap_mode="r")
+
+    def _write_arrays(self, folder: pathlib.Path, by_value: bool, batches: Any) -> None:
+        size = self.num_events
+
+        def array(name: str, dtype: Any, extra: int = 0) -> np.memmap:
+            path = folder / f"{name}.npy"
+            return np.lib.format.open_memmap(path, "w+", dtype, (size + extra,))
+
+        arrays = {"key": array("key", np.uint64)} if by_value else {
+            "time": array("time", np.uint32), "item": array("item", np.int32)
+        }  # fmt: skip
+        counted = {
+            f"{what}_{k}": array(f"{what}_{k}", np.int32, 1)
+            for what in ("positive", "known")
+            for k in range(len(self.labels))
+        }
+        begin = 0
+        for batch in batches:
+            end = begin + batch.num_rows
+            time, value = batch["time"].to_numpy(), batch["value"].to_numpy()
+            if by_value:
+                arrays["key"][begin:end] = value << np.uint64(32) | time
+            else:
+                arrays["time"][begin:end], arrays["item"][begin:end] = time, value
+            for k in range(len(self.labels)):
+                label = batch[f"label_{k}"].fill_null(-1).to_numpy(zero_copy_only=False)
+                for what, flags in (("positive", label == 1), ("known", label >= 0)):
+                    total = counted[f"{what}_{k}"]
+                    total[begin + 1 : end + 1] = total[begin] + np.cumsum(flags)
+            begin = end
+        if begin != size:
+            raise ValueError(f"{folder}: {begin} events in the order wanted, {size} in the log")
+        for written in (*arrays.values(), *counted.values()):
+            written.flush()
