@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stca_jax.data.interaction_log.encoders import fit_scale
 from stca_jax.data.interaction_log.events import LogSource, read_side_table
 from stca_jax.data.interaction_log.moments import Moments
 from stca_jax.data.interaction_log.statistics import ValueCounts
@@ -41,8 +42,10 @@ def check_features(source: LogSource, counts: ValueCounts) -> list[tuple[str, st
             f"{len(own):,} of {len(count):,} values have ids of their own, in "
             f"{own.sum() / max(num_train, 1):.1%} of training events; missing in {missing:.1%}",
         ))  # fmt: skip
+    scalings = source.config.scalings
     for column, moments in counts.moments.items():
-        lines.append(_check_numbers(column.removeprefix("feature_"), moments))
+        name = column.removeprefix("feature_")
+        lines.append(_check_numbers(name, moments, scalings.get(name, "")))
     return lines
 
 
@@ -83,7 +86,7 @@ def check_side_tables(
     return lines, warnings
 
 
-def _check_numbers(name: str, moments: Moments) -> tuple[str, str]:
+def _check_numbers(name: str, moments: Moments, scaling: str) -> tuple[str, str]:
     present = moments.count + moments.unreadable
     share = moments.unreadable / max(present, 1)
     if share > _UNREADABLE:
@@ -95,8 +98,10 @@ def _check_numbers(name: str, moments: Moments) -> tuple[str, str]:
     if not moments.count:
         raise UserError(f"{name}: no training event has a value; leave {name} out")
     entries = present + moments.missing
+    scale = fit_scale(moments, scaling)
     return f"  {name}", (
-        f"{moments.least:g} to {moments.most:g}, mean {moments.mean:g}; missing in "
+        f"min {moments.least:g}, p50 {moments.quantile(0.5):g}, p99 {moments.quantile(0.99):g}, "
+        f"max {moments.most:g}, mean {moments.mean:g}, scaled {scale.describe()}; missing in "
         f"{moments.missing / entries:.1%}, unreadable in {moments.unreadable / entries:.1%}"
     )
 

@@ -19,9 +19,22 @@ def fit_vocabulary(
     return Vocabulary.fit(distinct, train_count, min_count=min_count, num_oov=num_oov)
 
 
-def fit_scale(moments: Moments) -> Scale:
-    """Standardises training events; a constant becomes 0."""
-    return Scale(moments.mean, moments.deviation or 1.0)
+def fit_scale(moments: Moments, scaling: str = "") -> Scale:
+    """Standardises training events; a constant becomes 0.
+
+    Args:
+      moments: Of training events.
+      scaling: "linear", "log", or "" for log where the tail is heavy: there few events would have
+        all of the deviation, and the others none.
+    """
+    if scaling == "linear" or not (scaling == "log" or moments.is_heavy_tailed):
+        return Scale(moments.mean, moments.deviation or 1.0)
+    magnitude = np.abs(moments.sample)
+    unit = float(np.median(magnitude[magnitude > 0])) if magnitude.any() else 1.0
+    values = Scale(transform="log", unit=unit).transformed(moments.sample)
+    mean = float(np.average(values, weights=moments.weight))
+    deviation = float(np.sqrt(np.average((values - mean) ** 2, weights=moments.weight)))
+    return Scale(mean, deviation or 1.0, "log", unit)
 
 
 def encode_column(encoder: Encoder, column: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -24,6 +24,7 @@ def events_query(
     time: TimeReading,
     id_types: dict[str, str],
     kinds: dict[str, str],
+    rows_before: int = 0,
 ) -> tuple[str, list[str]]:
     """SQL from a table `log` to events.
 
@@ -33,6 +34,7 @@ def events_query(
       time: How timestamps are read.
       id_types: SQL types of "user", "item" and "request".
       kinds: "integer", "text" or "number" of each feature.
+      rows_before: In a log without a clock, rows of the files before.
 
     Returns:
       The query, and the names of its columns: those of the events, `ROW`, and last "reason", which
@@ -50,6 +52,7 @@ def events_query(
         where = log.sql_expression(config.history_filter)
         read["in_history"] = f"coalesce(({where})::BOOLEAN, false)"
     inner = {name: f"__{k}__" for k, name in enumerate(read)}
+    raw_time = f"({ROW} + {rows_before})" if config.is_ordered else log.sql(keys["time"])
     typed = ", ".join(f"{sql} AS {inner[name]}" for name, sql in read.items())
     kept = ["user", "time", "item", *(n for n in read if n not in ("user", "item"))]
     if not config.labels:  # without labels it holds for all that stay
@@ -65,7 +68,7 @@ def events_query(
         SELECT {", ".join(inner[name] for name in kept)}, {ROW}, CASE {when} END AS __reason__
         FROM (SELECT *, {time.ns_sql("__parsed__")} AS __ns__
               FROM (SELECT *, {time.parsed_sql("__raw__")} AS __parsed__
-                    FROM (SELECT {typed}, {log.sql(keys["time"])} AS __raw__, {ROW} FROM log)))"""
+                    FROM (SELECT {typed}, {raw_time} AS __raw__, {ROW} FROM log)))"""
     return query, [*kept, ROW, "reason"]
 
 

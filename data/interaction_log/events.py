@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from stca_jax.data.interaction_log import event_sql, times
 from stca_jax.data.interaction_log.columns import ROW, BadRow
 from stca_jax.data.interaction_log.event_sql import LEFT_OUT
-from stca_jax.data.interaction_log.log_config import Column, LogConfig
+from stca_jax.data.interaction_log.log_config import ORDER, SCALINGS, Column, LogConfig
 from stca_jax.data.interaction_log.source import Part, Table, fingerprint, open_table
 from stca_jax.data.interaction_log.times import NS, TimeReading
 from stca_jax.errors import UserError
@@ -143,7 +143,12 @@ def read_events(source: LogSource, part: Part) -> Iterator[Events]:
       UserError: the file is damaged, or an SQL expression fails on a value.
     """
     query, names = event_sql.events_query(
-        source.config, source.log, source.time, source.id_sql_types, source.kinds
+        source.config,
+        source.log,
+        source.time,
+        source.id_sql_types,
+        source.kinds,
+        source.log.rows_before(part.file) if source.config.is_ordered else 0,
     )
     with connect() as connection:
         for block in source.log.blocks(part):
@@ -272,6 +277,9 @@ def _id_type(table: Table, column: Column) -> str:
 def _read_times(config: LogConfig, log: Table) -> TimeReading:
     """How timestamps are read, by the first rows of the log."""
     column = config.key_columns["time"]
+    if config.is_ordered:
+        log.rows_before(log.files[-1])
+        return TimeReading(ORDER, "BIGINT", False, 1, False, False)
     sql = log.sql(column)
     type_ = _evaluate(log, sql, column.name)
     blocks = (b.rows for p in log.parts for b in log.blocks(p) if b.rows.num_rows)
@@ -285,7 +293,7 @@ def _kind(table: Table, column: Column) -> str:
     """How a feature is stored, by its type and the user's word."""
     type_ = _evaluate(table, table.sql(column), f"feature {column.name}")
     is_float = type_.startswith(_FLOATS)
-    if column.kind == "numeric" or (is_float and column.kind != "categorical"):
+    if column.kind in ("numeric", *SCALINGS) or (is_float and column.kind != "categorical"):
         return "number"
     return "integer" if type_.removeprefix("U") in _INTEGERS and type_ != "UBIGINT" else "text"
 

@@ -7,18 +7,21 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from stca_jax.data.interaction_log.columns import ROW
 from stca_jax.errors import UserError
 from stca_jax.input.encoding import Clock
 from stca_jax.input.trends import parse_window, trend_names
 
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DERIVED = ("item", "log_popularity", "hour", "weekday")  # features that every log gets
+SCALINGS = ("linear", "log")
 NEGATIVES = ("training", "uniform")  # ways to sample besides a window
+ORDER = "order"  # the timestamp of a log without a clock
 _NEXT_ITEM = "next"  # the task of logs without labels
 DEFAULT_NULL_WORDS = ("NULL", "null", "NaN", "nan", "None", r"\N")
 # A cast to a type of SQL, "x::numeric", has two colons.
 _COLUMN = re.compile(
-    r"(?:(?P<name>\w+)=(?!=))?(?P<expression>.+?)(?:(?<!:):(?P<kind>numeric|categorical))?",
+    r"(?:(?P<name>\w+)=(?!=))?(?P<expression>.+?)(?:(?<!:):(?P<kind>numeric|categorical|linear|log))?",
     re.DOTALL,
 )
 _QUOTED_NAME = re.compile(r'"(?:[^"]|"")+"')
@@ -33,7 +36,8 @@ class Column:
       name: What it is called in the prepared dataset.
       expression: A column's name, or an SQL expression of columns.
       is_sql: Which of the two.
-      kind: "numeric", "categorical", or "" to go by the type: floats are numeric.
+      kind: "categorical"; "numeric", or "linear" or "log", which say how numbers are scaled; or ""
+        to go by the type: floats are numeric.
     """
 
     name: str
@@ -43,7 +47,7 @@ class Column:
 
     @classmethod
     def parse(cls, text: str) -> Column:
-        """Reads "COLUMN" or "NAME=SQL", each with ":numeric" or ":categorical" behind it or not.
+        """Reads "COLUMN" or "NAME=SQL", each with a kind such as ":numeric" behind it or not.
 
         A name with commas, colons or equals signs stands in double quotes, as in SQL.
 
@@ -94,14 +98,16 @@ class LogConfig:
 
     An id, the time, a feature or a label is the name of a column, or "NAME=SQL": an expression of
     columns in DuckDB's SQL (columns of text files are text there, e.g.
-    "like=rating::DOUBLE >= 4").  ":numeric" or ":categorical" behind a feature overrides the type.
+    "like=rating::DOUBLE >= 4").  ":numeric" or ":categorical" behind a feature overrides the
+    type, and ":linear" or ":log" says how a number is scaled.
 
     Attributes:
       log: Parquet or text (CSV) files, or folders of them; all are one log.
-      user_id: Column of the user, an integer or text, or NAME=SQL; likewise in `users`.
-      item_id: Column of the item, an integer or text, or NAME=SQL; likewise in `items`.
-      timestamp: Column of the time: a number, a date, or text of either, or NAME=SQL, e.g.
-        "time=try_strptime(day, '%m/%d/%Y')".
+      user_id: Column of the user, an integer or text, or SQL; likewise in `users`.
+      item_id: Column of the item, an integer or text, or SQL; likewise in `items`.
+      timestamp: Column of the time: a number, a date, or text of either, or SQL, e.g.
+        "try_strptime(day, '%m/%d/%Y')"; or "order" for a log without a clock, whose rows stand in
+        the order of time: each then counts as a second.
       time_unit: Unit of numbers: "s", "ms", "us", "ns", or "auto" to go by their size, which must
         then be a time since 1970 in 1995 to 2050.
       request_id: Column of the request that a labelled event was shown in.  Without it, events of
@@ -274,7 +280,15 @@ class LogConfig:
         """Columns of an event that are no features: "user", "item", "time", "request"."""
         texts = {"user": self.user_id, "item": self.item_id, "time": self.timestamp}
         texts |= {"request": self.request_id} if self.request_id else {}
-        return {name: Column.parse(text) for name, text in texts.items()}
+        columns = {name: _key_column(name, text) for name, text in texts.items()}
+        if self.is_ordered:
+            columns["time"] = Column(ORDER, ROW, True, "")
+        return columns
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the log has no clock: its rows stand in the order of time."""
+        return self.timestamp.strip() == ORDER
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LogConfig:
@@ -283,6 +297,12 @@ class LogConfig:
             n: tuple(v) if isinstance(v, list) else v for n, v in values.items()
         }
         return cls(**fields)
+
+    @property
+    def scalings(self) -> dict[str, str]:
+        """How numeric features are to be scaled, where the user said it."""
+        columns = (c for cs in self.feature_columns.values() for c in cs)
+        return {c.name: c.kind for c in columns if c.kind in SCALINGS}
 
     @property
     def feature_columns(self) -> Mapping[str, tuple[Column, ...]]:
@@ -303,7 +323,11 @@ class LogConfig:
         return {
             "history": (*item, *names["history"], *names["label"]),
             "target": (*item, "log_popularity", *self._trend_names),
-            "request": ("hour", "weekday", *names["user"], *self.user_windows),
+            "request": (
+                *(() if self.is_ordered else ("hour", "weekday")),
+                *names["user"],
+                *self.user_windows,
+            ),
             "tasks": names["label"] or (_NEXT_ITEM,),
         }
 
@@ -311,6 +335,13 @@ class LogConfig:
     def _trend_names(self) -> tuple[str, ...]:
         labels = tuple(map(_name, map(Column.parse, self.labels)))
         return trend_names(self.trends_of, tuple(self.trend_windows), labels)
+
+
+def _key_column(name: str, text: str) -> Column:
+    """As `Column.parse`; a function of columns needs no name."""
+    if re.fullmatch(r"\w+\(.*\)(::\w+)?", text.strip(), re.DOTALL):
+        return Column(name, text.strip(), True, "")
+    return Column.parse(text)
 
 
 def _name(column: Column) -> str:

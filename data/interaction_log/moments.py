@@ -9,6 +9,8 @@ import pyarrow as pa
 from jaxtyping import Float
 
 _SAMPLE = 4_096
+_DECILES = 2.563  # deviations between the first and the last decile of a normal distribution
+_HEAVY = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,13 @@ class Moments:
     def deviation(self) -> float:
         """Standard deviation; 0 of a constant."""
         return float(np.sqrt(self.squares / self.count)) if self.least < self.most else 0.0
+
+    @property
+    def is_heavy_tailed(self) -> bool:
+        """Whether the deviation is far above that of a normal distribution with these deciles."""
+        if self.deviation == 0:
+            return False
+        return self.deviation > _HEAVY * (self.quantile(0.9) - self.quantile(0.1)) / _DECILES
 
     def quantile(self, share: float) -> float:
         """The value below which about this share is; exact of a few values."""

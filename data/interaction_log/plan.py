@@ -133,7 +133,9 @@ def make_plan(
         for name, table in counts.columns.items()
         if name != "item"
     }
-    encoders |= {n.removeprefix("feature_"): fit_scale(m) for n, m in counts.moments.items()}
+    for name, moments in counts.moments.items():
+        name = name.removeprefix("feature_")
+        encoders[name] = fit_scale(moments, config.scalings.get(name, ""))
     encoders |= {c.name: LABELS for c in config.feature_columns["label"]}
     encoders["item"] = fit_vocabulary(items, item_count, *fit_on)
     items, item_count, item_columns, fitted = _fit_items(
@@ -144,7 +146,8 @@ def make_plan(
     encoders |= fitted
     if numbers := [n for n in config.trends_of if not encoders[n].size]:
         raise UserError(f"trends_of has {numbers[0]}, a number; give categorical features")
-    vocabularies = {n: e.size for n, e in encoders.items() if e.size} | {"hour": 24, "weekday": 7}
+    vocabularies = {n: e.size for n, e in encoders.items() if e.size}
+    vocabularies |= {} if config.is_ordered else {"hour": 24, "weekday": 7}
     names = config.feature_names
     return Plan(
         source=source,
@@ -191,7 +194,8 @@ def _fit_items(
     if table is None:
         return items, item_count, columns, {}
     known = pa.concat_arrays([items, pa.nulls(1, items.type)])
-    of_table, encoders = _side_features(table, known, np.append(item_count, 0), fit_on)
+    counts = np.append(item_count, 0)
+    of_table, encoders = _side_features(table, known, counts, fit_on, source.config.scalings)
     return items, item_count, columns | of_table, encoders
 
 
@@ -207,12 +211,17 @@ def _fit_users(
     # One more user, who is not in the table, has no features.
     known = pa.concat_arrays([users, pa.nulls(1, users.type)])
     counts = np.append(trained, 0).astype(np.int64)
-    columns, encoders = _side_features(table, known, counts, (1, source.config.num_oov))
+    fit_on = (1, source.config.num_oov)
+    columns, encoders = _side_features(table, known, counts, fit_on, source.config.scalings)
     return users, columns, encoders
 
 
 def _side_features(
-    table: pa.Table, ids: pa.Array, train_count: np.ndarray, fit_on: tuple[int, int]
+    table: pa.Table,
+    ids: pa.Array,
+    train_count: np.ndarray,
+    fit_on: tuple[int, int],
+    scalings: Mapping[str, str],
 ) -> tuple[dict[str, np.ndarray], dict[str, Encoder]]:
     """Features of the ids, encoded, and their encoders.
 
@@ -227,7 +236,8 @@ def _side_features(
         column = padded.take(pa.array(np.where(row < 0, len(padded) - 1, row)))
         name = field.name.removeprefix("feature_")
         if pa.types.is_floating(field.type):
-            encoders[name] = fit_scale(Moments.of(column.filter(pa.array(train_count > 0))))
+            moments = Moments.of(column.filter(pa.array(train_count > 0)))
+            encoders[name] = fit_scale(moments, scalings.get(name, ""))
         else:
             encoded = column.dictionary_encode()
             code = encoded.indices.fill_null(-1).to_numpy()

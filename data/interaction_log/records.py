@@ -53,7 +53,7 @@ def build_user_logs(plan: Plan, shard: Shard, index: int) -> rb.UserLogs:
         request_time=requests.time - plan.time_origin,
         request_split=rb.time_split(requests.time, plan.validation_start, plan.test_start),
         history_end=requests.history_end,
-        request=plan.clock.encode(requests.time)
+        request=({} if shard.config.is_ordered else plan.clock.encode(requests.time))
         | {n: column[user_row] for n, column in plan.user_columns.items()}
         | _user_trends(shard),
         target_offset=offsets(targets.request, num_requests),

@@ -119,6 +119,20 @@ class Table:
             for file, format_ in self.formats.items()
         )
 
+    def rows_before(self, file: str) -> int:
+        """Rows of the files before a file.
+
+        Raises:
+          UserError: they are text, of which rows are not known before they are read.
+        """
+        before = self.files[: self.files.index(file)]
+        if any(not self.formats[name].is_parquet for name in before):
+            raise UserError(
+                "timestamp=order needs the whole log in one text file, or files of Parquet: the "
+                f"order of {', '.join(self.files[:3])} is not known"
+            )
+        return sum(pq.read_metadata(name).num_rows for name in before)
+
     @functools.cached_property
     def num_shards(self) -> int:
         """How many record files to make, so that the users of one fit into memory."""

@@ -11,7 +11,7 @@ import datetime
 import duckdb
 import numpy as np
 
-from stca_jax.data.interaction_log.log_config import TIME_UNITS, Column, quoted
+from stca_jax.data.interaction_log.log_config import ORDER, TIME_UNITS, Column, quoted
 from stca_jax.errors import UserError
 
 NS = 10**9
@@ -52,6 +52,8 @@ class TimeReading:
 
     def describe(self) -> str:
         """For people."""
+        if self.name == ORDER and not self.zero_is_missing:
+            return "the order of rows"
         if self.is_date:
             return "dates; in UTC if they name no zone"
         unit = next(name for name, size in TIME_UNITS.items() if size == self.unit)

@@ -213,6 +213,10 @@ class Scale:
     transform: Literal["linear", "log"] = "linear"
     unit: float = 1.0
 
+    def describe(self) -> str:
+        """For people."""
+        return "linearly" if self.transform == "linear" else f"by log(1 + |x| / {self.unit:g})"
+
     def transformed(self, numbers: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """What mean and deviation are of."""
         if self.transform == "linear":

@@ -124,3 +124,24 @@ def test_losses_of_micro_batches_add_up(weighting):
     np.testing.assert_allclose(
         sum(parts), binary_cross_entropy(logits, batch, weighting), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("weighting", ["target", "request"])
+def test_a_missing_label_has_no_weight_and_no_gradient(weighting):
+    batch, logits = two_requests()
+    logits[...] = np.random.default_rng(0).normal(size=logits.shape)
+    batch.label[0, 1, 0] = batch.label[1, 0, 1] = np.nan
+    loss, gradient = jax.value_and_grad(lambda z: binary_cross_entropy(z, batch, weighting))(
+        jnp.asarray(logits)
+    )
+    total = weight = 0.0
+    for row, slot in np.argwhere(batch.target_mask):
+        for task in range(2):
+            label, z = batch.label[row, slot, task], float(logits[row, slot, task])
+            if not np.isnan(label):
+                share = 1 / batch.num_request_targets[row, slot] if weighting == "request" else 1.0
+                total -= share * np.log(expit(z if label else -z))
+                weight += share
+    np.testing.assert_allclose(loss, total / weight, rtol=1e-6)
+    assert np.isfinite(gradient).all()
+    assert gradient[0, 1, 0] == gradient[1, 0, 1] == 0
