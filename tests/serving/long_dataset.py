@@ -30,7 +30,7 @@ def make_user(u: int) -> UserRecord:
     n, q = int(rng.integers(0, 1_300)) * (u % 5 > 0), int(rng.integers(2, 7))
     event_time = np.sort(rng.integers(0, 100 * _DAYS, n) // 3_600 * 3_600)
     request_time = np.sort(rng.integers(60 * _DAYS, 101 * _DAYS, q) // 3_600 * 3_600)
-    offset = np.r_[0, np.cumsum(rng.choice([1, 3, 20, 60], q))]
+    offset = np.r_[0, np.cumsum(rng.choice([1, 3, 30], q))]
     t = offset[-1]
 
     def items(size: int) -> dict[str, np.ndarray]:

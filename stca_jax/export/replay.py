@@ -1,9 +1,8 @@
-"""Replays a split against a scorer, in the order of time, as the world would send it."""
+"""Replays a dataset's requests in the order of time, as the world would send them to a server."""
 
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Collection, Iterator
 
 import numpy as np
@@ -28,20 +27,20 @@ class Replayed:
 
 
 def replay(dataset: RequestDataset, request_ids: Collection[int]) -> Iterator[Replayed]:
-    """Those requests in time order, each with the events that happened since the user's last."""
+    """Those requests in time order, each with the events that happened since the user's last.
+
+    Args:
+      dataset: A prepared dataset.
+      request_ids: Which requests.
+    """
     wanted = set(request_ids)
     index = dataset.index
     origin = dataset.metadata["time_origin"]
     schema = dataset.schema
-    order = [
-        (int(index.request_time[k]), k)
-        for k in range(len(index))
-        if int(index.request_id[k]) in wanted
-    ]
-    heapq.heapify(order)
+    places = np.flatnonzero(np.isin(index.request_id, list(wanted)))
     seen: dict[int, int] = {}
-    while order:
-        now, k = heapq.heappop(order)
+    for k in places[np.argsort(index.request_time[places], kind="stable")].tolist():
+        now = int(index.request_time[k])
         record = dataset.record(int(index.record[k]))
         position = int(index.position[k])
         first, end = seen.get(record.user_id, 0), int(index.history_end[k])

@@ -1,0 +1,212 @@
+r"""What serving costs on one core, against a floor measured in the same run; and its exactness.
+
+    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0 \
+        python -m experiments.benchmarks.serving --workdir=/path/to/run [--max_history=10240]
+        [--requests=10000] [--seconds=3] [--data_dir=DIR]
+
+Exports the run twice, cached and uncached, and times, for a user of --max_history events drawn at
+random: scoring 1, 100 and 1,000 candidates, NumPy in and probabilities out, uncached as well; an
+append; and encoding a whole history. The floor is the attention's and the target side's products at
+the peak rate of products, and one exponential for each target, event, head and layer at its own
+rate, both measured here. Times are CPU time of this process, the fastest repetition.
+
+With --requests, so many test requests are replayed in time order, their users' events appended in
+between, and every logit is compared with the evaluation's, for both exact caches.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from stca_jax.data.preparation import prepare
+from stca_jax.evaluation.evaluator import request_logits
+from stca_jax.evaluation.tables import format_table
+from stca_jax.experiment import ExperimentConfig
+from stca_jax.experiments import launch
+from stca_jax.experiments.benchmarks.timing import time_interleaved
+from stca_jax.export.folder import ExportOptions, export_checkpoint
+from stca_jax.export.replay import replay
+from stca_jax.input.dataset import RequestDataset
+from stca_jax.serving import Events, Scorer, ScoreRequest, ServingModel
+from stca_jax.workdir import checkpoint_step, load_workdir_config, restore_for_evaluation
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_STEP = flags.DEFINE_string("step", "best", "best, last, or the step of a checkpoint.")
+_MAX_HISTORY = flags.DEFINE_integer("max_history", 10_240, "Events of a user.", lower_bound=1)
+_REQUESTS = flags.DEFINE_integer("requests", 0, "Compare so many requests.", lower_bound=0)
+_SECONDS = flags.DEFINE_float("seconds", 3.0, "How long to time each line.")
+_TARGETS = (1, 100, 1_000)
+_CACHES = ("keys_values", "tokens", "int8")
+_BYTES = 512 << 20
+
+
+def main() -> None:
+    """Prints the tables."""
+    workdir = launch.local_path("workdir", _WORKDIR.value)
+    config = load_workdir_config(workdir)
+    step = checkpoint_step(workdir, _STEP.value)
+    dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
+    with tempfile.TemporaryDirectory() as directory:
+        folders = {}
+        for name in ("cached", "uncached"):
+            folders[name] = pathlib.Path(directory) / name
+            options = ExportOptions(_MAX_HISTORY.value, name == "uncached")
+            export_checkpoint(config, dataset, workdir, step, folders[name], options)
+        print_times(config, folders)
+        if _REQUESTS.value:
+            print_differences(config, dataset, workdir, step, folders["cached"])
+
+
+def print_times(config: ExperimentConfig, folders: dict[str, pathlib.Path]) -> None:
+    """Times and bytes of each cache, and the floor."""
+    rng = np.random.default_rng(0)
+    rates = measure_rates()
+    print(f"products {rates['flops'] / 1e9:.0f} GFLOP/s, exponentials {rates['exp'] * 1e9:.2f} ns")
+    floors = {m: floor(config, m, rates) for m in _TARGETS}
+    rows = []
+    uncached: dict[int, float] = {}
+    for cache in ("uncached", *_CACHES):
+        folder = folders["uncached" if cache == "uncached" else "cached"]
+        model = ServingModel.load(folder, cache=cache)
+        scorer = Scorer(model, max_bytes=_BYTES, encoded=True)
+        now = model.info.time_origin + 100_000_000
+        scorer.append("user", draw_events(model, rng, _MAX_HISTORY.value, now))
+        requests = {
+            m: ScoreRequest("user", draw(model, rng, "target", m), one(model, rng), now)
+            for m in _TARGETS
+        }
+        steps: dict[str, Any] = {
+            str(m): functools.partial(_score, scorer, request) for m, request in requests.items()
+        }
+        steps["1"]()  # the user is encoded when first asked for
+        if cache != "uncached":
+            steps |= update_steps(scorer, draw_events(model, rng, 1, now), now)
+        timed = time_interleaved(steps, seconds=_SECONDS.value, clock=time.process_time)
+        found = {name: timing.best * 1e3 for name, timing in timed.items()}
+        if cache == "uncached":
+            uncached = {m: found[str(m)] for m in _TARGETS}
+        row: dict[str, Any] = {"cache": cache}
+        for m in _TARGETS:
+            row |= {f"{m} (ms)": round(found[str(m)], 2), "/floor": None}
+            row[f"{m} /floor"] = round(found[str(m)] / floors[m], 2)
+            row[f"{m} uncached/"] = round(uncached[m] / found[str(m)], 1)
+        del row["/floor"]
+        for name in ("append", "encode"):
+            row[f"{name} (ms)"] = round(found[name], 3) if name in found else None
+        row["MB"] = round(scorer.cached[1] / 1e6, 1)
+        rows.append(row)
+    print(format_table(rows))
+
+
+def _score(scorer: Scorer, request: ScoreRequest) -> None:
+    scorer.probabilities(scorer.logits(request))
+
+
+def update_steps(scorer: Scorer, event: Events, now: int) -> dict[str, Any]:
+    """Appending an event to the cache, without the store, and encoding a whole history."""
+    cache = scorer._pool.cache
+    user = cache.find("user")
+    assert user is not None
+    columns = {n: v.astype(c.dtype) for (n, c), v in zip(
+        user.window.columns.items(), event.columns.values(), strict=True)}  # fmt: skip
+    history = {n: c.copy() for n, c in user.window.columns.items()}
+    times, numbers = user.window.time.copy(), np.arange(user.window.size)
+    sequence = [int(1e9)]
+
+    def done() -> Any:
+        return next(iter(cache._pool.values()))  # type: ignore[attr-defined]
+
+    def append() -> Any:
+        found = cache.find("user")
+        assert found is not None
+        sequence[0] += 1
+        at = np.array([now - scorer.model.info.time_origin - 1])
+        cache.append(found, columns, at, np.array(sequence), "user")
+        return done()
+
+    def encode() -> Any:
+        cache.put("user", history, times, numbers)
+        return done()
+
+    return {"append": append, "encode": encode}
+
+
+def measure_rates() -> dict[str, float]:
+    """FLOP/s of products, and seconds of an exponential, on these devices."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1_024, 1_024)), jnp.float32)
+    product, exponential = jax.jit(jnp.matmul), jax.jit(jnp.exp)
+    steps = {"product": lambda: product(x, x), "exp": lambda: exponential(x)}
+    timed = time_interleaved(steps, seconds=_SECONDS.value, clock=time.process_time)
+    return {"flops": 2 * 1_024**3 / timed["product"].best, "exp": timed["exp"].best / x.size}
+
+
+def floor(config: ExperimentConfig, num_targets: int, rates: dict[str, float]) -> float:
+    """Milliseconds that products and exponentials take at least."""
+    sequence = config.model.sequence
+    cost = sequence.cost(1_000_000)  # in the projected order
+    pairs = num_targets * _MAX_HISTORY.value
+    flops = cost.per_target * num_targets + cost.per_pair * pairs
+    exponentials = pairs * getattr(sequence, "num_heads", 0) * cost.num_layers
+    return 1e3 * (flops / rates["flops"] + exponentials * rates["exp"])
+
+
+def draw(model: ServingModel, rng: np.random.Generator, level: str, n: int) -> dict[str, Any]:
+    """Random features as trained; ids as frequent as ids of a log, by rank."""
+    sizes = model.info.schema.vocabularies
+    return {
+        name: np.minimum(rng.zipf(1.2, n), sizes[name]) - 1 if name in sizes else rng.normal(size=n)
+        for name in model.info.levels[level].names
+    }
+
+
+def one(model: ServingModel, rng: np.random.Generator) -> dict[str, Any]:
+    """Random features of a request."""
+    return {name: values[0] for name, values in draw(model, rng, "request", 1).items()}
+
+
+def draw_events(model: ServingModel, rng: np.random.Generator, n: int, now: int) -> Events:
+    """Random events of the last year."""
+    time = np.sort(now - rng.integers(1, 365 * 86_400, n))
+    return Events(time, draw(model, rng, "history", n))
+
+
+def print_differences(
+    config: ExperimentConfig,
+    dataset: RequestDataset,
+    workdir: pathlib.Path,
+    step: int,
+    folder: pathlib.Path,
+) -> None:
+    """Replays requests against both exact caches."""
+    program, state = restore_for_evaluation(config, dataset, workdir, step)
+    limits = {"length": _MAX_HISTORY.value, "max_requests": _REQUESTS.value}
+    found = request_logits(program, state, dataset, config.input, split="test", **limits)
+    expected = dict(found)
+    for cache in ("keys_values", "tokens"):
+        model = ServingModel.load(folder, cache=cache)
+        scorer = Scorer(model, max_bytes=_BYTES, encoded=True)
+        largest, logits, appended = 0.0, 0, 0
+        for replayed in replay(dataset, expected):
+            appended += scorer.append(replayed.request.user, replayed.new)
+            scored = scorer.logits(replayed.request)
+            difference = np.abs(scored - expected[replayed.request_id])
+            largest, logits = max(largest, float(difference.max())), logits + difference.size
+        counts = scorer.counts
+        print(
+            f"{cache}: {len(expected):,} requests, {logits:,} logits within {largest:.1e} of the "
+            f"evaluation's; {appended:,} events appended, {counts.hits:,} hits, "
+            f"{counts.misses:,} misses, {counts.evictions:,} evictions"
+        )
+
+
+if __name__ == "__main__":
+    launch.run(main)
