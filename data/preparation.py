@@ -161,27 +161,29 @@ def _check_name(name: str, known: Sequence[str], what: str) -> None:
 def exclusive(folder: pathlib.Path) -> Iterator[None]:
     """Holds a lock on a folder, made if missing; the system drops it if the process dies.
 
-    After an error, folders that were made for nothing are removed.
+    Folders that were made for nothing are removed.
     """
     made = [f for f in (folder, *folder.parents) if not f.exists()]
     lock = folder / ".lock"
     with contextlib.ExitStack() as files:
         while True:
             folder.mkdir(parents=True, exist_ok=True)
-            file = files.enter_context(open(lock, "w"))
+            try:
+                file = files.enter_context(open(lock, "w"))
+            except FileNotFoundError:  # another process has removed the folder
+                continue
             _lock(file)
             # Another process may have removed the file while this one waited for it.
             if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 break
         try:
             yield
-        except BaseException:
+        finally:
             if [f.name for f in folder.iterdir()] == [lock.name]:
                 lock.unlink()
                 with contextlib.suppress(OSError):  # not empty: someone else's
                     for empty in made or [folder]:
                         empty.rmdir()
-            raise
 
 
 def _lock(file: IO[str]) -> None:

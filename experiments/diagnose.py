@@ -23,7 +23,7 @@ from stca_jax.errors import UserError
 from stca_jax.evaluation import metrics
 from stca_jax.evaluation.best import read_best
 from stca_jax.evaluation.diagnosis import calibration_rows, channels, term_rows
-from stca_jax.evaluation.evaluator import Row, evaluate_split
+from stca_jax.evaluation.evaluator import Row, evaluate_split, selection_limits
 from stca_jax.evaluation.references.logistic import fit_logistic
 from stca_jax.evaluation.tables import format_table
 from stca_jax.experiments import launch
@@ -53,7 +53,7 @@ def main() -> None:
     def predict(state: Any) -> Any:
         return evaluate_split(
             program, state, dataset, config.input, split=_SPLIT.value, length=length,
-            min_history=config.evaluation.min_history, max_requests=config.evaluation.max_requests,
+            **selection_limits(config.evaluation),
         )  # fmt: skip
 
     predictions = predict(state)
@@ -62,8 +62,7 @@ def main() -> None:
     requests = select_requests(
         dataset.index,
         config.input.for_evaluation(
-            _SPLIT.value, length, min_history=config.evaluation.min_history,
-            max_requests=config.evaluation.max_requests,
+            _SPLIT.value, length, **selection_limits(config.evaluation)
         ),
     )  # fmt: skip
     if config.dataset.startswith("synthetic_interests"):

@@ -47,6 +47,7 @@ from stca_jax.evaluation.evaluator import (
     metric_rows,
     score_lengths,
     selection_columns,
+    selection_limits,
 )
 from stca_jax.evaluation.references.scoring import ReferenceOptions
 from stca_jax.evaluation.tables import add_rows, format_table, write_table
@@ -166,14 +167,15 @@ def watch(workdir: pathlib.Path) -> int:
             failures.append(f"checkpoint {step} at length {length}: {metric}: {error}")
             _log.error("%s", failures[-1])
 
+        program, state = restored
         predictions = evaluate_split(
-            *restored,
+            program,
+            state,
             dataset,
             config.input,
             split=split,
             length=length,
-            min_history=settings.min_history,
-            max_requests=settings.max_requests,
+            **selection_limits(settings),
         )
         tasks = dataset.schema.tasks
         own = settings.extra_metrics

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from stca_jax import config as config_lib
 from stca_jax.errors import UserError
 from stca_jax.experiments import command_help
+from stca_jax.files import refuse_scheme
 from stca_jax.training import distributed
 from stca_jax.workdir import check_path
 
@@ -79,6 +80,8 @@ def run(
 
     def guarded(_: Sequence[str]) -> int | None:
         try:
+            if DATA_DIR.value is not None:
+                refuse_scheme("data_dir", DATA_DIR.value)
             _join_other_processes()
             return main()
         except KeyboardInterrupt:

@@ -24,7 +24,6 @@ from absl import flags
 
 from stca_jax.config_source import python_source
 from stca_jax.data import preparation
-from stca_jax.data.base import STAGING
 from stca_jax.data.interaction_log.log_config import LogConfig, split_list
 from stca_jax.data.running import beam_runner
 from stca_jax.errors import UserError
@@ -59,7 +58,7 @@ def main() -> None:
     if hasattr(builder, "stage"):
         print(_profile(builder), flush=True)
         if _DRY_RUN.value:
-            print(f"\nNothing was built: --dry_run. {_what_is_left(builder)}")
+            print("\nNothing was built or kept: --dry_run.")
             return
     elif _DRY_RUN.value:
         raise UserError(f"--dry_run is for logs; {_DATASET.value} is not one")
@@ -115,25 +114,18 @@ def _builder(data_dir: pathlib.Path) -> preparation.UserDatasetBuilder:
 
 
 def _profile(builder: preparation.UserDatasetBuilder) -> str:
-    """Reads and sorts the log, unless it is prepared already."""
+    """Reads and sorts the log, unless it is prepared already; a dry run keeps nothing of it."""
     folder = pathlib.Path(builder.data_path)
     if folder.exists():
         return (folder / "profile.txt").read_text()
     with preparation.exclusive(folder.parent):
         manual_dir = _MANUAL_DIR.value
         found = preparation.local_folder("manual_dir", manual_dir) if manual_dir else None
-        return builder.stage(found).profile()
-
-
-def _what_is_left(builder: preparation.UserDatasetBuilder) -> str:
-    """Where the sorted log lies, which may be as large as the log."""
-    folder = pathlib.Path(builder.data_path)
-    if folder.exists():
-        return f"It was before: the dataset is in {folder}"
-    return (
-        "The same command without it goes on from the sorted copy of the log in "
-        f"{folder.parent / STAGING}; delete that folder if you want no more of it."
-    )
+        staging = builder.stage(found)
+        profile = staging.profile()
+        if _DRY_RUN.value:
+            staging.discard()
+        return profile
 
 
 def _value(name: str) -> Any:

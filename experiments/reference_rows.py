@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from stca_jax.data.synthetic_interests.truth import truth_rows
-from stca_jax.evaluation.evaluator import Row
+from stca_jax.evaluation.evaluator import Row, selection_limits
 from stca_jax.evaluation.references.scoring import ReferenceOptions, evaluate_references
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.dataset import RequestDataset
@@ -35,8 +35,7 @@ def reference_rows(
         config.input.for_evaluation(
             split,
             max(settings.lengths),
-            min_history=settings.min_history,
-            max_requests=settings.max_requests,
+            **selection_limits(settings),
         ),
     )
     training = select_requests(dataset.index, dataclasses.replace(config.input, split="train"))

@@ -27,10 +27,11 @@ _OUTPUT = flags.DEFINE_string("output", None, "The page: a file ending in .html.
 
 def main() -> None:
     """Writes the page."""
+    output = launch.local_path("output", _OUTPUT.value)
     workdirs = [launch.local_path("workdirs", workdir).absolute() for workdir in _WORKDIRS.value]
     runs = [load_run(*named) for named in zip(workdirs, _names(workdirs), strict=True)]
     with launch.working("Drawing"):
-        page, *charts = write_report(runs, launch.local_path("output", _OUTPUT.value))
+        page, *charts = write_report(runs, output)
     print(f"written to {page}, and {len(charts)} charts to {page.with_suffix('')}")
 
 

@@ -136,7 +136,7 @@ def apply_overrides(config: T, overrides: Mapping[str, Any]) -> T:
 
 
 def validate(config: Any) -> None:
-    """Checks every value of a configuration against its annotation.
+    """Checks every value of a configuration against its annotation; NaN is none of any.
 
     Raises:
       ConfigError: names the first wrong value, its path and the expected type.

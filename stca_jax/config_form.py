@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -167,8 +168,15 @@ def decode(data: Any, hint: Any, path: str) -> Any:
             if any(type(data) is type(c) and data == c for c in typing.get_args(option)):
                 return data
         elif type(data) is option or (option is float and type(data) is int):
-            return option(data) if option is float else data
+            return _number(data, path) if option is float else data
     raise _mismatch(path, data, hint)
+
+
+def _number(value: float, path: str) -> float:
+    """Refuses NaN, which comparisons with bounds let pass one way or the other."""
+    if math.isnan(value):
+        raise ConfigError(f"{path}: nan is no number; give one, or leave the default")
+    return float(value)
 
 
 def _construct(data: Mapping[str, Any], cls: Any, path: str) -> Any:

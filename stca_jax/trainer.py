@@ -59,10 +59,11 @@ def train(
       workdir: Created if missing; see `stca_jax.training.checkpointing` for what it holds.
 
     Raises:
-      UserError: another process trains into the workdir, its path cannot hold checkpoints, it
-        belongs to another config, a record file is damaged, the disk is full,
-        or a step diverged and `training.on_divergence` is "stop" (or fifty in a row did).
+      UserError: a value of the config is none, another process trains into the workdir, its path
+        cannot hold checkpoints, it belongs to another config, a record file is damaged, the disk is
+        full, or a step diverged and `training.on_divergence` is "stop" (or fifty in a row did).
     """
+    config_lib.validate(config)  # it may have been made in Python
     with locked(workdir) as check_lock:
         return _train(config, dataset, workdir, check_lock)
 

@@ -221,6 +221,27 @@ def test_exclusive_rows_share_no_token():
         validate_batch(batch.replace(shared_history=False), SCHEMA)
 
 
+@pytest.mark.parametrize(
+    ("ends", "times", "is_wrong"),
+    [
+        ((6, 6), (9, 9), False),
+        ((6, 4), (9, 9), True),  # of one time, but the second does not read the last tokens
+        ((6, 6), (9, 8), True),
+        ((6, 4), (9, 8), True),
+    ],
+)
+def test_exclusive_ranges_that_overlap_end_alike_at_one_time(ends, times, is_wrong):
+    batch = from_requests(SCHEMA, [request()], row_length=6)
+    batch.history_time[:] = np.arange(6)
+    changed = {"history_end": np.array([ends]), "request_time": np.array([times])}
+    batch = batch.replace(**{n: v.astype(np.int32) for n, v in changed.items()})
+    if is_wrong:
+        with pytest.raises(ValueError, match="another request reads tokens of this range"):
+            validate_batch(batch, SCHEMA)
+    else:
+        validate_batch(batch, SCHEMA)
+
+
 # --- Covered tokens
 
 

@@ -15,11 +15,16 @@ from stca_jax import experiment, trainer
 from stca_jax.config import apply_overrides
 from stca_jax.errors import UserError
 from stca_jax.evaluation.best import read_best
-from stca_jax.evaluation.evaluator import evaluate_split, rows_that_fit
+from stca_jax.evaluation.evaluator import evaluate_split, rows_that_fit, score_lengths
+from stca_jax.evaluation.validation import Validation
 from stca_jax.experiments.configs import tiny
+from stca_jax.experiments.reference_rows import reference_rows
 from stca_jax.files import read_json_lines
+from stca_jax.input.pipeline import make_input
+from stca_jax.input.records import SPLITS
 from stca_jax.trainer import train
 from stca_jax.training.checkpointing import Checkpointer
+from stca_jax.training.metrics_writer import MetricsWriter
 from stca_jax.workdir import restore_for_evaluation
 
 
@@ -289,6 +294,124 @@ def test_signal_saves_a_checkpoint_and_the_run_goes_on(
     expected, found = (state_at(config, tiny_dataset, w, 25) for w in (workdir, tmp_path))
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_signal_in_the_last_step_interrupts_nothing(
+    tiny_config, tiny_dataset, tmp_path, monkeypatch
+):
+    original, calls, validated = trainer.device_batch, [], []
+
+    def device_batch(*args):
+        calls.append(None)
+        if len(calls) == 25:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(trainer, "device_batch", device_batch)
+    monkeypatch.setattr(trainer.Validation, "run", lambda *a: validated.append(a[3]))
+    result = train(short(tiny_config), tiny_dataset, tmp_path)
+    assert (result.step, result.num_steps, result.signal) == (25, 25, None)
+    assert validated == [10, 20, 25]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_an_error_closes_input_checkpointer_and_lock(
+    tiny_config, tiny_dataset, tmp_path, monkeypatch, kind
+):
+    original, steps, inputs = trainer.device_batch, [], []
+
+    def device_batch(*args):
+        steps.append(None)
+        if len(steps) == 11:  # the checkpoint of step 10 is being written
+            raise kind("of a test")
+        return original(*args)
+
+    def recording(*args, **kwargs):
+        inputs.append(make_input(*args, **kwargs))
+        return inputs[-1]
+
+    monkeypatch.setattr(trainer, "device_batch", device_batch)
+    monkeypatch.setattr(trainer, "make_input", recording)
+    closed = []
+    close = Checkpointer.close
+    monkeypatch.setattr(Checkpointer, "close", lambda self: closed.append(self) or close(self))
+    monkeypatch.setattr(trainer.Validation, "run", lambda *_: None)
+    config = short(tiny_config, **{"input.num_threads": 2})
+    with pytest.raises(kind, match="of a test"):
+        train(config, tiny_dataset, tmp_path)
+    with pytest.raises(ValueError, match="the input is closed"):
+        next(inputs[0])
+    assert not (tmp_path / "training.lock").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if kind is RuntimeError:  # after Ctrl-C nothing is waited for
+        assert len(closed) == 1
+        assert Checkpointer(tmp_path).steps() == [10]
+
+
+def test_validation_shows_how_far_chance_moves_it(finished, tiny_dataset, tmp_path, caplog):
+    config, workdir, _, _ = finished
+    unscored = copy_without(workdir, tmp_path / "run", ())
+    metrics = unscored / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(x for x in lines if not ('"step": 25' in x and "validation/" in x)))
+    caplog.set_level("INFO")
+    train(config, tiny_dataset, unscored)
+    (line,) = [x for x in read_json_lines(metrics) if x["step"] == 25 and "validation/auc" in x]
+    assert (
+        f"step 25: validation auc {line['validation/auc']:.4f} (standard error of the AUC "
+        f"{line['validation/auc_se']:.4f}, {line['validation/num_targets']:,} targets of "
+        f"{line['validation/num_requests']:,} requests)"
+    ) in caplog.text
+
+
+def test_requests_of_short_histories_are_left_out_everywhere(finished, tiny_dataset, tmp_path):
+    """Of the evaluation, the training's own validation, and the references."""
+    config, workdir, _, _ = finished
+    index, least = tiny_dataset.index, 150
+    evaluation = dataclasses.replace(
+        config.evaluation, min_history=least, lengths=(16,), validation_targets=None
+    )
+    config = dataclasses.replace(config, evaluation=evaluation)
+    expected = {
+        name: int(((index.split == k) & (index.history_end >= least)).sum())
+        for k, name in enumerate(SPLITS)
+    }
+    assert 0 < expected["test"] < (index.split == 2).sum()
+    program, state = restore_for_evaluation(config, tiny_dataset, workdir, 25)
+    (row,) = score_lengths(
+        program, state, tiny_dataset, config.input, evaluation, split="test", step=25
+    )
+    assert row["num_requests"] == expected["test"]
+    assert {r["num_requests"] for r in reference_rows(config, tiny_dataset, "test")} == {
+        expected["test"]
+    }
+    (tmp_path / "checkpoints" / "25").mkdir(parents=True)
+    with MetricsWriter(tmp_path) as writer:
+        validation = Validation(tiny_dataset, config.input, evaluation, tmp_path, every_steps=5)
+        validation.run(program, state, 25, writer)
+    (line,) = read_json_lines(tmp_path / "metrics.jsonl")
+    assert line["validation/num_requests"] == expected["validation"]
+
+
+def test_evaluation_is_limited_by_targets(finished, tiny_dataset):
+    config, workdir, _, _ = finished
+    limited = dataclasses.replace(config.evaluation, max_targets=100, lengths=(16,))
+    program, state = restore_for_evaluation(config, tiny_dataset, workdir, 25)
+    (row,) = score_lengths(
+        program, state, tiny_dataset, config.input, limited, split="test", step=25
+    )
+    assert 50 < row["num_targets"] <= 100
+    assert row["max_targets"] == 100
+
+
+@pytest.mark.slow
+def test_a_workdir_of_any_other_name_works_to_the_end(tiny_config, tiny_dataset, tmp_path):
+    config = short(tiny_config, **{"training.max_steps": 2, "checkpoint.every_steps": 1})
+    workdir = tmp_path / "it's {x} 100% #1 $HOME ü日本 =,;:~"
+    train(config, tiny_dataset, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    assert train(config, tiny_dataset, workdir).step == 2
+    state_at(config, tiny_dataset, workdir, 2)
 
 
 def test_best_checkpoint_survives_retention(tiny_config, tiny_dataset, tmp_path):

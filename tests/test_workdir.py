@@ -18,7 +18,13 @@ from stca_jax.workdir import check_path, check_workdir, load_workdir_config, sav
         ("profile.steps", "3:5", True),
         ("input.num_threads", 3, True),
         ("input.prefetch", 5, True),
+        ("mesh.model", 2, True),
+        ("checkpoint.keep_last", 7, True),
+        ("evaluation.validation_length", 7, True),
         ("training.ema_decay", 0.9, False),
+        ("optimizer.learning_rate", 0.5, False),
+        ("optimizer.weight_decay", 0.5, False),
+        ("input.seed", 7, False),
         ("training.on_divergence", "skip", False),
     ],
 )

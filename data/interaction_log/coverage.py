@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from stca_jax.data.interaction_log.encoders import fit_scale
-from stca_jax.data.interaction_log.events import LogSource, read_side_table
+from stca_jax.data.interaction_log.events import LogSource
+from stca_jax.data.interaction_log.id_matching import find_mending
+from stca_jax.data.interaction_log.log_config import SCALINGS, Column
 from stca_jax.data.interaction_log.moments import Moments
-from stca_jax.data.interaction_log.statistics import ValueCounts
+from stca_jax.data.interaction_log.statistics import ValueCounts, sum_counts
+from stca_jax.data.interaction_log.suggestions import flag, name_of, sql_of
 from stca_jax.errors import UserError
 
 _UNREADABLE = 0.1  # share of the values of a numeric feature that may be no numbers
 _FEW = 0.9  # share of ids that side tables should have
 
+Lines = list[tuple[str, str]]
 
-def check_features(source: LogSource, counts: ValueCounts) -> list[tuple[str, str]]:
+
+def check_features(source: LogSource, counts: ValueCounts) -> Lines:
     """Checks that something is left of the log's own features, in training events.
 
     Returns:
@@ -25,85 +32,164 @@ def check_features(source: LogSource, counts: ValueCounts) -> list[tuple[str, st
     Raises:
       UserError: no value of a feature has an id of its own, or many are no numbers.
     """
+    columns = source.config.feature_columns
+    by_name = {c.name: c for c in (*columns["target"], *columns["history"])}
+    events = _num_events(counts.columns["item"])
     lines = []
-    num_train = int(pc.sum(counts.columns["item"]["count"]).as_py() or 0)
-    for column, table in counts.columns.items():
-        name, count = column.removeprefix("feature_"), table["count"].to_numpy()
-        own = count[count >= source.config.min_count]
-        if not len(own) and count.sum():
-            raise UserError(
-                f"{name}: none of {len(count):,} values occurs {source.config.min_count} times in "
-                f"training (min_count), so that none has an id of its own; the most frequent "
-                f"occurs {count.max():,} times. Give --min_count=1, or leave {name} out"
-            )
-        missing = 1 - count.sum() / max(num_train, 1)
-        lines.append((
-            f"  {name}",
-            f"{len(own):,} of {len(count):,} values have ids of their own, in "
-            f"{own.sum() / max(num_train, 1):.1%} of training events; missing in {missing:.1%}",
-        ))  # fmt: skip
-    scalings = source.config.scalings
-    for column, moments in counts.moments.items():
-        name = column.removeprefix("feature_")
-        lines.append(_check_numbers(name, moments, scalings.get(name, "")))
+    for key, table in counts.columns.items():
+        name = key.removeprefix("feature_")
+        lines.append(_check_values(name, table, events, source.config.min_count))
+    for key, moments in counts.moments.items():
+        column = by_name[key.removeprefix("feature_")]
+        option = "target_features" if column in columns["target"] else "history_features"
+        lines.append(_check_numbers(option, column, moments, counts.later_moments[key]))
     return lines
 
 
 def check_side_tables(
-    source: LogSource, counts: ValueCounts
-) -> tuple[list[tuple[str, str]], list[str]]:
-    """Checks that the item and user tables have the log's ids.
+    source: LogSource, counts: ValueCounts, tables: Mapping[str, pa.Table]
+) -> tuple[Lines, list[str]]:
+    """Checks that the item and user tables have the log's ids, and that their features say much.
+
+    Args:
+      source: The log.
+      counts: Of it.
+      tables: "items" and "users", as `events.read_side_table` gives them.
 
     Returns:
       Lines of the profile, and warnings.
 
     Raises:
-      UserError: a table has none of them.
+      UserError: a table has no id of the log, or nothing is left of a feature.
     """
-    lines, warnings = [], []
-    items = counts.columns["item"]["value"].combine_chunks()
-    for what, ids in (("items", items), ("users", counts.users)):
-        if getattr(source, what) is None or not len(ids):
-            continue
-        table = read_side_table(source, what)["id"].combine_chunks()
-        has = np.asarray(pc.is_in(ids, table))
-        found = (
-            f"{has.sum():,} of {len(ids):,} {what} of the log are in the table ({has.mean():.1%})"
-        )
-        lines.append((f"table of {what}", found))
-        if has.mean() >= _FEW:
-            continue
-        option = f"{what[:-1]}_id"
-        column = getattr(source.config, option)
-        text = (
-            f"{found}: the log has {_examples(ids.filter(pa.array(~has)))}, {what} has "
-            f"{_examples(table)}. SQL can make them equal (it reads both): "
-            f"--{option}=\"{what[:-1]}=ltrim(trim({column}::VARCHAR), 'P0')\""
-        )
-        if not has.any():
-            raise UserError(text)
-        warnings.append(text)
+    lines: Lines = []
+    warnings: list[str] = []
+    for what, side in tables.items():
+        known = counts.columns["item"] if what == "items" else counts.users
+        ids = known["value"].combine_chunks()
+        row = pc.index_in(ids, side["id"].combine_chunks(), skip_nulls=True)
+        has = np.asarray(row.is_valid())
+        found = f"{has.sum():,} of {len(ids):,} {what} of the log are in the table"
+        shares = _shares(known.filter(pa.array(has)), _num_events(known))
+        lines.append((f"table of {what}", f"{found} ({has.mean():.1%}), {_of_events(shares)}"))
+        warnings += _check_ids(source, what, ids.filter(pa.array(~has)), side, found, has.mean())
+        for column in source.config.feature_columns[what[:-1]]:
+            values = side[f"feature_{column.name}"].combine_chunks().take(row)
+            lines.append(_check_side_feature(source, what, column, values, known))
     return lines, warnings
 
 
-def _check_numbers(name: str, moments: Moments, scaling: str) -> tuple[str, str]:
-    present = moments.count + moments.unreadable
-    share = moments.unreadable / max(present, 1)
-    if share > _UNREADABLE:
-        raise UserError(
-            f"{name}: {moments.unreadable:,} of {present:,} values in training ({share:.1%}) are "
-            f'no numbers within float32. Mend them by SQL, such as "{name}=TRY_CAST(regexp_replace('
-            f"COLUMN, '[^0-9.eE+-]', '', 'g') AS DOUBLE)\", or give {name}:categorical"
-        )
-    if not moments.count:
-        raise UserError(f"{name}: no training event has a value; leave {name} out")
-    entries = present + moments.missing
-    scale = fit_scale(moments, scaling)
-    return f"  {name}", (
-        f"min {moments.least:g}, p50 {moments.quantile(0.5):g}, p99 {moments.quantile(0.99):g}, "
-        f"max {moments.most:g}, mean {moments.mean:g}, scaled {scale.describe()}; missing in "
-        f"{moments.missing / entries:.1%}, unreadable in {moments.unreadable / entries:.1%}"
+def _check_ids(
+    source: LogSource, what: str, lacking: pa.Array, side: pa.Table, found: str, share: float
+) -> list[str]:
+    """Warns of ids that the table lacks, or that only look different in it."""
+    if not len(lacking):
+        return []
+    mending = find_mending(source, what, share)
+    if share >= _FEW and mending is None:
+        return []
+    text = (
+        f"{found} ({share:.1%}): the log has {_examples(lacking)}, {what} has "
+        f"{_examples(side['id'].combine_chunks())}. "
     )
+    if mending is not None:
+        text += f"SQL can make them equal: {mending.describe()}"
+    else:
+        level = what[:-1]
+        column = source.config.key_columns[level]
+        own = flag(f"{level}_id", name_of(column, level), "SQL")
+        text += (
+            "Blanks, decimal points, leading zeros, case, and letters or signs around numbers are "
+            f"not what tells them apart. Give SQL of your own, which reads both, {own}, or another "
+            f"table, or leave --{what} out"
+        )
+    if not share:
+        raise UserError(text)
+    return [text]
+
+
+def _check_side_feature(
+    source: LogSource, what: str, column: Column, values: pa.Array, known: pa.Table
+) -> tuple[str, str]:
+    if pa.types.is_floating(values.type):
+        is_train = pc.greater(known["count"], 0).combine_chunks()
+        train, later = values.filter(is_train), values.filter(pc.invert(is_train))
+        option = f"{what[:-1]}_features"
+        return _check_numbers(option, column, Moments.of(train), Moments.of(later))
+    table = pa.table({"value": values, "count": known["count"], "later": known["later"]})
+    counted = sum_counts(table.filter(pc.is_valid(values)))
+    # A user's features are known of each user; an item's vocabulary is fitted on events.
+    min_count = 1 if what == "users" else source.config.min_count
+    return _check_values(column.name, counted, _num_events(known), min_count)
+
+
+def _check_values(
+    name: str, table: pa.Table, events: np.ndarray, min_count: int
+) -> tuple[str, str]:
+    """Of a categorical feature: "value", "count" in training, "later"; `events` are all of both."""
+    count = table["count"].to_numpy()
+    is_own = count >= min_count
+    if not is_own.any() and len(table):
+        raise UserError(
+            f"{name}: none of {len(table):,} values occurs {min_count} times in training "
+            f"(min_count), so that none has an id of its own; the most frequent occurs "
+            f"{count.max():,} times. Give --min_count=1, or leave {name} out"
+        )
+    if not len(table):
+        raise UserError(f"{name}: no event has a value; leave {name} out")
+    own = _shares(table.filter(pa.array(is_own)), events)
+    present = _shares(table, events)
+    return f"  {name}", (
+        f"{is_own.sum():,} of {len(table):,} values have ids of their own, "
+        f"{_of_events(own)}; out of vocabulary {_pair(present - own)}; missing {_pair(1 - present)}"
+    )
+
+
+def _check_numbers(option: str, column: Column, train: Moments, later: Moments) -> tuple[str, str]:
+    name, present = column.name, train.count + train.unreadable
+    share = train.unreadable / max(present, 1)
+    if share > _UNREADABLE:
+        sql = f"TRY_CAST(regexp_replace({sql_of(column)}, '[^0-9.eE+-]', '', 'g') AS DOUBLE)"
+        raise UserError(
+            f"{name}: {train.unreadable:,} of {present:,} values in training ({share:.1%}) are "
+            f"no numbers within float32. Mend them by SQL, such as "
+            f"{flag(option, name_of(column, 'number'), sql)}, or give {name}:categorical"
+        )
+    if not train.count:
+        raise UserError(f"{name}: no training event has a value; leave {name} out")
+    scale = fit_scale(train, column.kind if column.kind in SCALINGS else "")
+    return f"  {name}", (
+        f"min {train.least:g}, p50 {train.quantile(0.5):g}, p99 {train.quantile(0.99):g}, "
+        f"max {train.most:g}, mean {train.mean:g}, scaled {scale.describe()}; "
+        f"missing {_pair(np.array([_missing(train), _missing(later)]))}, "
+        f"unreadable {_pair(np.array([_unreadable(train), _unreadable(later)]))}"
+    )
+
+
+def _num_events(table: pa.Table) -> np.ndarray:
+    """In training and later."""
+    return np.array([table["count"].to_numpy().sum(), table["later"].to_numpy().sum()])
+
+
+def _shares(table: pa.Table, events: np.ndarray) -> np.ndarray:
+    """Of training events and of later ones, that have one of the values."""
+    return _num_events(table) / np.maximum(events, 1)
+
+
+def _of_events(shares: np.ndarray) -> str:
+    return f"in {shares[0]:.1%} of training events and {shares[1]:.1%} of later ones"
+
+
+def _pair(shares: np.ndarray) -> str:
+    return f"in {shares[0]:.1%} and {shares[1]:.1%}"
+
+
+def _missing(moments: Moments) -> float:
+    return moments.missing / max(moments.missing + moments.count + moments.unreadable, 1)
+
+
+def _unreadable(moments: Moments) -> float:
+    return moments.unreadable / max(moments.missing + moments.count + moments.unreadable, 1)
 
 
 def _examples(ids: pa.Array) -> str:

@@ -15,7 +15,8 @@ from stca_jax.input.encoding import LARGEST
 
 LEFT_OUT = "left out by history_filter"  # counted with the rejected rows, though nothing is wrong
 NO_LABEL = "label {} is neither 0 nor 1"
-LONGEST_ID = 1_000  # characters
+LONGEST = 1_000  # characters of an id, or of a category
+LONG_FEATURE = f"{{}} has a text of more than {LONGEST:,} characters, which is no category"
 
 
 def events_query(
@@ -62,6 +63,11 @@ def events_query(
         *_id_reasons(keys, inner, id_types),
         *time.reasons("__raw__", "__parsed__", "__ns__"),
         *_row_reasons(config, inner, list(labels)),
+        *(
+            (f"length({inner[f'feature_{c.name}']}) > {LONGEST}", LONG_FEATURE.format(c.name))
+            for c in (*columns["target"], *columns["history"])
+            if kinds[c.name] == "text"
+        ),
     ]
     when = " ".join(f"WHEN {condition} THEN {text_sql(reason)}" for condition, reason in reasons)
     query = f"""
@@ -146,8 +152,8 @@ def _id_reasons(
         if level != "request":
             found.append((f"{inner[level]} IS NULL", f"{keys[level].name} is missing or no id"))
         if type_ == "VARCHAR":
-            reason = f"{keys[level].name} is longer than {LONGEST_ID:,} characters"
-            found.append((f"length({inner[level]}) > {LONGEST_ID}", reason))
+            reason = f"{keys[level].name} is longer than {LONGEST:,} characters"
+            found.append((f"length({inner[level]}) > {LONGEST}", reason))
     return found
 
 
@@ -170,7 +176,7 @@ def side_query(
     table: Table, key: Column, key_type: str, columns: Sequence[Column], kinds: dict[str, str],
     is_text: bool,
 ) -> tuple[str, list[str]]:  # fmt: skip
-    """SQL from a table `side` to one row per id, the first, and the names of its columns.
+    """SQL from a table `side` to its rows with ids, and the names of its columns.
 
     Args:
       table: The item or user table.
@@ -188,9 +194,12 @@ def side_query(
         f"feature_{c.name}": feature_sql(table.sql(c), kinds[c.name]) for c in columns
     }
     selected = ", ".join(f"{sql} AS __{k}__" for k, sql in enumerate(read.values()))
-    query = f"""
-        SELECT * EXCLUDE ({ROW}) FROM (SELECT {selected}, {ROW} FROM side)
-        WHERE __0__ IS NOT NULL
-        QUALIFY row_number() OVER (PARTITION BY __0__ ORDER BY {ROW}) = 1
-        ORDER BY __0__"""
-    return query, list(read)
+    query = f"SELECT * FROM (SELECT {selected}, {ROW} FROM side) WHERE __0__ IS NOT NULL"
+    return query, [*read, ROW]
+
+
+FIRST_OF_EACH_ID = f"""
+    SELECT * EXCLUDE ({ROW}) FROM rows
+    QUALIFY row_number() OVER (PARTITION BY id ORDER BY {ROW}) = 1
+    ORDER BY id"""
+"""SQL from rows of a side table to one row per id, the first."""

@@ -27,6 +27,7 @@ from stca_jax.data.interaction_log.columns import ROW, BadRow
 from stca_jax.data.interaction_log.event_sql import LEFT_OUT
 from stca_jax.data.interaction_log.log_config import ORDER, SCALINGS, Column, LogConfig
 from stca_jax.data.interaction_log.source import Part, Table, fingerprint, open_table
+from stca_jax.data.interaction_log.suggestions import flag, name_of, sql_of
 from stca_jax.data.interaction_log.times import NS, TimeReading
 from stca_jax.errors import UserError
 from stca_jax.input.hashing import counter_hash, text_hash
@@ -207,7 +208,7 @@ def read_side_table(source: LogSource, what: str) -> pa.Table:
       what: "items" or "users".
 
     Raises:
-      UserError: a file is damaged, or a row cannot be read.
+      UserError: a file is damaged, a row cannot be read, or a category is a long text.
     """
     table: Table = getattr(source, what)
     config, level = source.config, what[:-1]
@@ -220,10 +221,28 @@ def read_side_table(source: LogSource, what: str) -> pa.Table:
         source.kinds,
         is_text=pa.types.is_string(source.id_types[level]),
     )
+    pieces, first_row = [], 0  # rows are numbered over all files
     with connect() as connection:
-        connection.register("side", _side_rows(table, what))
-        with _explain_sql(what, table.files[0]):
-            return connection.sql(query).to_arrow_table().combine_chunks().rename_columns(names)
+        for part in table.parts:
+            last = -1
+            for block in table.blocks(part):
+                if block.bad:
+                    raise UserError(_bad_side_row(what, part.file, block.bad[0]))
+                if not block.rows.num_rows:
+                    continue
+                connection.register("side", block.rows)
+                with _explain_sql(what, part.file):
+                    rows = connection.sql(query).to_arrow_table().rename_columns(names)
+                _check_side_texts(what, part, rows, config.feature_columns[level])
+                number = pc.add(rows[ROW], first_row)
+                pieces.append(rows.set_column(rows.num_columns - 1, ROW, number))
+                last = block.rows[ROW][-1].as_py()
+            first_row += last + 1
+        if not pieces:
+            raise UserError(f"{what}: no rows in {', '.join(table.files)}; leave them out")
+        connection.register("rows", _with_safe_names(pa.concat_tables(pieces)))
+        found = connection.sql(event_sql.FIRST_OF_EACH_ID).to_arrow_table()
+    return found.combine_chunks().rename_columns(names[:-1])
 
 
 def id_keys(ids: pa.Array) -> np.ndarray:
@@ -233,23 +252,28 @@ def id_keys(ids: pa.Array) -> np.ndarray:
     return text_hash(ids.to_pylist())
 
 
-def _side_rows(table: Table, what: str) -> pa.Table:
-    """All rows of the item or user table, numbered over all of its files.
+def _with_safe_names(rows: pa.Table) -> pa.Table:
+    """The id as "id", and features by number, since SQL does not tell names apart by case."""
+    numbers = [f"c{k}" for k in range(1, rows.num_columns - 1)]
+    return rows.rename_columns(["id", *numbers, ROW])
 
-    Raises:
-      UserError: a file is damaged, a row cannot be read, or there is none.
-    """
-    blocks = []
-    for part in table.parts:
-        for block in table.blocks(part):
-            if block.bad:
-                raise UserError(_bad_side_row(what, part.file, block.bad[0]))
-            blocks.append(block.rows)
-    if not blocks:
-        raise UserError(f"{what}: no rows in {', '.join(table.files)}; leave them out")
-    rows = pa.concat_tables(blocks)
-    number = pa.array(np.arange(rows.num_rows))  # until here each file has a row 0
-    return rows.set_column(rows.schema.get_field_index(ROW), ROW, number)
+
+def _check_side_texts(what: str, part: Part, rows: pa.Table, columns: Sequence[Column]) -> None:
+    """Raises UserError, naming the row, if a category is as long as a text."""
+    for column in columns:
+        values = rows[f"feature_{column.name}"]
+        if not pa.types.is_string(values.type):
+            continue
+        is_long = pc.fill_null(pc.greater(pc.utf8_length(values), event_sql.LONGEST), False)
+        if pc.any(is_long).as_py():
+            short = flag(
+                f"{what[:-1]}_features", name_of(column, "text"), f"left({sql_of(column)}, 100)"
+            )
+            raise UserError(
+                f"{what}: {part.file}: row {rows[ROW].filter(is_long)[0]} (the first is 0): "
+                f"{event_sql.LONG_FEATURE.format(column.name)}. Shorten it: {short}, or leave it "
+                "out"
+            )
 
 
 def _bad_side_row(what: str, file: str, bad: BadRow) -> str:

@@ -17,7 +17,9 @@ from stca_jax.errors import UserError
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".inter")
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+LOOSE_SUFFIXES = (".txt", ".dat")  # as often notes as tables
+ALL_SUFFIXES = (*PARQUET_SUFFIXES, *TEXT_SUFFIXES, *LOOSE_SUFFIXES)
+_COMPRESSED = (".gz", ".zst", ".bz2", ".lz4", ".xz")
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -83,10 +85,20 @@ class Format:
         return f"text{coded}{packed}, {between} between values, quotes {self.quote or 'none'}"
 
 
-def is_table(path: pathlib.Path) -> bool:
-    """Whether a file that lies in a folder is part of a table, by its name."""
-    hidden = any(part.startswith((".", "_")) for part in path.parts)
-    return not hidden and _suffix(path) in (*PARQUET_SUFFIXES, *TEXT_SUFFIXES)
+def tables_in(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """The files of a folder that are parts of a table, by their names, and those that are not.
+
+    `.txt` and `.dat` are where there is nothing else; what is hidden is in neither list.
+    """
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
+    files = [
+        f for f in files if not any(p.startswith((".", "_")) for p in f.relative_to(folder).parts)
+    ]
+    for suffixes in ((*PARQUET_SUFFIXES, *TEXT_SUFFIXES), LOOSE_SUFFIXES):
+        found = [f for f in files if _suffix(f) in suffixes]
+        if found:
+            return found, [f for f in files if f not in set(found)]
+    return [], files
 
 
 def detect(file: str, config: LogConfig) -> Format:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import collections
-import re
-import shlex
 from collections.abc import Mapping, Sequence
 
 from stca_jax.data.interaction_log.event_sql import NO_LABEL, label_sql, text_sql
 from stca_jax.data.interaction_log.events import LogSource, connect
-from stca_jax.data.interaction_log.log_config import Column, quoted
-from stca_jax.data.interaction_log.statistics import ValueCounts
+from stca_jax.data.interaction_log.log_config import Column
+from stca_jax.data.interaction_log.statistics import ShardStatistics, ValueCounts
+from stca_jax.data.interaction_log.suggestions import flag, name_of, sql_of
 from stca_jax.errors import UserError
 from stca_jax.input.records import SPLITS
 
@@ -44,8 +43,13 @@ def check_values(source: LogSource, reasons: Mapping[str, int]) -> None:
         )
 
 
-def check_classes(source: LogSource, counts: ValueCounts) -> list[str]:
+def check_classes(source: LogSource, total: ShardStatistics, counts: ValueCounts) -> list[str]:
     """Checks that there is something to tell apart.
+
+    Args:
+      source: The log.
+      total: Statistics of it.
+      counts: Values of it.
 
     Returns:
       Warnings: of tasks that have one class in validation or test.
@@ -53,7 +57,6 @@ def check_classes(source: LogSource, counts: ValueCounts) -> list[str]:
     Raises:
       UserError: the training events of a task are all 0 or all 1, or no negative can be sampled.
     """
-    tasks = source.config.feature_names["tasks"]
     if not source.config.labels:
         train_items = int((counts.columns["item"]["count"].to_numpy() > 0).sum())
         if train_items < 2:
@@ -62,33 +65,42 @@ def check_classes(source: LogSource, counts: ValueCounts) -> list[str]:
                 "positive, since no other item can be sampled. Give --labels, a log with more "
                 "items, or a later --validation_start"
             )
+        if (total.fewest_items or 0) >= train_items:
+            raise UserError(
+                f"the log has no labels, and every request of training has all {train_items:,} "
+                "items: every target would be positive, since no other item can be sampled. Give "
+                f"--labels, a log with more items, or a --session_gap that makes shorter requests "
+                f"(it is {source.config.session_gap:,} s)"
+            )
         return []
     warnings = []
-    for task, by_split in zip(tasks, counts.classes.swapaxes(0, 1), strict=True):
+    columns = source.config.feature_columns["label"]
+    for column, by_split in zip(columns, counts.classes.swapaxes(0, 1), strict=True):
         for split, (zeros, ones) in zip(SPLITS, by_split.tolist(), strict=True):
             if zeros and ones:
                 continue
             only = "1" if ones else "0"
-            found = f"label {task} is {only} in all {zeros + ones:,} targets of {split}"
+            found = f"label {column.name} is {only} in all {zeros + ones:,} targets of {split}"
             if split != SPLITS[0]:
                 warnings.append(f"{found}, where its AUC is undefined")
                 continue
             raise UserError(
-                f"{found}; both 0 and 1 must occur. {_one_class_way_out(task, only, by_split)}"
+                f"{found}; both 0 and 1 must occur. {_one_class_way_out(column, only, by_split)}"
             )
     return warnings
 
 
-def _one_class_way_out(task: str, only: str, by_split: Sequence[Sequence[int]]) -> str:
+def _one_class_way_out(column: Column, only: str, by_split: Sequence[Sequence[int]]) -> str:
     ones_elsewhere = sum(split[1 - int(only)] for split in by_split)
+    sql, name = sql_of(column), name_of(column, "label")
     if ones_elsewhere:
         return "Later targets have both: give a later --validation_start, or leave the label out"
     if only == "1":
         return (
-            "If the log lists only what was chosen, leave --labels out to sample negatives. "
-            f'If a missing value means 0: --labels="{task}=coalesce(COLUMN::DOUBLE, 0)"'
+            "If the log lists only what was chosen, leave --labels out to sample negatives. If a "
+            f"missing value means 0: {flag('labels', name, f'coalesce({sql}::DOUBLE, 0)')}"
         )
-    return f'Give another column, or SQL of what counts as 1: --labels="{task}=SQL"'
+    return f"Give another column, or SQL of what counts as 1: {flag('labels', name, 'SQL')}"
 
 
 def _count_values(
@@ -112,25 +124,23 @@ def _count_values(
 
 
 def _ways_out(column: Column, good: collections.Counter[str], odd: collections.Counter[str]) -> str:
-    sql, name = _sql_of(column), re.sub(r"\W+", "_", column.name).strip("_") or "label"
+    sql, name = sql_of(column), name_of(column, "label")
     numbers = _numbers([*good, *odd])
     found = []
     few = odd.total() <= _FEW * good.total()
     if few:
         words = ", ".join(map(text_sql, sorted(good)))
-        found.append(
-            f"{_flag(name, f'CASE WHEN {sql}::VARCHAR IN ({words}) THEN {sql} END')} takes the "
-            "others as missing"
-        )
+        only = f"CASE WHEN {sql}::VARCHAR IN ({words}) THEN {sql} END"
+        found.append(f"{flag('labels', name, only)} takes the others as missing")
     if numbers:
         ordered = sorted(numbers)
         high = ordered[0] + _HIGH * (ordered[-1] - ordered[0])
         threshold = 1.0 if few else next(n for n in ordered if n >= high)
         text = f"{threshold:.0f}" if threshold == int(threshold) else repr(threshold)
-        found.append(_flag(name, f"{sql}::DOUBLE >= {text}"))
+        found.append(flag("labels", name, f"{sql}::DOUBLE >= {text}"))
     elif not few:
         word = text_sql((good + odd).most_common(1)[0][0])
-        found.append(f"{_flag(name, f'{sql} = {word}')} (or whichever value means 1)")
+        found.append(f"{flag('labels', name, f'{sql} = {word}')} (or whichever value means 1)")
     return "; or ".join(found)
 
 
@@ -141,15 +151,3 @@ def _numbers(texts: Sequence[str]) -> list[float]:
     except ValueError:
         return []
     return numbers if all(abs(n) < float("inf") for n in numbers) else []
-
-
-def _sql_of(column: Column) -> str:
-    if column.is_sql:
-        return f"({column.expression})"
-    plain = re.fullmatch(r"[^\W\d]\w*", column.expression)
-    return column.expression if plain else quoted(column.expression)
-
-
-def _flag(name: str, sql: str) -> str:
-    text = f"{name}={sql}"
-    return f"--labels={shlex.quote(text)}" if '"' in text else f'--labels="{text}"'

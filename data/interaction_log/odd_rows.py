@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from stca_jax.data.interaction_log.event_sql import LEFT_OUT
+from stca_jax.data.interaction_log.event_sql import LEFT_OUT, LONG_FEATURE
 from stca_jax.data.interaction_log.events import DUPLICATE, Events, LogSource
+from stca_jax.data.interaction_log.suggestions import flag, name_of, sql_of
 from stca_jax.data.interaction_log.times import MIXED, NS
 from stca_jax.errors import UserError
 
@@ -106,13 +107,16 @@ def check_rows(source: LogSource, read: PartSummary, file: pathlib.Path) -> None
         )
     mixed = {r: n for r, n in reasons.items() if r.endswith(MIXED)}
     if mixed:
+        t = sql_of(config.key_columns["time"])
+        either = f"CASE WHEN {t}::DOUBLE > 1e11 THEN {t}::DOUBLE / 1000 ELSE {t}::DOUBLE END"
         raise UserError(
             f"timestamps are of several kinds: most are {source.time.describe()}, from "
             f"{_date(read.times[0][0])} to {_date(read.times[1][0])}, but "
             f"{_describe(mixed, read, file)[2:]}. Give --time_unit to take all numbers as that and "
             "reject what is none, or SQL that reads both, such as "
-            '--timestamp="time=CASE WHEN t::DOUBLE > 1e11 THEN t::DOUBLE / 1000 ELSE t::DOUBLE END"'
+            f"{flag('timestamp', 'time', either)}"
         )
+    _check_texts(source, reasons, why)
     if rejected > config.allow_odd * read.num_rows:
         share = rejected / read.num_rows
         raise UserError(
@@ -154,10 +158,12 @@ def check_events(source: LogSource, duplicates: int, log_length: collections.Cou
         )
     share = most_of_a_user / max(num_events, 1)
     if share > max(_ONE_USER, allowed, 3 / num_users):
+        user = source.config.key_columns["user"]
+        known = flag("user_id", name_of(user, "user"), f"NULLIF({sql_of(user)}, 'ID')")
         raise UserError(
             f"one user has {most_of_a_user:,} of {num_events:,} events ({share:.1%}). If its id "
-            "stands for unknown users, name it in --null_words, or leave it out by SQL: "
-            f"--user_id=\"user=NULLIF({source.config.user_id}, 'ID')\"{_allow(share)}"
+            f"stands for unknown users, name it in --null_words, or leave it out by SQL: {known}"
+            f"{_allow(share)}"
         )
 
 
@@ -167,9 +173,28 @@ def lines_of_profile(source: LogSource, read: PartSummary) -> list[tuple[str, st
     lines = f" of {read.num_lines:,} lines" if read.num_lines else ""
     return [
         ("files", f"{len(source.log.files):,}, {read.num_rows:,} rows{lines}"),
+        *([("files not read", _names(source.log.not_read))] if source.log.not_read else []),
         ("read as", "; ".join(formats)),
         ("times read as", source.time.describe()),
     ]
+
+
+def _check_texts(source: LogSource, reasons: Mapping[str, int], why: str) -> None:
+    columns = source.config.feature_columns
+    for option in ("target", "history"):
+        for column in columns[option]:
+            if LONG_FEATURE.format(column.name) in reasons:
+                short = flag(
+                    f"{option}_features", name_of(column, "text"), f"left({sql_of(column)}, 100)"
+                )
+                raise UserError(
+                    f"{column.name} is a text{why}. Shorten it: {short}, or leave it out"
+                )
+
+
+def _names(files: Sequence[str]) -> str:
+    shown = ", ".join(pathlib.Path(f).name for f in files[:_SHOWN_REASONS])
+    return shown + (f" and {len(files) - _SHOWN_REASONS:,} more" if files[_SHOWN_REASONS:] else "")
 
 
 def _describe(reasons: Mapping[str, int], read: PartSummary, file: pathlib.Path) -> str:
@@ -192,9 +217,10 @@ def _ways_out(reasons: Mapping[str, int], source: LogSource) -> str:
         else ("", 0)  # fmt: skip
     time, words = source.time.name, ", ".join(config.null_words)
     if reason.startswith(f"{time} is ") and "missing" not in reason:
+        parsed = f"try_strptime({sql_of(config.key_columns['time'])}, '%m/%d/%Y %H:%M')"
         return (
             f"Times are read as {source.time.describe()}; --time_unit says otherwise, or SQL: "
-            f"--timestamp=\"time=try_strptime({time}, '%m/%d/%Y %H:%M')\""
+            f"{flag('timestamp', 'time', parsed)}"
         )
     if "missing" in reason:
         return f"Empty values, and the words {words} (--null_words), stand for missing ones"

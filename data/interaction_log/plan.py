@@ -19,8 +19,8 @@ from stca_jax.data.interaction_log.encoders import (
     positions,
 )
 from stca_jax.data.interaction_log.event_stream import EventStream
-from stca_jax.data.interaction_log.events import LogSource, id_keys, read_side_table
-from stca_jax.data.interaction_log.log_config import Column
+from stca_jax.data.interaction_log.events import LogSource, id_keys
+from stca_jax.data.interaction_log.log_config import Column, LogConfig
 from stca_jax.data.interaction_log.moments import Moments
 from stca_jax.data.interaction_log.statistics import ShardStatistics, ValueCounts
 from stca_jax.data.negatives import make_sampler
@@ -107,6 +107,7 @@ def make_plan(
     source: LogSource,
     statistics: Sequence[ShardStatistics | None],
     counts: ValueCounts,
+    side_tables: Mapping[str, pa.Table],
     first_time: int,
     times: Sequence[int],
     stream: EventStream | None,
@@ -117,6 +118,7 @@ def make_plan(
       source: The log.
       statistics: Of each shard, None for an empty one.
       counts: Of the whole log.
+      side_tables: "items" and "users", where there are, as `events.read_side_table` gives them.
       first_time: Of all events, Unix seconds.
       times: Where validation and test begin, Unix seconds.
       stream: As in `Plan`.
@@ -139,10 +141,10 @@ def make_plan(
     encoders |= {c.name: LABELS for c in config.feature_columns["label"]}
     encoders["item"] = fit_vocabulary(items, item_count, *fit_on)
     items, item_count, item_columns, fitted = _fit_items(
-        source, items, item_count, encoders["item"]
+        config, side_tables.get("items"), items, item_count, encoders["item"]
     )
     encoders |= fitted
-    users, user_columns, fitted = _fit_users(source, counts.users)
+    users, user_columns, fitted = _fit_users(config, side_tables.get("users"), counts.users)
     encoders |= fitted
     if numbers := [n for n in config.trends_of if not encoders[n].size]:
         raise UserError(f"trends_of has {numbers[0]}, a number; give categorical features")
@@ -176,11 +178,13 @@ def make_plan(
 
 
 def _fit_items(
-    source: LogSource, items: pa.Array, item_count: np.ndarray, encoder: Encoder
+    config: LogConfig,
+    table: pa.Table | None,
+    items: pa.Array,
+    item_count: np.ndarray,
+    encoder: Encoder,
 ) -> tuple[pa.Array, np.ndarray, dict[str, np.ndarray], dict[str, Encoder]]:
     """Items, counts and columns as in `Plan`, and encoders of the item table's features."""
-    fit_on = (source.config.min_count, source.config.num_oov)
-    table = None if source.items is None else read_side_table(source, "items")
     if table is not None:
         others = table["id"].combine_chunks()
         others = others.filter(pa.array(positions(others, items) < 0))
@@ -194,25 +198,25 @@ def _fit_items(
     if table is None:
         return items, item_count, columns, {}
     known = pa.concat_arrays([items, pa.nulls(1, items.type)])
-    counts = np.append(item_count, 0)
-    of_table, encoders = _side_features(table, known, counts, fit_on, source.config.scalings)
+    counts, fit_on = np.append(item_count, 0), (config.min_count, config.num_oov)
+    of_table, encoders = _side_features(table, known, counts, fit_on, config.scalings)
     return items, item_count, columns | of_table, encoders
 
 
 def _fit_users(
-    source: LogSource, trained_users: pa.Array
+    config: LogConfig, table: pa.Table | None, log_users: pa.Table
 ) -> tuple[pa.Array, dict[str, np.ndarray], dict[str, Encoder]]:
     """Users and columns as in `Plan`, and encoders of the user table's features."""
-    if source.users is None:
-        return pa.array([], trained_users.type), {}, {}
-    table = read_side_table(source, "users")
+    if table is None:
+        return pa.array([], log_users["value"].type), {}, {}
     users = table["id"].combine_chunks()
-    trained = pc.is_in(users, trained_users).to_numpy(zero_copy_only=False)
+    in_training = log_users.filter(pc.greater(log_users["count"], 0))["value"].combine_chunks()
+    trained = pc.is_in(users, in_training).to_numpy(zero_copy_only=False)
     # One more user, who is not in the table, has no features.
     known = pa.concat_arrays([users, pa.nulls(1, users.type)])
     counts = np.append(trained, 0).astype(np.int64)
-    fit_on = (1, source.config.num_oov)
-    columns, encoders = _side_features(table, known, counts, fit_on, source.config.scalings)
+    fit_on = (1, config.num_oov)
+    columns, encoders = _side_features(table, known, counts, fit_on, config.scalings)
     return users, columns, encoders
 
 

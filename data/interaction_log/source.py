@@ -88,11 +88,13 @@ class Table:
       formats: How each file is read, by path, in order.
       columns: Names and types of the columns all files have; text for text files.
       all_columns: Every column of the first file, read or not.
+      not_read: Files of its folders that by their names are no part of it, or are empty.
     """
 
     formats: dict[str, Format]
     columns: dict[str, pa.DataType]
     all_columns: tuple[str, ...]
+    not_read: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -230,7 +232,8 @@ def open_table(what: str, paths: Sequence[str], columns: Sequence[Column], confi
     Raises:
       UserError: there is no file, formats are mixed, a file is empty or damaged, or lacks a column.
     """
-    found = {file: formats.detect(file, config) for file in _find(what, paths)}
+    files, not_read = _find(what, paths)
+    found = {file: formats.detect(file, config) for file in files}
     schemas = {file: _schema(file, format_) for file, format_ in found.items()}
     whole = {file: schema for file, schema in schemas.items() if schema is not None}
     if not whole:
@@ -248,7 +251,8 @@ def open_table(what: str, paths: Sequence[str], columns: Sequence[Column], confi
             types[name] = common_type(
                 types.get(name), plain_type(schema.field(name).type, file, name)
             )
-    return Table({file: found[file] for file in whole}, types, all_columns)
+    not_read += [file for file in found if file not in whole]
+    return Table({file: found[file] for file in whole}, types, all_columns, tuple(not_read))
 
 
 def _occurring(names: Sequence[str], expressions: Sequence[str]) -> Iterator[str]:
@@ -269,25 +273,28 @@ def fingerprint(config: LogConfig, tables: Sequence[Table]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _find(what: str, paths: Sequence[str]) -> list[str]:
+def _find(what: str, paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Files that are a table's, and other files of its folders."""
     files: list[pathlib.Path] = []
+    others: list[pathlib.Path] = []
     for text in paths:
         refuse_scheme(what, text)
         path = pathlib.Path(text).expanduser().absolute()
         if path.is_dir():
-            inside = [f for f in sorted(path.rglob("*")) if formats.is_table(f.relative_to(path))]
+            inside, beside = formats.tables_in(path)
             if not inside:
-                suffixes = (*formats.PARQUET_SUFFIXES, *formats.TEXT_SUFFIXES)
+                suffixes = " or ".join(formats.ALL_SUFFIXES)
                 raise UserError(
-                    f"{what}: folder {path} has no {' or '.join(suffixes)}; files that are called "
+                    f"{what}: folder {path} has no {suffixes}; files that are called "
                     "otherwise are read if they are named one by one"
                 )
             files += inside
+            others += beside
         elif path.exists():
             files.append(path)
         else:
             raise UserError(f"{what}: there is no file or folder {path}")
-    return [str(f) for f in files]
+    return [str(f) for f in files], [str(f) for f in others]
 
 
 def _schema(file: str, format_: Format) -> pa.Schema | None:

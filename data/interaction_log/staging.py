@@ -32,7 +32,13 @@ import pyarrow.parquet as pq
 from stca_jax.data import request_building as rb
 from stca_jax.data.interaction_log.coverage import check_features, check_side_tables
 from stca_jax.data.interaction_log.event_stream import EventStream
-from stca_jax.data.interaction_log.events import DUPLICATE, LogSource, group_events, read_events
+from stca_jax.data.interaction_log.events import (
+    DUPLICATE,
+    LogSource,
+    group_events,
+    read_events,
+    read_side_table,
+)
 from stca_jax.data.interaction_log.labels import check_classes, check_values
 from stca_jax.data.interaction_log.odd_rows import PartSummary, check_events, check_rows
 from stca_jax.data.interaction_log.plan import Plan, make_plan
@@ -48,6 +54,7 @@ from stca_jax.data.interaction_log.statistics import (
 )
 from stca_jax.data.popularity import Counts, count_targets, describe
 from stca_jax.data.running import Runner
+from stca_jax.errors import UserError
 from stca_jax.files import write_json
 
 _SAMPLED_SHARDS = 8
@@ -66,6 +73,7 @@ class Staging:
       reasons: How many rows were left out, by reason.
       times: Where validation and test begin, Unix seconds.
       counts: How often each value of each column occurs in training events.
+      side_tables: "items" and "users", where there are.
       coverage: Of each feature and side table, what of it reaches the model.
       warnings: What people should know before they train.
     """
@@ -83,14 +91,27 @@ class Staging:
             requests.
         """
         self.source, self.folder = source, folder / source.fingerprint[:16]
-        num_parts, num_shards = len(source.log.parts), source.log.num_shards
+        self._rejected = folder.parent / "rejected_rows.csv"
+        for other in folder.glob("*"):  # of the log as it was, or was described, before
+            if other != self.folder:
+                shutil.rmtree(other)
         (self.folder / "shards").mkdir(parents=True, exist_ok=True)
+        try:
+            self._sort(run)
+            self._check()
+            self._count(run)
+        except UserError:
+            self.discard()
+            raise
+
+    def _sort(self, run: Runner) -> None:
+        source = self.source
+        num_parts, num_shards = len(source.log.parts), source.log.num_shards
         run("Reading the log", self.read_part, num_parts)
-        rejected = folder.parent / "rejected_rows.csv"
-        self._gather_rejected(rejected)
+        self._gather_rejected(self._rejected)
         self.read = self._add_up_parts()
         check_values(source, self.read.reasons)
-        check_rows(source, self.read, rejected)
+        check_rows(source, self.read, self._rejected)
         run("Sorting by user", self.sort_shard, num_shards)
         described = [_read_json(self._shard_file(i, "json")) for i in range(num_shards)]
         self.statistics = [
@@ -104,18 +125,39 @@ class Staging:
         run("Counting values", self.count_values, num_shards)
         self.counts = self._add_up_counts()
         self.total = add_up([s for s in self.statistics if s is not None])
+
+    def _check(self) -> None:
+        """Looks for what cannot be meant, and gathers what the profile says of it."""
+        source = self.source
         self.warnings = [
             *check_splits(source, self.total, self.times),
-            *check_classes(source, self.counts),
+            *check_classes(source, self.total, self.counts),
         ]
         self.coverage = check_features(source, self.counts)
-        lines, warnings = check_side_tables(source, self.counts)
+        self.side_tables = {
+            what: read_side_table(source, what)
+            for what in ("items", "users")
+            if getattr(source, what) is not None
+        }
+        lines, warnings = check_side_tables(source, self.counts, self.side_tables)
         self.coverage += lines
         self.warnings += warnings
+
+    def _count(self, run: Runner) -> None:
+        """What targets are sampled by, and how they are distributed."""
         self.stream = self._make_stream()
         if self.stream is not None:
             run("Ordering events", self.order_events, self.stream.num_steps)
         run("Counting targets", self.count_targets, len(self._sampled))
+
+    def discard(self) -> None:
+        """Removes the sorted log; rejected rows stay, if there are any."""
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        if self._rejected.exists():
+            with open(self._rejected, "rb") as file:
+                is_empty = not file.readline() or not file.readline()
+            if is_empty:
+                self._rejected.unlink()
 
     def shard(self, index: int) -> Shard:
         """Reads a shard's events."""
@@ -135,6 +177,7 @@ class Staging:
             self.source,
             self.statistics,
             self.counts,
+            self.side_tables,
             self.total.first_time,
             self.times,
             self.stream,

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import zoneinfo
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +47,7 @@ class ShardStatistics:
       num_positive: Of them, those with label 1, by task.
       num_cut: Requests and sessions that were cut in two.
       longest_span: Seconds between two targets of a request, at most.
+      fewest_items: Distinct items of a training request, at least; None if there is none.
     """
 
     num_users: int
@@ -62,6 +64,7 @@ class ShardStatistics:
     request_minute: Histogram = dataclasses.field(default_factory=collections.Counter)
     num_cut: int = 0
     longest_span: int = 0
+    fewest_items: int | None = None
 
     @classmethod
     def of(cls, shard: Shard) -> ShardStatistics:
@@ -92,6 +95,7 @@ class ShardStatistics:
             request_minute=_histogram(requests.time // _MINUTE),
             num_cut=requests.num_cut,
             longest_span=int(requests.span.max(initial=0)),
+            fewest_items=_fewest_items(shard),
         )
 
     def to_dict(self) -> dict:
@@ -113,11 +117,11 @@ class ShardStatistics:
 
 def add_up(shards: Sequence[ShardStatistics]) -> ShardStatistics:
     """Statistics of the log, of one shard with events or more."""
-    total = {}
+    total: dict[str, Any] = {}
     for field in dataclasses.fields(ShardStatistics):
         values = [getattr(s, field.name) for s in shards]
-        if field.name == "first_time":
-            total[field.name] = min(values)
+        if field.name in ("first_time", "fewest_items"):
+            total[field.name] = min((v for v in values if v is not None), default=None)
         elif field.name in ("last_time", "longest_span"):
             total[field.name] = max(values)
         elif field.name == "num_positive":
@@ -211,45 +215,96 @@ class ValueCounts:
     """How often values occur in training events.
 
     Attributes:
-      columns: For each categorical column, "value" and "count"; 0 for values first seen later.
+      columns: For each categorical column, "value", "count" (of training events; 0 for values first
+        seen later) and "later" (of the others).
       moments: Of each numeric column.
-      users: Ids of users with training events.
+      later_moments: Likewise, of events after training.
+      users: Likewise "value", "count" and "later" of each user's events.
       classes: Targets that are 0 and that are 1, [splits, tasks, 2]; no tasks without labels.
     """
 
     columns: dict[str, pa.Table]
     moments: dict[str, Moments]
-    users: pa.Array
+    later_moments: dict[str, Moments]
+    users: pa.Table
     classes: Int[np.ndarray, "splits tasks 2"]
 
     @classmethod
     def of(cls, shard: Shard, times: Sequence[int]) -> ValueCounts:
         """Counts a shard's columns "item" and "feature_…", and labels; `times` start the splits."""
-        is_train = pa.array(shard.time < times[0])
+        is_train = shard.time < times[0]
+        in_train, later = pa.array(is_train), pa.array(~is_train)
         columns: dict[str, pa.Table] = {}
         moments: dict[str, Moments] = {}
+        later_moments: dict[str, Moments] = {}
         for name in shard.events.column_names:
             if name != "item" and not name.startswith("feature_"):
                 continue
             column = shard.events[name]
             if pa.types.is_floating(column.type):
-                moments[name] = Moments.of(column.filter(is_train))
+                moments[name] = Moments.of(column.filter(in_train))
+                later_moments[name] = Moments.of(column.filter(later))
             else:
-                counted = pa.table({"value": column, "count": is_train.cast(pa.int64())})
-                columns[name] = _sum_counts(counted.filter(pc.is_valid(column)))
-        trained = np.unique(shard.user[shard.time < times[0]])
-        users = shard.user_ids.take(pa.array(trained))
-        return cls(columns, moments, users, _count_classes(shard, times))
+                counted = pa.table({"value": column, "is_train": in_train})
+                columns[name] = _count(counted.filter(pc.is_valid(column)))
+        num_users = len(shard.user_ids)
+        of_user = {
+            "value": shard.user_ids,
+            "count": np.bincount(shard.user[is_train], minlength=num_users),
+            "later": np.bincount(shard.user[~is_train], minlength=num_users),
+        }
+        classes = _count_classes(shard, times)
+        return cls(columns, moments, later_moments, pa.table(of_user), classes)
 
     def __add__(self, other: ValueCounts) -> ValueCounts:
         """The counts of two shards together."""
         tables = {n: [t, other.columns[n]] for n, t in self.columns.items()}
         return ValueCounts(
-            {n: _sum_counts(pa.concat_tables(pair)) for n, pair in tables.items()},
+            {n: sum_counts(pa.concat_tables(pair)) for n, pair in tables.items()},
             {n: m + other.moments[n] for n, m in self.moments.items()},
-            pa.concat_arrays([self.users, other.users]),
+            {n: m + other.later_moments[n] for n, m in self.later_moments.items()},
+            pa.concat_tables([self.users, other.users]),
             self.classes + other.classes,
         )
+
+
+def sum_counts(table: pa.Table) -> pa.Table:
+    """Adds up "count" and "later" of equal values."""
+    return (
+        table.group_by("value", use_threads=False)
+        .aggregate([("count", "sum"), ("later", "sum")])
+        .rename_columns(["value", "count", "later"])
+        .combine_chunks()
+    )
+
+
+def _count(table: pa.Table) -> pa.Table:
+    """Training events and all others of each value."""
+    counted = (
+        table.group_by("value", use_threads=False)
+        .aggregate([("is_train", "sum"), ("is_train", "count")])
+        .combine_chunks()
+    )
+    train = counted["is_train_sum"].cast(pa.int64())
+    later = pc.subtract(counted["is_train_count"], train)
+    return pa.table({"value": counted["value"], "count": train, "later": later})
+
+
+def _fewest_items(shard: Shard) -> int | None:
+    requests = shard.requests
+    assert shard.times is not None
+    in_train = np.flatnonzero(requests.time < shard.times[0])
+    if not len(in_train):
+        return None
+    num_rows = np.bincount(requests.of_target, minlength=len(requests.time))[in_train]
+    if num_rows.min() == 1:
+        return 1
+    code = shard.events["item"].combine_chunks().take(pa.array(requests.target_row))
+    encoded = code.dictionary_encode()
+    item = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    pairs = np.unique(requests.of_target * len(encoded.dictionary) + item)
+    distinct = np.bincount(pairs // len(encoded.dictionary), minlength=len(requests.time))
+    return int(distinct[in_train].min())
 
 
 def _count_classes(shard: Shard, times: Sequence[int]) -> Int[np.ndarray, "splits tasks 2"]:
@@ -258,15 +313,6 @@ def _count_classes(shard: Shard, times: Sequence[int]) -> Int[np.ndarray, "split
     split = np.searchsorted(times, shard.time, side="right")
     of_split = [shard.labels[shard.is_target & (split == k)] for k in range(len(SPLITS))]
     return np.array([np.stack([(v == 0).sum(0), (v == 1).sum(0)], 1) for v in of_split], np.int64)
-
-
-def _sum_counts(table: pa.Table) -> pa.Table:
-    return (
-        table.group_by("value", use_threads=False)
-        .aggregate([("count", "sum")])
-        .rename_columns(["value", "count"])
-        .combine_chunks()
-    )
 
 
 def format_profile(

@@ -38,7 +38,7 @@ _LONGEST = 10_000
 def main() -> None:
     """Generates the log if it is not there, prepares it, prints one JSON line."""
     num_events = int(_EVENTS.value.replace("_", ""))
-    folder = pathlib.Path(_FOLDER.value).expanduser()
+    folder = launch.local_path("folder", _FOLDER.value)
     log, data_dir = folder / f"log-{num_events}", folder / "prepared"
     if not log.exists():
         write_log(log, num_events)

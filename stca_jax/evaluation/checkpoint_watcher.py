@@ -54,7 +54,8 @@ class RowLog:
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far, by any job."""
-        return read_json_lines(self._path)
+        # Before there was that limit, there was none.
+        return [{"max_targets": None, **row} for row in read_json_lines(self._path)]
 
     def add(self, rows: Sequence[Row]) -> None:
         """Adds rows, all or none of them."""

@@ -35,6 +35,8 @@ class EvaluationConfig:
       lengths: History lengths of the final evaluation, in events.
       min_history: Only requests with at least this many earlier events, whatever the length.
       max_requests: At most this many requests, drawn at random once; None is all of them.
+      max_targets: Likewise requests of at most this many targets, on which the standard error
+        depends.
       validation_length: History length of the validation at each checkpoint of a training run.
       validation_targets: That validation scores a sample of requests with at most so many targets,
         which its standard error depends on; None is all.
@@ -49,6 +51,7 @@ class EvaluationConfig:
     lengths: tuple[int, ...] = (50, 100, 200, 500, 1_000, 2_000, 4_000)
     min_history: int = 0
     max_requests: int | None = None
+    max_targets: int | None = None
     validation_length: int = 1_000
     validation_targets: int | None = 30_000
     validation_requests: int | None = None
@@ -62,8 +65,8 @@ class EvaluationConfig:
         if not self.lengths or not all(n >= 1 for n in self.lengths):
             raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
         for name, least in {
-            "min_history": 0, "max_requests": 1, "validation_length": 1, "validation_requests": 1,
-            "validation_targets": 1, "patience": 1,
+            "min_history": 0, "max_requests": 1, "max_targets": 1, "validation_length": 1,
+            "validation_requests": 1, "validation_targets": 1, "patience": 1,
         }.items():  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= least:  # NaN is refused
@@ -200,11 +203,13 @@ def _fetched(
 
 def selection_columns(config: EvaluationConfig, split: str) -> dict[str, Any]:
     """The columns that say which requests a row of results is of."""
-    return {
-        "split": split,
-        "min_history": config.min_history,
-        "max_requests": config.max_requests,
-    }
+    return {"split": split, **selection_limits(config)}
+
+
+def selection_limits(config: EvaluationConfig) -> dict[str, int | None]:
+    """Which requests of a split are scored, as `evaluate_split` and `for_evaluation` take it."""
+    names = ("min_history", "max_requests", "max_targets")
+    return {name: getattr(config, name) for name in names}
 
 
 def score_lengths(
@@ -228,8 +233,7 @@ def score_lengths(
             input_config,
             split=split,
             length=length,
-            min_history=config.min_history,
-            max_requests=config.max_requests,
+            **selection_limits(config),
         )
         columns = {**selection_columns(config, split), "step": step, "length": length}
         tasks, own = dataset.schema.tasks, config.extra_metrics

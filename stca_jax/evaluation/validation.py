@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import pathlib
+from collections.abc import Sequence
 
 from stca_jax.evaluation.best import Criterion, mark_best, read_mark, score
-from stca_jax.evaluation.evaluator import EvaluationConfig, evaluate_split, metric_rows
+from stca_jax.evaluation.evaluator import EvaluationConfig, Row, evaluate_split, metric_rows
 from stca_jax.files import read_json_lines
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.planning import InputConfig, select_requests
@@ -89,7 +91,7 @@ class Validation:
                 config.metric,
             )
         else:
-            _log.info("step %d: validation %s %.4f", step, config.metric, value)
+            _log.info("step %d: validation %s %s", step, config.metric, _describe(value, rows))
         if is_main_process():
             mark_best(self._workdir, {step: value}, self._criterion)
         return self.has_run_out(step)
@@ -116,3 +118,18 @@ class Validation:
             line["step"] == step and any(name.startswith("validation/") for name in line)
             for line in read_json_lines(self._workdir / "metrics.jsonl")
         )
+
+
+def _describe(value: float, rows: Sequence[Row]) -> str:
+    """The value, and how far chance may have moved the AUC of the targets that were scored."""
+    several = len(rows) > 1
+    errors = [
+        f"{row['task']} {row['auc']:.4f} +- {row['auc_se']:.4f}"
+        if several
+        else f"standard error of the AUC {row['auc_se']:.4f}"
+        for row in rows
+        if math.isfinite(row["auc_se"])
+    ]
+    targets = f"{rows[0]['num_targets']:,} targets of {rows[0]['num_requests']:,} requests"
+    shown = ("AUC of " if several and errors else "") + ", ".join([*errors, targets])
+    return f"{value:.4f} ({shown})"

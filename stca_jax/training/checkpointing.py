@@ -46,7 +46,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for values below 1."""
         for name in ("every_steps", "keep_last"):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) >= 1:  # NaN is refused
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     def is_due(self, step: int, num_steps: int) -> bool:

@@ -61,7 +61,7 @@ class OptimizerConfig:
         for name in ("learning_rate", "clip_norm", "table_learning_rate", "table_accumulator"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        if self.base_width is not None and self.base_width < 1:
+        if self.base_width is not None and not self.base_width >= 1:
             raise ValueError(f"base_width is {self.base_width}; it must be at least 1")
         for name in ("weight_decay", "table_decay", "warmup_steps", "final_fraction"):
             if not getattr(self, name) >= 0:

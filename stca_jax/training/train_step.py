@@ -45,7 +45,8 @@ class TrainingConfig:
 
     Attributes:
       num_epochs: Passes over the training requests.  The steps of the first are counted; later
-        ones, which draw other lengths, are taken to have as many.
+        ones, which draw other lengths, are taken to have as many.  The last batch of each has the
+        rows that are left, and its targets weigh as much together as those of a whole batch.
       max_steps: Stop earlier, after this many steps; the schedule ends there too.
       loss_weighting: "target" is the per-impression objective; see `stca_jax.training.loss`.
       auxiliary_losses: Minimised beside the label loss, each times its weight; by import path.
@@ -74,7 +75,7 @@ class TrainingConfig:
         """Raises ValueError for values outside their range."""
         for name in ("num_epochs", "max_steps", "accumulate_steps", "log_every_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not value >= 1:  # NaN is refused
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
             raise ValueError(f"max_gradient_norm is {self.max_gradient_norm}; it must be positive")

@@ -459,7 +459,7 @@ def test_descriptions_that_cannot_be_meant(options, message):
         (lambda p: (p.mkdir(), write(p / "a.csv", random_rows(5)),
                     write(p / "b.parquet", random_rows(5))), "files are Parquet and CSV"),
         (lambda p: (p.mkdir(), (p / "a.parquet").write_bytes(b"PAR1 no")), "cannot be read"),
-        (lambda p: (p.mkdir(), (p / "notes.txt").touch()), "has no .parquet"),
+        (lambda p: (p.mkdir(), (p / "notes.md").touch()), "has no .parquet"),
     ],
 )  # fmt: skip
 def test_logs_that_cannot_be_read(tmp_path, make, message):

@@ -55,10 +55,8 @@ def test_profile_then_dataset_then_training(tmp_path, log):
     assert profile["time"] == "2023-11-14 22:13 to 2023-12-13 22:13 UTC"
     assert profile["history features"] == "item, watched, click, long"
     assert "click 0.3" in profile["label rates"]
-    assert not (data_dir / "interaction_log" / "mine" / "1.0.0").exists()
-    staging = data_dir / "interaction_log" / "mine" / "staging"
-    assert f"the sorted copy of the log in {staging}; delete" in output
-    assert staging.exists()
+    assert "Nothing was built or kept" in output
+    assert not data_dir.exists()
 
     status, output = prepare(data_dir, log)
     assert status == 0, output

@@ -5,11 +5,13 @@ import pathlib
 import random
 import signal
 import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
-from processes import run, start, start_forked, wait_until
+from processes import REPOSITORY, run, start, start_forked, wait_until
 
 from stca_jax.config import apply_overrides
 from stca_jax.experiments.configs import tiny
@@ -124,6 +126,72 @@ def test_sigterm_saves_and_exits_with_143(tmp_path, data_dir, uninterrupted, tin
         final_state(tmp_path, tiny_dataset), final_state(uninterrupted, tiny_dataset), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_of_two_trainings_in_one_workdir_the_second_is_refused(tmp_path, data_dir):
+    """Started at once, with other settings: one trains on, and nothing of it is overwritten."""
+    rates = ("0.01", "0.00001")
+    endless = {"training.max_steps": "100000", "training.num_epochs": "1000"}
+    started = {
+        rate: start(
+            "experiments.train",
+            *arguments(tmp_path, data_dir, **endless, **{"optimizer.learning_rate": rate}),
+        )
+        for rate in rates
+    }
+    deadline = time.monotonic() + 200
+    while all(process.poll() is None for process in started.values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ((lost, refused),) = [(r, p) for r, p in started.items() if p.poll() is not None]
+    ((won, training),) = [(r, p) for r, p in started.items() if r != lost]
+    output = refused.communicate()[0]
+    assert refused.returncode == 1, output
+    assert f"{tmp_path} is in use: process {training.pid} on " in output
+    wait_until(lambda: (tmp_path / "checkpoints" / "4").exists(), training)
+    training.send_signal(signal.SIGTERM)
+    output = training.communicate(timeout=100)[0]
+    assert training.returncode == 143, output
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["optimizer"]["learning_rate"] == float(won)
+    assert not (tmp_path / "training.lock").exists()
+
+
+# Hangs within a step, as a lost network file system or a collective would.
+HANGING = """
+import os, runpy, sys, time
+from stca_jax import trainer
+def hang(*args):
+    os.write(1, b"within a step\\n")
+    while True:
+        time.sleep(1)
+trainer.device_batch = hang
+sys.orig_argv = ["python", *sys.argv]
+runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, data_dir):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING, *arguments(tmp_path, data_dir)],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        lines = iter(process.stdout.readline, "")
+        assert any(line.startswith("within a step") for line in lines)
+        process.send_signal(signal.SIGINT)
+        assert any("SIGINT: saving a checkpoint as soon as possible" in line for line in lines)
+        assert process.poll() is None  # it waits for the step
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    assert "interrupted: checkpoints, if there are any, are kept" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "training.lock").exists()
 
 
 @pytest.mark.parametrize(

@@ -618,3 +618,33 @@ def test_bad_process_counts_say_what_is_wrong():
         make_input(dataset, CONFIG, process_index=2, process_count=2)
     with pytest.raises(ValueError, match=r"min_history=999 or more .* longest history has"):
         make_input(dataset, config_of(min_history=999))
+
+
+def test_processes_get_near_equal_tokens():
+    """Together: a row cannot be cut, so that a batch's shares may differ by one."""
+    dataset = dataset_of(400)
+    config = config_of(rows_per_batch=16, length=FixedLength(128))
+    shares = [make_input(dataset, config, process_index=p, process_count=2) for p in range(2)]
+    batches = [[next(share).batch for share in shares] for _ in range(10)]
+    tokens = np.array([[b.ranges.covered(b.row_length).sum() for b in pair] for pair in batches])
+    assert abs(np.diff(tokens, axis=1)).sum() / tokens.sum() < 0.05
+
+
+# What a checkpoint of the first commit with version 2 of the planner held, before `max_targets`.
+OLD_POSITION = """{"epoch": 0, "window": 1, "row": 2, "step": 3, "planner": 2, "config": {
+"length": "UniformLength(minimum=8, maximum=64)", "row_length": 128, "targets_per_row": 24,
+"rows_per_batch": 4, "rows": "request", "targets_per_chunk": null, "window": "suffix",
+"split": "train", "min_history": 0, "max_requests": null, "shuffle": true, "look_ahead": 32,
+"seed": 0}, "fingerprint": {"users-0":
+"0000000000000000000000000000000000000000000000000000000000000000"}}"""
+OLD_NEXT_REQUESTS = {0, 54, 73, 120, 144}  # of the batch that followed
+
+
+def test_a_position_of_an_older_version_goes_on_where_that_would_have():
+    iterator = make_input(dataset_of(), CONFIG)
+    iterator.set_state(json.loads(OLD_POSITION))
+    batch = next(iterator).batch
+    assert set(batch.request_id[batch.target_mask].tolist()) == OLD_NEXT_REQUESTS
+    changed = make_input(dataset_of(), config_of(max_targets=50))
+    with pytest.raises(UserError, match="max_targets: None -> 50"):
+        changed.set_state(json.loads(OLD_POSITION))
