@@ -16,7 +16,7 @@ from stca_jax.serving.model import ServingModel, check_encoded
 
 def with_missing_texts(model: ServingModel, events: Events) -> Events:
     """The events, columns of texts that are all missing as texts, not as numbers that are."""
-    encoders = _features(model).encoders
+    encoders = model.features.encoders if model.features is not None else {}
     missing = {
         name: np.full(len(events), MISSING)
         for name, column in events.columns.items()

@@ -127,7 +127,7 @@ class Scorer:
           UserError: an event cannot be encoded; nothing was stored then.
         """
         with self._lock:
-            events = self._typed(events)
+            events = with_missing_texts(self.model, events)
             encoded = self._encode(events)
             sequence = self.histories.append(user, events)
             new = sequence >= 0
@@ -150,7 +150,7 @@ class Scorer:
           UserError: the user has no event of an id; nothing was changed then.
         """
         with self._lock:
-            events = self._typed(events)
+            events = with_missing_texts(self.model, events)
             encoded = self._encode(events)
             sequence = self.histories.update(user, events)
             cached = self._pool.cache.find(user)
@@ -360,9 +360,6 @@ class Scorer:
         if not 1 <= count <= MAX_TARGETS:
             raise UserError(f"there are {count:,} targets; give 1 to {MAX_TARGETS:,}")
         return Query(targets, features, int(self._since_origin(np.array([now]))[0])), now
-
-    def _typed(self, events: Events) -> Events:
-        return events if self._encoded else with_missing_texts(self.model, events)
 
     def _encode(self, events: Events) -> dict[str, np.ndarray]:
         self._since_origin(events.time)
