@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,18 @@ from stca_jax.errors import UserError
 from stca_jax.input.features import Features
 from stca_jax.serving.events import MISSING, Events, as_column
 from stca_jax.serving.model import ServingModel, check_encoded
+
+
+def with_missing_texts(model: ServingModel, events: Events) -> Events:
+    """The events, columns of texts that are all missing as texts, not as numbers that are."""
+    encoders = model.features.encoders if model.features is not None else {}
+    missing = {
+        name: np.full(len(events), MISSING)
+        for name, column in events.columns.items()
+        if column.dtype.kind == "f" and np.isnan(column).all()
+        if getattr(encoders.get(name), "is_text", False)  # others are of numbers
+    }
+    return dataclasses.replace(events, columns={**events.columns, **missing})
 
 
 def encode_events(model: ServingModel, events: Events) -> dict[str, np.ndarray]:

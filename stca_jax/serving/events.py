@@ -63,17 +63,29 @@ class Events:
         )
 
 
+def as_array(name: str, values: Any) -> np.ndarray:
+    """`np.asarray` of what a client sent.
+
+    Raises:
+      UserError: lists of unequal lengths in it, or numbers that no array holds.
+    """
+    try:
+        return np.asarray(values)
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{name!r} makes no array of numbers or texts: {error}") from None
+
+
 def as_times(name: str, values: Any) -> Int[np.ndarray, " n"]:
     """Unix seconds as int64; fractions of a second are left out.
 
     Raises:
       UserError: they are no numbers.
     """
-    array = np.asarray(values)
+    array = as_array(name, values)
     if array.ndim != 1:
         raise UserError(f"{name} has shape {array.shape}; give one number for each event")
     if array.dtype.kind not in "iuf" and array.size:
-        raise UserError(f"{name} has values like {array.flat[0]!r}; give Unix seconds")
+        raise UserError(f"{name} has values like {array.tolist()[0]!r}; give Unix seconds")
     with np.errstate(invalid="ignore"):
         whole = np.floor(array).astype(np.int64) if array.dtype.kind == "f" else array
     bad = ~np.isfinite(array) if array.dtype.kind == "f" else np.zeros(len(array), bool)
@@ -88,7 +100,7 @@ def as_column(name: str, values: Any, size: int) -> np.ndarray:
     Raises:
       UserError: another length than `size`, or values of no such kind.
     """
-    array = np.asarray(values)
+    array = as_array(name, values)
     if array.shape != (size,):
         raise UserError(f"{name!r} has shape {array.shape}, but there are {size} values of time")
     if array.dtype.kind == "O":
@@ -104,6 +116,6 @@ def as_column(name: str, values: Any, size: int) -> np.ndarray:
     if array.dtype.kind == "U" or not size:
         return array.astype(str)
     raise UserError(
-        f"{name!r} has values like {array.flat[0]!r}: give integers, numbers or texts, all of one "
-        "kind"
+        f"{name!r} has values like {array.tolist()[0]!r}: give integers, numbers or texts, all of "
+        "one kind"
     )

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from stca_jax.errors import UserError, first_line
 from stca_jax.input.features import Features
 from stca_jax.serving import folder as folders
+from stca_jax.serving.events import as_array
 from stca_jax.serving.folder import ModelInfo, read_folder
 
 MAX_TARGETS = 2_048
@@ -154,7 +155,7 @@ def check_encoded(
     for name in model.info.levels[level].names:
         if name not in columns:
             raise UserError(f"{level} lacks {name!r}; it has {', '.join(columns) or 'nothing'}")
-        values = np.asarray(columns[name])
+        values = as_array(name, columns[name])
         size = len(values) if size is None and values.ndim else size
         if values.shape != (size,):
             raise UserError(f"{level} {name!r} has shape {values.shape}, expected ({size},)")

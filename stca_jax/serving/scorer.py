@@ -16,9 +16,15 @@ from jaxtyping import Float
 
 from stca_jax.errors import UserError
 from stca_jax.serving.cache import CacheCounts, CachedUser, Query, UserCache
-from stca_jax.serving.encoding import encode_events, encode_request, encode_targets
-from stca_jax.serving.events import Events, as_times
-from stca_jax.serving.golden import check_golden, warm_up
+from stca_jax.serving.encoding import (
+    encode_events,
+    encode_request,
+    encode_targets,
+    with_missing_texts,
+)
+from stca_jax.serving.events import Events, as_array, as_times
+from stca_jax.serving.golden import check_golden
+from stca_jax.serving.golden import warm_up as compile_for
 from stca_jax.serving.histories import HistoryStore, SqliteHistories
 from stca_jax.serving.model import BUCKETS, MAX_TARGETS, ServingModel, check_encoded
 from stca_jax.serving.paged_cache import PagedCache
@@ -121,6 +127,7 @@ class Scorer:
           UserError: an event cannot be encoded; nothing was stored then.
         """
         with self._lock:
+            events = with_missing_texts(self.model, events)
             encoded = self._encode(events)
             sequence = self.histories.append(user, events)
             new = sequence >= 0
@@ -143,6 +150,7 @@ class Scorer:
           UserError: the user has no event of an id; nothing was changed then.
         """
         with self._lock:
+            events = with_missing_texts(self.model, events)
             encoded = self._encode(events)
             sequence = self.histories.update(user, events)
             cached = self._pool.cache.find(user)
@@ -238,11 +246,12 @@ class Scorer:
                 self._pool.cache.drop(name)
         return self.probabilities(logits)
 
-    def reload(self, directory: str | os.PathLike[str]) -> None:
+    def reload(self, directory: str | os.PathLike[str], *, warm_up: Sequence[int] = ()) -> None:
         """Goes on with another export; requests that wait are answered by it.
 
         Args:
           directory: Of an export with the same kind of input, encoded or not.
+          warm_up: Numbers of candidates to compile for before it answers.
 
         Raises:
           UserError: the export cannot serve; the model that did goes on.
@@ -251,13 +260,14 @@ class Scorer:
         if not self._encoded and model.features is None:
             raise UserError(f"{directory} has no features, but this scorer takes raw values")
         pool = self._open(model)
+        compile_for(pool.cache, warm_up)
         with self._lock:
             self._pool = pool
 
     def warm_up(self, num_targets: Sequence[int] = BUCKETS) -> None:
         """Compiles the programs for so many candidates, not when they are first asked for."""
         with self._lock:
-            warm_up(self._pool.cache, num_targets)
+            compile_for(self._pool.cache, num_targets)
 
     def probabilities(
         self, logits: Float[np.ndarray, "m tasks"]
@@ -341,7 +351,7 @@ class Scorer:
         model = self.model
         if self._encoded:
             targets = check_encoded(model, "target", request.targets)
-            of_request = {name: np.asarray([v]) for name, v in request.request.items()}
+            of_request = {name: as_array(name, [v]) for name, v in request.request.items()}
             features = check_encoded(model, "request", of_request, 1)
         else:
             targets = encode_targets(model, request.targets)

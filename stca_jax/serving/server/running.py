@@ -1,0 +1,116 @@
+"""Runs a server until it is told to end: signals, draining, and going on with another export."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import pathlib
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+
+import uvicorn
+
+from stca_jax.errors import UserError, first_line
+from stca_jax.serving.scorer import Scorer
+from stca_jax.serving.server.app import Server, ServerOptions
+from stca_jax.serving.server.telemetry import Telemetry
+from stca_jax.serving.server.worker import Worker
+
+_log = logging.getLogger("stca_jax.serving")
+_LONGEST_DRAIN = 30  # seconds for requests that are being answered
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to `run`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """How a server goes on and ends.
+
+    Attributes:
+      model: Path of the export, such as a link that is set to another before SIGHUP.
+      warm_up: Numbers of candidates that another export is compiled for before it answers.
+      drain_seconds: After SIGTERM, how long /v2/health/ready says no before the sockets close.
+    """
+
+    model: pathlib.Path
+    warm_up: Sequence[int]
+    drain_seconds: float
+
+
+def run(
+    scorer: Scorer, options: ServerOptions, operation: Operation, sockets: list[socket.socket]
+) -> None:
+    """Serves until SIGTERM or SIGINT; SIGHUP goes on with what lies at the model's path then.
+
+    Args:
+      scorer: What answers.
+      options: What an operator may set.
+      operation: How it goes on and ends.
+      sockets: Bound, to listen at.
+    """
+    telemetry = Telemetry()
+    worker = Worker(scorer, max_waiting=options.max_waiting, timed=telemetry.stage)
+    telemetry.watch(worker)
+    server = Server(worker, telemetry, options)
+    config = uvicorn.Config(
+        server.app, log_config=None, access_log=False, server_header=False, lifespan="off",
+        timeout_graceful_shutdown=_LONGEST_DRAIN, backlog=16_384,
+    )  # fmt: skip
+    try:
+        asyncio.run(_serve(_Uvicorn(config), server, operation, sockets))
+    finally:
+        worker.close()
+        scorer.histories.close()
+    _log.info("ended")
+
+
+async def _serve(
+    http: _Uvicorn, server: Server, operation: Operation, sockets: list[socket.socket]
+) -> None:
+    loop = asyncio.get_running_loop()
+    reloading = threading.Lock()
+
+    def end() -> None:
+        http.should_exit = True
+
+    def drain() -> None:
+        server.is_ready = False
+        _log.info("SIGTERM: ending", extra={"fields": {"drain_seconds": operation.drain_seconds}})
+        loop.call_later(operation.drain_seconds, end)
+
+    def reload() -> None:
+        with reloading:
+            _reload(server, operation)
+
+    loop.add_signal_handler(signal.SIGTERM, drain)
+    loop.add_signal_handler(signal.SIGINT, end)
+    loop.add_signal_handler(
+        signal.SIGHUP, lambda: threading.Thread(target=reload, daemon=True).start()
+    )
+    _log.info("ready", extra={"fields": {"model_version": server.scorer.model.info.version}})
+    await http.serve(sockets)
+
+
+def _reload(server: Server, operation: Operation) -> None:
+    """Goes on with another export if it is sound, else with the one that serves."""
+    scorer = server.scorer
+    try:
+        scorer.reload(operation.model.resolve(), warm_up=operation.warm_up)
+    except (UserError, OSError) as error:
+        server.telemetry.reloaded("failed")
+        fields = {"reason": first_line(error), "model_version": scorer.model.info.version}
+        _log.error("the new export cannot serve; the old one goes on", extra={"fields": fields})
+        return
+    server.telemetry.reloaded("succeeded")
+    fields = {"model_version": scorer.model.info.version}
+    _log.info("goes on with a new export", extra={"fields": fields})
