@@ -80,8 +80,7 @@ def run(
 
     def guarded(_: Sequence[str]) -> int | None:
         try:
-            if DATA_DIR.value is not None:
-                refuse_scheme("data_dir", DATA_DIR.value)
+            _refuse_addresses(groups)
             _join_other_processes()
             return main()
         except KeyboardInterrupt:
@@ -206,6 +205,16 @@ def _groups(own: Mapping[str, Collection[str]]) -> dict[str, Collection[str]]:
         "of all launchers": _GENERAL,
         "several processes": _PROCESSES,
     }
+
+
+def _refuse_addresses(own: Mapping[str, Collection[str]]) -> None:
+    """Raises UserError, naming the flag, for a value such as gs://bucket, whatever it is for."""
+    for names in _groups(own).values():
+        for name in names:
+            value = flags.FLAGS[name].value
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str):
+                    refuse_scheme(f"--{name}", text)
 
 
 def _print_help(takes_config: bool, own: Mapping[str, Collection[str]]) -> None:

@@ -81,55 +81,42 @@ def test_mistake_is_one_paragraph(launcher, arguments, message):
     assert output.count("\n") == 1
 
 
-REQUIRED = {
-    "train": [TINY, "--workdir=DIR"],
-    "evaluate": ["--workdir=DIR"],
-    "diagnose": ["--workdir=DIR"],
-    "length_study": [TINY, "--workdir=DIR"],
-    "report": ["--workdir=DIR", "--output=DIR/x.html"],
-    "prepare": ["--dataset=movielens", "--manual_dir=DIR"],
-    "plan": [TINY, "--topology=v5e:2x4"],
-    "benchmarks.preparation": ["--folder=DIR"],
-}
+def required_flags(launcher):
+    source = (REPOSITORY / (launcher.replace(".", "/") + ".py")).read_text()
+    return re.findall(r'DEFINE_\w+\(\s*"(\w+)",[^)]*required=True', source)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_addresses_of_other_file_systems_are_refused_everywhere(launcher, tmp_path):
-    given = [a.replace("DIR", str(tmp_path)) for a in REQUIRED.get(launcher[12:], [])]
-    status, output = run(launcher, *given, "--data_dir=gs://bucket/data")
+    names = [*required_flags(launcher), "data_dir"]
+    for name in names:
+        given = {n: str(tmp_path / "x") for n in names} | {name: "gs://bucket/x"}
+        status, output = run(launcher, *(f"--{n}={value}" for n, value in given.items()))
+        assert status == 1
+        assert output.startswith(f"error: --{name} 'gs://bucket/x' is not a local path"), output
+        assert output.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("address", ["s3://b/r", "file:///tmp/r", "hdfs:/r"])
+def test_addresses_of_any_kind_are_refused(address):
+    status, output = run("experiments.prepare", "--dataset=interaction_log", f"--log={address}")
     assert status == 1
-    assert "error: data_dir 'gs://bucket/data' is not a local path" in output, output
-    assert output.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("launcher", "address"),
-    [
-        *((name, "gs://bucket/run") for name in REQUIRED if name != "plan"),
-        *(("train", address) for address in ("s3://b/r", "file:///tmp/r", "hdfs:/r")),
-    ],
-)
-def test_addresses_are_no_work_directories(launcher, address, tmp_path):
-    for place, argument in enumerate(REQUIRED[launcher]):
-        if "DIR" in argument:
-            given = [a.replace("DIR", str(tmp_path)) for a in REQUIRED[launcher]]
-            given[place] = argument.replace("DIR", address)
-            status, output = run(f"experiments.{launcher}", *given, f"--data_dir={tmp_path}")
-            assert status == 1
-            assert address in output
-            assert "is not a local path" in output
-            assert not list(tmp_path.iterdir())
+    assert f"--log {address!r} is not a local path" in output
 
 
 @pytest.mark.parametrize(
     ("launcher", "extra"),
     [("train", []), ("evaluate", []), ("evaluate", ["--watch"]), ("diagnose", []),
-     ("report", []), ("length_study", [])],
+     ("report", []), ("length_study", []), ("compare", []), ("export", [])],
 )  # fmt: skip
 def test_a_work_directory_with_brackets_is_refused_before_it_is_made(launcher, extra, tmp_path):
     workdir = tmp_path / "layers=[64,32]"
-    given = [a.replace("--workdir=DIR", f"--workdir={workdir}") for a in REQUIRED[launcher]]
-    status, output = run(f"experiments.{launcher}", *given, *extra, "--data_dir=nowhere")
+    others = {n: f"--{n}={tmp_path / 'x.html'}" for n in required_flags(f"experiments.{launcher}")}
+    given = [*(others | {"workdir": f"--workdir={workdir}"}).values(), *extra]
+    if launcher in ("train", "length_study", "compare"):
+        given.append(TINY)
+    status, output = run(f"experiments.{launcher}", *given, "--data_dir=nowhere")
     assert status == 1
     assert f"checkpoints in {str(workdir)!r} could not be read again, because of [ ]" in output
     assert output.count("\n") == 1
