@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from replay import replay
+
+from stca_jax.export.replay import replay
 
 
 def predict(model, requests, output):
