@@ -89,7 +89,11 @@ REQUIRED = {
     "report": ["--workdir=DIR", "--output=DIR/x.html"],
     "prepare": ["--dataset=movielens", "--manual_dir=DIR"],
     "plan": [TINY, "--topology=v5e:2x4"],
+    "export": ["--workdir=DIR", "--output=DIR/x"],
+    "predict": ["--model=DIR", "--requests=x", "--output=DIR/y"],
+    "compare": [TINY, "--workdir=DIR"],
     "benchmarks.preparation": ["--folder=DIR"],
+    "benchmarks.serving": ["--workdir=DIR"],
 }
 
 
