@@ -117,7 +117,7 @@ def test_loop_fetches_metrics_once_a_window(tiny_config, tiny_dataset, tmp_path,
     fetched = []
     original = jax.device_get
     monkeypatch.setattr(trainer.jax, "device_get", lambda x: fetched.append(x) or original(x))
-    monkeypatch.setattr(trainer.Validation, "run", lambda *_: None)
+    monkeypatch.setattr(trainer.Validation, "run", lambda *_: False)
     train(short(tiny_config), tiny_dataset, tmp_path)  # 25 steps in windows of 5
     assert len(fetched) == 5
 
@@ -308,7 +308,7 @@ def test_a_signal_in_the_last_step_interrupts_nothing(
         return original(*args)
 
     monkeypatch.setattr(trainer, "device_batch", device_batch)
-    monkeypatch.setattr(trainer.Validation, "run", lambda *a: validated.append(a[3]))
+    monkeypatch.setattr(trainer.Validation, "run", lambda *a: bool(validated.append(a[3])))
     result = train(short(tiny_config), tiny_dataset, tmp_path)
     assert (result.step, result.num_steps, result.signal) == (25, 25, None)
     assert validated == [10, 20, 25]
@@ -335,7 +335,7 @@ def test_an_error_closes_input_checkpointer_and_lock(
     closed = []
     close = Checkpointer.close
     monkeypatch.setattr(Checkpointer, "close", lambda self: closed.append(self) or close(self))
-    monkeypatch.setattr(trainer.Validation, "run", lambda *_: None)
+    monkeypatch.setattr(trainer.Validation, "run", lambda *_: False)
     config = short(tiny_config, **{"input.num_threads": 2})
     with pytest.raises(kind, match="of a test"):
         train(config, tiny_dataset, tmp_path)

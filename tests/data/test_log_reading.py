@@ -148,9 +148,9 @@ def test_order_within_a_second_and_what_differs_there_are_kept(tmp_path, unit):
     values = [t / per for t in ticks] if unit == "float" else ticks
     if unit == "timestamp":
         values = pa.array(ticks, pa.timestamp("ns"))
-    # One more item, so that there is something to sample.
-    bought = [i for d in range(20) for i in ([9, 5, 7, 1] if d == 1 else items)]
-    table = {"user": [d % 4 for d in range(20) for _ in items], "item": bought, "time": values}
+    # The first user's items, and others' of which negatives can be sampled.
+    item = [k + 10 * (d % 4 > 0) for d in range(20) for k in items]
+    table = {"user": [d % 4 for d in range(20) for _ in items], "item": item, "time": values}
     log = (text if unit == "csv ns" else parquet)(tmp_path, **table)
     folder = prepare(tmp_path, config(log, time_unit="auto"))
     value = {k: int(v) for v, k in log_oracle.feature_ids(folder, "item").items()}

@@ -140,7 +140,7 @@ def test_of_two_trainings_in_one_workdir_the_second_is_refused(tmp_path, data_di
         )
         for rate in rates
     }
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500
     while all(process.poll() is None for process in started.values()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -149,9 +149,9 @@ def test_of_two_trainings_in_one_workdir_the_second_is_refused(tmp_path, data_di
     output = refused.communicate()[0]
     assert refused.returncode == 1, output
     assert f"{tmp_path} is in use: process {training.pid} on " in output
-    wait_until(lambda: (tmp_path / "checkpoints" / "4").exists(), training)
+    wait_until(lambda: (tmp_path / "checkpoints" / "4").exists(), training, timeout=300)
     training.send_signal(signal.SIGTERM)
-    output = training.communicate(timeout=100)[0]
+    output = training.communicate(timeout=300)[0]
     assert training.returncode == 143, output
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["optimizer"]["learning_rate"] == float(won)
