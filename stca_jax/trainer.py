@@ -120,7 +120,7 @@ def _train(
             clock = recent.clock
             stopped_by = None
             if lacks_validation:  # the run ended between saving this checkpoint and scoring it
-                is_over |= validation.run(program, state, step, writer)
+                is_over = validation.run(program, state, step, writer) or is_over
                 clock.lap("validation")
             while not is_over and stopped_by is None:
                 element = next(batches)
@@ -143,6 +143,6 @@ def _train(
                     checkpointer.save(state, step, element.state)
                     clock.lap("checkpoint")
                 if is_due(step) and stopped_by is None:
-                    is_over |= validation.run(program, state, step, writer)
+                    is_over = validation.run(program, state, step, writer) or is_over
                     clock.lap("validation")
         return TrainingResult(step, num_steps, stopped_by)

@@ -78,8 +78,11 @@ def changed(level, **columns):
     [
         ({"labels": []}, "request 1 has no labels; it needs at least one target"),
         ({"labels": [1, 0]}, r"request 1: labels has shape \(2,\), expected \(2, 2\)"),
-        ({"labels": [[1, 0], [2, 0]]}, r"labels must be 0 or 1; found label=\[2\. 0\.\] at row 1"),
-        ({"labels": [[1, 0], [np.nan, 0]]}, "labels must be 0 or 1; found label="),
+        (
+            {"labels": [[1, 0], [2, 0]]},
+            r"labels must be 0 or 1, or NaN where one is missing; found label=\[2\. 0\.\] at row 1",
+        ),
+        ({"labels": [[1, 0], [np.inf, 0]]}, "labels must be 0 or 1, or NaN"),
         ({"history": {"item": [1, 2, 3], "price": [1, 2, 3]}}, "history lacks 'category'; it has"),
         ({"targets": {"item": [1, 2]}}, r"targets lacks 'position'; it has \['item'\]"),
         ({"features": {"budget": 1}}, "features lacks 'segment'"),
@@ -155,8 +158,8 @@ def spoiled(field, place, value):
          "history_start=-1, history_end=14 at row 0, position 2"),
         ("history_start", (0, 2), 15, "found history_start=15, history_end=14"),
         ("history_end", (2, 0), 25, "found history_start=0, history_end=25 at row 2, position 0"),
-        ("label", (1, 0, 1), 0.5, "labels must be 0 or 1; found .* at row 1, position 0"),
-        ("label", (1, 0, 1), np.nan, "labels must be 0 or 1"),
+        ("label", (1, 0, 1), 0.5, "labels must be 0 or 1, .*; found .* at row 1, position 0"),
+        ("label", (1, 0, 1), -np.inf, "labels must be 0 or 1"),
         ("num_request_targets", (1, 0), 0, "a request has at least one target; found .*=0"),
         ("history.item", (0, 16), 7, r"history feature 'item': ids must be in \[0, 7\); found "
          "item=7 at row 0, position 16"),

@@ -64,6 +64,8 @@ def main() -> None:
         print(format_table([row], digits=3), flush=True)
     print(format_table(rows, digits=3))
     first, last = rows[0], rows[-1]
+    if first is last:
+        return
     for name in ("score s", "train s"):
         exponent = math.log(last[name] / first[name]) / math.log(last["events"] / first["events"])
         print(f"{name} grows as length^{exponent:.2f}")

@@ -3,7 +3,8 @@
 Command: python -m experiments.train --config=experiments/configs/complete_journey.py --workdir=DIR
 Reaches: test AUC .848 at 4,000 events, .716 at 50 (python -m experiments.evaluate --workdir=DIR)
 Measured: 17 minutes of training, a shared core of a busy AMD EPYC server (AVX-512), 2026-11-28,
-seed 0; what each option is for: docs/similarity.md
+seed 0, version 1.0.0 of the dataset, whose negatives followed popularity in training; what each
+option is for: docs/similarity.md
 
 One row a batch: for a mesh of several devices, raise input.rows_per_batch.
 """

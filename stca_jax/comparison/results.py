@@ -46,7 +46,8 @@ def summary_rows(
         validation = [row[metric] for row in own if row["split"] == "validation"]
         chosen = [row["settings"] for row in searched
                   if row["entry"] == entry.name and row["chosen"]]  # fmt: skip
-        of_entry = costs[entry.name]
+        of_entry, steps = costs[entry.name], at_full[0]["steps"]
+        seconds = _mean([row["train_seconds"] for row in at_full])
         summary.append(
             {
                 "module": entry.module,
@@ -54,11 +55,12 @@ def summary_rows(
                 "seeds": len(at_full),
                 f"validation_{metric}": _mean(validation),
                 **{k: v for n in _SHOWN for k, v in _spread(n, [r[n] for r in at_full]).items()},
-                "steps": at_full[0]["steps"],
-                "targets": round(at_full[0]["steps"] * of_entry.targets_per_step),
-                "tokens": round(at_full[0]["steps"] * of_entry.tokens_per_step),
-                "gigaflop": round(at_full[0]["steps"] * of_entry.flops_per_step / 1e9, 1),
-                "train_seconds": _mean([row["train_seconds"] for row in at_full]),
+                "steps": steps,
+                "targets": round(steps * of_entry.targets_per_step),
+                "tokens": round(steps * of_entry.tokens_per_step),
+                "gigaflop": round(steps * of_entry.flops_per_step / 1e9, 1),
+                # A run too short to be timed: as long as its steps took when they were measured.
+                "train_seconds": seconds or round(steps * of_entry.seconds_per_step, 1),
                 "tokens_per_second": round(of_entry.tokens_per_second),
                 "step_mb": of_entry.step_bytes and round(of_entry.step_bytes / 2**20, 1),
                 **{f"ms_{m}_targets": round(1e3 * of_entry.latency[str(m)], 2) for m in TARGETS},

@@ -31,7 +31,12 @@ from jaxtyping import Array, Float
 
 from stca_jax.models.layers import LayerNorm, Linear, parameter, recomputed
 from stca_jax.models.sequence import SequenceCost, SequenceInput, SequenceOutput
-from stca_jax.models.transformer import OPTIONS, Block, TransformerConfig, window_of_tokens
+from stca_jax.models.transformer import (
+    Block,
+    TransformerConfig,
+    attention_options,
+    window_of_tokens,
+)
 from stca_jax.ops.attention import target_to_history_attention
 from stca_jax.ranges import Ranges
 
@@ -183,7 +188,7 @@ def _layer(
         readers = jnp.concatenate([of_tokens, readers], 1)
         read = Ranges(*(jnp.concatenate(bounds, 1) for bounds in zip(past, read, strict=True)))
     of_history = target_to_history_attention(
-        readers, normed, block.w_key[...], block.w_value[...], read, options=OPTIONS
+        readers, normed, block.w_key[...], block.w_value[...], read, options=attention_options()
     )
     first = readers.shape[1] - 2 * M
     score = jnp.einsum("rmghk,rmohk->rmgoh", query, key, preferred_element_type=jnp.float32)

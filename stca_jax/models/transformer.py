@@ -29,12 +29,21 @@ from stca_jax.models.sequence import (
     SequenceOutput,
     head_width,
 )
-from stca_jax.ops.attention import AttentionOptions, target_to_history_attention
+from stca_jax.ops.attention import (
+    AttentionOptions,
+    best_implementation,
+    target_to_history_attention,
+)
 from stca_jax.ops.tiles import BlockSizes
 from stca_jax.ranges import Ranges
 
-# Neighbouring events have nearly equal ranges, so that their tiles may be large.
-OPTIONS = AttentionOptions("projected", block_sizes=BlockSizes(512, history=256, targets=128))
+
+def attention_options() -> AttentionOptions:
+    """Large tiles for XLA: neighbouring events have nearly equal ranges. Kernels know theirs."""
+    is_xla = best_implementation() == "xla"
+    return AttentionOptions(
+        "projected", block_sizes=BlockSizes(512, history=256, targets=128) if is_xla else None
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +114,7 @@ class Block(nnx.Module):
             self.w_key[...],
             self.w_value[...],
             ranges,
-            options=OPTIONS,
+            options=attention_options(),
         )
         x = readers + self.w_output(attended.output.reshape(readers.shape))
         return x + self.ffn(self.ffn_norm(x))

@@ -18,7 +18,7 @@ COSTS = Costs(
 
 def rows_of(entry, seed, auc_by_length):
     shared = {"point": entry, "seed": seed, "gauc_user": 0.6, "log_loss": 0.5, "calibration": 1.0,
-              "steps": 10, "train_tokens": 500, "train_seconds": 5.0}  # fmt: skip
+              "steps": 10, "train_tokens": 500, "train_seconds": 7.0}  # fmt: skip
     rows = [{**shared, "split": "validation", "length": 64, "auc": 0.7 + seed / 10}]
     return rows + [
         {**shared, "split": "test", "length": n, "auc": auc} for n, auc in auc_by_length.items()
@@ -55,6 +55,9 @@ def test_summary_is_of_the_longest_history_over_seeds(entries, rows):
     assert din["auc_sd"] is None
     assert stca["validation_auc"] == pytest.approx(0.75)
     assert stca["settings"] == "learning_rate 0.2"
+    assert stca["train_seconds"] == 7.0
+    untimed = [{**row, "train_seconds": None} for row in rows]
+    assert summary_rows(entries, untimed, costs, SEARCHED, "auc")[0]["train_seconds"] == 10 * 0.5
     expected = {"targets": 200, "tokens": 500, "gigaflop": 20.0, "tokens_per_second": 100,
                 "step_mb": 3.0, "ms_1_targets": 1.0, "ms_1000_targets": 30.0}  # fmt: skip
     assert expected.items() <= din.items()

@@ -33,7 +33,7 @@ USERS = (
     "friend_user_num_range,register_days,register_days_range,"
     + ",".join(f"onehot_feat{k}" for k in range(18)),
     '0,full_active,0,0,1,5,"(0,10]",312,"[100,1k)",0,0,3624,730+' + ONE_HOT,
-    '1,UNKNOWN,1,0,0,120,"(100,150]",0,0,3,"[1,5)",107,91-180' + ONE_HOT,
+    '1,UNKNOWN,1,0,0,120,"(100,150]",0,0,3,"[1,5)",107,91-180' + ONE_HOT.replace(",,", ",0.0,"),
 )  # user 2 is shown videos, but is not in the table
 BEIJING = datetime.timezone(datetime.timedelta(hours=8))
 PICKED = "0"  # the user of the events picked below

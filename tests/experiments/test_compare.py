@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from processes import run_forked
+from processes import run
 
 
 def read(path):
@@ -27,7 +27,7 @@ def test_comparison_runs_once_and_writes_tables_and_page(tmp_path, data_dir):
         "--search_share=0.5",
         "--config.evaluation.lengths=16,64",
     )
-    status, output = run_forked(*arguments, timeout=900)
+    status, output = run(*arguments, timeout=900)
     assert status == 0, output
     results = read(workdir / "results.csv")
     found = {(row["point"], row["split"], row["length"]) for row in results}
@@ -58,6 +58,6 @@ def test_comparison_runs_once_and_writes_tables_and_page(tmp_path, data_dir):
         return {p: p.stat().st_mtime_ns for p in runs if p.is_file() and p.name != "config.json"}
 
     finished = times()
-    status, output = run_forked(*arguments, timeout=900)
+    status, output = run(*arguments, timeout=900)
     assert status == 0, output
     assert times() == finished

@@ -176,10 +176,10 @@ def test_gradients_match_finite_differences_of_the_oracle(name):
 def test_is_chosen_and_set_on_the_command_line(name):
     config = CONFIGS[name]
     chosen = apply_overrides(
-        RankerConfig(), {"sequence": type(config).__name__, "sequence.width": str(D)}
+        RankerConfig(), {"sequence": type(config).__name__, "sequence.width": "16"}
     )
     assert type(chosen.sequence) is type(config)
-    assert chosen.sequence.width == D
+    assert chosen.sequence.width == 16
     assert from_dict(RankerConfig, to_dict(chosen)) == chosen
 
 

@@ -98,8 +98,9 @@ def test_slots_beyond_the_last_event_may_hold_anything():
     query = rng.normal(size=(U, 5, H, K)).astype(np.float32)
 
     def attend(keys, values):
+        keys, values = jnp.array(keys), jnp.array(values)
         cache = KeysAndValues(keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3))
-        return paged.paged_attention(query, cache, where)
+        return paged.paged_attention(query, cache, jax.tree.map(jnp.asarray, where))
 
     clean = attend(keys, values)
     page = where.pages[1, 1]

@@ -84,7 +84,7 @@ def test_what_fails_leaves_no_folder(everything_run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["transformer", "paper"])
 def test_uncached_models_score_as_evaluated(long_users, tmp_path, name, monkeypatch):
     monkeypatch.setattr("stca_jax.export.programs.ROW_TARGETS", (30, 2_048))

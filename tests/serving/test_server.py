@@ -13,7 +13,8 @@ import threading
 import httpx
 import numpy as np
 import pytest
-from replay import replay
+
+from stca_jax.export.replay import replay
 
 SECONDS = 400  # for a start, on a busy machine
 
