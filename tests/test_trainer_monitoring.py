@@ -36,13 +36,13 @@ def lines(workdir):
 
 
 def spoil_steps(monkeypatch, steps):
-    """Makes the labels of those steps NaN, on their way to the device."""
+    """Makes the labels of those steps infinite, on their way to the device."""
     original, calls = trainer.device_batch, []
 
     def device_batch(batch, shardings):
         calls.append(None)
         if len(calls) in steps:
-            batch = batch.replace(label=np.full_like(batch.label, np.nan))
+            batch = batch.replace(label=np.full_like(batch.label, np.inf))
         return original(batch, shardings)
 
     monkeypatch.setattr(trainer, "device_batch", device_batch)
