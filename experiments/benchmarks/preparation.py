@@ -1,6 +1,6 @@
 """Prepares a generated log of interactions: time, memory and disk, with trends and with kills.
 
-python -m experiments.benchmarks.preparation --events=100_000_000 --folder=DIR
+python -m stca_jax.experiments.benchmarks.preparation --events=100_000_000 --folder=DIR
     [--runs=plain --runs=trends --runs=killed] [--kills=2 --kill_steps=80] [--json=FILE]
 
 Users' histories have Zipf-like lengths up to 10,000.  Every event is an impression, eight to a
@@ -118,13 +118,14 @@ def attempt(
     run: str, log: pathlib.Path, data_dir: pathlib.Path, usage: Usage, steps: float = float("inf")
 ) -> bool:
     """Whether the preparation, as a user runs it, ended before it was killed after some steps."""
-    options = {"log": log, "data_dir": data_dir, "labels": "click", "request_id": "request_id",
-               "history_features": "action", "name": "benchmark"}  # fmt: skip
+    options = {"dataset": "interaction_log", "name": "benchmark", "log": log,
+               "data_dir": data_dir, "labels": "click", "request_id": "request_id",
+               "history_features": "action"}  # fmt: skip
     if run != "plain":
         options["item_trends"] = _WINDOWS.value
     arguments = [f"--{name}={value}" for name, value in options.items()]
     process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.prepare", "--dataset=interaction_log", *arguments],
+        [sys.executable, "-m", "stca_jax.experiments.prepare", *arguments],
         stdout=subprocess.DEVNULL,
     )
     status = pathlib.Path(f"/proc/{process.pid}/status")
