@@ -16,7 +16,7 @@ FILES = sorted(
 )
 # From the bottom up; what a layer imports lies in it or below.
 LAYERS = [
-    ("errors",),
+    ("errors", "extras"),
     ("imports", "files", "schema", "lock"),
     ("config_form", "config", "config_source", "ranges"),
     ("batch",),
