@@ -11,6 +11,7 @@ Exit status: 0 ended by a signal, 1 an error.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import pathlib
@@ -97,6 +98,7 @@ def _serve(options: argparse.Namespace) -> int:
         deadline_seconds=options.deadline,
         max_waiting=options.max_waiting,
     )
+    _allow_connections()
     listening = _listen(options.host, options.port)  # a taken port is said before the model loads
     model = pathlib.Path(options.model)
     if options.workers < 1:
@@ -158,6 +160,15 @@ def _open(options: argparse.Namespace, worker: str | None) -> Scorer:
             extra={"fields": {"reason": first_line(error)}},
         )
         return scorer_of(fallback)
+
+
+def _allow_connections() -> None:
+    """As many open sockets as the system lets this process have."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # where there are no limits
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _sizes(text: str) -> Sequence[int]:

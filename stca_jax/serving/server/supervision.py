@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 
@@ -50,7 +50,7 @@ class WorkerProcess:
     _is_ending: bool = False
 
     def __post_init__(self) -> None:
-        self.upstream = Upstream(self.socket)
+        self.upstream = Upstream(functools.partial(asyncio.open_unix_connection, self.socket))
 
     async def keep(self) -> None:
         """Runs it, again whenever it ends, until `end` is called.
@@ -135,7 +135,8 @@ def end_with_parent() -> None:
     """Ends this worker at once when its front does: two servers must not append to one cache."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not by sys.stdin, whose lock would be held at the end
+            pass
         os._exit(1)
 
     threading.Thread(target=wait, name="parent", daemon=True).start()

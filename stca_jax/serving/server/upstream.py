@@ -1,9 +1,9 @@
-"""What the front process asks of a worker: HTTP over its Unix socket, connections kept."""
+"""A client of HTTP that keeps its connections: the front process asks its workers by it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
 _Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -11,7 +11,7 @@ Header = tuple[bytes, bytes]
 
 
 class Answer(NamedTuple):
-    """What a worker said; names of headers are lower case."""
+    """What the server said; names of headers are lower case."""
 
     status: int
     headers: dict[str, str]
@@ -19,15 +19,19 @@ class Answer(NamedTuple):
 
 
 class Upstream:
-    """One worker's socket.
+    """One server, such as `python -m stca_jax.serving`, whose every answer states its length.
 
     Attributes:
       num_asked: Requests that it has not answered yet.
     """
 
-    def __init__(self, path: str):
-        """Nothing is connected yet."""
-        self._path = path
+    def __init__(self, connect: Callable[[], Awaitable[_Connection]]):
+        """Nothing is connected yet.
+
+        Args:
+          connect: Opens a connection.
+        """
+        self._connect = connect
         self._idle: list[_Connection] = []
         self.num_asked = 0
 
@@ -38,12 +42,12 @@ class Upstream:
 
         Args:
           method: GET, POST, …, but not HEAD.
-          target: Path and query as they came.
+          target: Path and query, as they stand in a request.
           headers: But for the body's length.
           body: Whole.
 
         Raises:
-          OSError: the worker is not there, or went away before it had answered: nobody knows
+          OSError: the server is not there, or went away before it had answered: nobody knows
             whether it did what it was asked.
         """
         self.num_asked += 1
@@ -52,10 +56,10 @@ class Upstream:
             if self._idle:
                 connection = self._idle.pop()
             else:
-                connection = await asyncio.open_unix_connection(self._path)
+                connection = await self._connect()
             answer = await _exchange(*connection, method, target, headers, body)
         except asyncio.IncompleteReadError as error:
-            raise ConnectionError("the worker ended") from error
+            raise ConnectionError("the server ended the connection") from error
         else:
             self._idle.append(connection)
             connection = None
@@ -80,7 +84,7 @@ async def _exchange(
     headers: Iterable[Header],
     body: bytes,
 ) -> Answer:
-    lines = [b"%s %s HTTP/1.1" % (method.encode(), target), b"host: worker"]
+    lines = [b"%s %s HTTP/1.1" % (method.encode(), target), b"host: stca"]
     lines += [b"%s: %s" % header for header in headers]
     lines.append(b"content-length: %d" % len(body))
     writer.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
