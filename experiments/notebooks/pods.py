@@ -28,7 +28,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("stca_jax") is None:  # on Colab; CPU, GPU and TPU alike
-    package = "stca-jax @ git+https://github.com/stca-jax/stca_jax"
+    package = "stca-jax[train] @ git+https://github.com/stca-jax/stca_jax"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package, "libtpu"], check=True)
 
 # %% tags=["parameters"]
@@ -95,7 +95,7 @@ for name, mesh_config in meshes.items():
 # `--topology=v5e:16x16` take the same command some minutes.
 
 # %% language="bash"
-# python -m experiments.plan --config=experiments/configs/tiny.py --data_dir=$DATA_DIR \
+# python -m stca_jax.experiments.plan --config=experiments/configs/tiny.py --data_dir=$DATA_DIR \
 #   --config.model.sequence.num_layers=$NUM_LAYERS --topology=$TOPOLOGY 2>&1
 
 # %% [markdown]
