@@ -15,15 +15,14 @@ import dataclasses
 import functools
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from stca_jax.data.interaction_log.event_sql import text_sql
 from stca_jax.data.interaction_log.events import connect
-from stca_jax.data.interaction_log.log_config import quoted
 from stca_jax.files import write_json
 from stca_jax.input.trends import ValueEvents
 
@@ -74,13 +73,10 @@ class EventStream:
         labels = [f"label_{k}" for k in range(len(self.labels))]
         with connect(folder / "temporary") as connection:
             connection.register("items", table)
-            named = zip(self.labels, labels, strict=True)
-            read = ["e.time::UBIGINT AS time", "i.value AS value"]
-            read += [f"e.{quoted(f'label_{name}')} AS {k}" for name, k in named]
-            files = ", ".join(text_sql(str(path)) for path in shards)
+            connection.register("events", _read_in_turn(shards, self.labels))
+            read = ["e.time::UBIGINT AS time", "i.value AS value", *labels]
             found = connection.sql(
-                f"SELECT {', '.join(read)} "
-                f"FROM read_parquet([{files}]) e JOIN items i ON e.item = i.id "
+                f"SELECT {', '.join(read)} FROM events e JOIN items i ON e.item = i.id "
                 f"ORDER BY {', '.join([by, *labels])}"
             )
             batches = found.to_arrow_reader(_ROWS)
@@ -149,3 +145,21 @@ class EventStream:
             raise ValueError(f"{folder}: {begin} events in the order wanted, {size} in the log")
         for written in (*arrays.values(), *counted.values()):
             written.flush()
+
+
+def _read_in_turn(shards: Sequence[pathlib.Path], labels: Sequence[str]) -> pa.RecordBatchReader:
+    """The events' time, item and label_0 …; DuckDB would open as many files as it has threads."""
+    columns = ["time", "item", *(f"label_{name}" for name in labels)]
+    types = pq.read_schema(shards[0])
+    names = ["time", "item", *(f"label_{k}" for k in range(len(labels)))]
+    schema = pa.schema([(n, types.field(c).type) for n, c in zip(names, columns, strict=True)])
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for shard in shards:
+            with pq.ParquetFile(shard) as file:
+                for batch in file.iter_batches(_ROWS, columns=columns):
+                    yield pa.RecordBatch.from_arrays(
+                        [batch[column] for column in columns], schema=schema
+                    )
+
+    return pa.RecordBatchReader.from_batches(schema, batches())
