@@ -158,9 +158,11 @@ def progress(data_dir: pathlib.Path) -> dict[str, int]:
 
 
 def digest(folder: pathlib.Path) -> str:
-    """SHA-256 of all files below a folder: names and contents."""
+    """SHA-256 of all files below a folder, names and contents, but for the cache of requests."""
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    # The cache notes when the record files were written.
+    files = {p for p in folder.rglob("*") if p.is_file()} - {folder / "request_index.npz"}
+    for path in sorted(files):
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{path.relative_to(folder)} {content}\n".encode())
