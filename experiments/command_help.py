@@ -19,7 +19,7 @@ _INDENT = 30
 
 def attribute_descriptions(cls: type) -> dict[str, str]:
     """The Attributes sections of the docstrings of a class and of its bases, by attribute."""
-    described = {}
+    described: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
         entries = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section, re.MULTILINE)

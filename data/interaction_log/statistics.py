@@ -22,8 +22,9 @@ from stca_jax.data.interaction_log.odd_rows import PartSummary, lines_of_profile
 from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.errors import UserError
 from stca_jax.input.records import SPLITS
+from stca_jax.schema import SECONDS_PER_DAY
 
-_MINUTE, _DAY = 60, 86_400
+_MINUTE = 60
 
 Histogram = collections.Counter[int]
 
@@ -168,11 +169,11 @@ def check_splits(source: LogSource, total: ShardStatistics, times: Sequence[int]
                 f"requests run from {_date(min(total.request_minute) * _MINUTE)} to "
                 f"{_date(max(total.request_minute) * _MINUTE)}"
             )
-    if total.longest_span <= _DAY:
+    if total.longest_span <= SECONDS_PER_DAY:
         return []
     return [
-        f"a request spans {total.longest_span / _DAY:.1f} days: events between its targets are in "
-        "no history of theirs. Give a finer --request_id, or a smaller --session_gap"
+        f"a request spans {total.longest_span / SECONDS_PER_DAY:.1f} days: events between its "
+        "targets are in no history of theirs. Give a finer --request_id, or a smaller --session_gap"
     ]
 
 

@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Float, Int, UInt32, UInt64
 
 from stca_jax.errors import UserError
+from stca_jax.schema import SECONDS_PER_DAY
 
-_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
-_DAY = 86_400
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": SECONDS_PER_DAY, "w": 7 * SECONDS_PER_DAY}
 _PRIOR = 20.0  # labelled events that a rate counts as if it had been the average
 _NEVER = -1.0  # the age of a value that no event had yet
 
@@ -148,7 +148,7 @@ class Trends:
                     spans = begin, end_known, labelled, seconds
                     rate = self._log_rate(events, k, absent, *spans)
                     found[f"{field}_rate_{name}_{task}"] = rate.astype(np.float32)
-            age = np.log1p(np.maximum(time - first, 0) / _DAY) / 2
+            age = np.log1p(np.maximum(time - first, 0) / SECONDS_PER_DAY) / 2
             found[f"{field}_age"] = np.where(seen, age, _NEVER).astype(np.float32)
         return found
 
