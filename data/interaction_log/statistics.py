@@ -175,7 +175,8 @@ def check_splits(source: LogSource, total: ShardStatistics, times: Sequence[int]
     if total.longest_span > SECONDS_PER_DAY:
         warnings.append(
             f"a request spans {total.longest_span / SECONDS_PER_DAY:.1f} days: events between its "
-            "targets are in no history of theirs. Give a finer --request_id, or a smaller --session_gap"
+            "targets are in no history of theirs. Give a finer --request_id, or a smaller "
+            "--session_gap"
         )
     return warnings
 
