@@ -18,7 +18,7 @@ FILES = sorted(
 LAYERS = [
     ("errors",),
     ("imports", "files", "schema", "lock"),
-    ("config_form", "config", "config_source", "ranges"),
+    ("config_form", "config", "config_source", "ranges", "compilation_cache"),
     ("batch",),
     ("ops",),
     ("models", "input"),
