@@ -1,6 +1,6 @@
 """Trains sequence modules to the same budget, and compares quality, cost and latency.
 
-python -m experiments.compare --config=experiments/configs/compare.py --workdir=DIR
+python -m stca_jax.experiments.compare --config=experiments/configs/compare.py --workdir=DIR
     (--steps=N | --minutes=N | --flops=N) [--modules=stca,hstu,my_package.module:MyConfig]
     [--variants=full,plain] [--seeds=3] [--rate_factors=0.4,1,2.5] [--search=NAME=VALUE,VALUE ...]
     [--search_share=0.25] [--config.NAME=VALUE ...] [--data_dir=DIR]

@@ -1,6 +1,7 @@
 """What a model has learned: its terms, its calibration, and what each of its channels adds.
 
-    python -m experiments.diagnose --workdir=DIR [--split=test] [--step=best|last|N] [--length=N]
+    python -m stca_jax.experiments.diagnose --workdir=DIR [--split=test] [--step=best|last|N]
+        [--length=N]
 
 prints, at one history length, the calibration by length of the users' histories, and AUC with each
 channel of the model switched off at evaluation: parameters that read or make it are zero, which is

@@ -2,7 +2,7 @@
 
 One checkpoint:
 
-    python -m experiments.evaluate --workdir=/path/to/run --lengths=128,512,1024,2048,4096
+    python -m stca_jax.experiments.evaluate --workdir=/path/to/run --lengths=128,512,1024,2048,4096
         [--split=test] [--step=best|last|N] [--min_history=N] [--noreferences]
         [--reference_targets=N] [--data_dir=DIR]
 
@@ -15,7 +15,7 @@ synthetic_interests, the function that the labels were drawn from.
 
 Every checkpoint, while the training goes on:
 
-    python -m experiments.evaluate --workdir=/path/to/run --watch --lengths=512,2048,10240
+    python -m stca_jax.experiments.evaluate --workdir=/path/to/run --watch --lengths=512,2048,10240
         [--timeout=SECONDS] [--split=validation] [--min_history=N] [--noreferences]
 
 adds each row to WORKDIR/evaluation/checkpoints.jsonl once, whatever is killed and started again,

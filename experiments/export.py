@@ -1,6 +1,6 @@
 """Exports a checkpoint into a folder that a server loads.
 
-    python -m experiments.export --workdir=/path/to/run --output=/path/to/model
+    python -m stca_jax.experiments.export --workdir=/path/to/run --output=/path/to/model
         [--step=best|last|N] [--max_history=N] [--uncached] [--data_dir=DIR]
 
 The folder has programs for CPUs, NVIDIA GPUs and TPUs, weights, tables, what encodes raw values,

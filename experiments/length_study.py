@@ -1,7 +1,7 @@
 """Trains one model at many training lengths and seeds, and scores each at every length.
 
-python -m experiments.length_study --config=experiments/configs/length_study.py --workdir=DIR
-    [--seeds=3] [--points=length] [--config.NAME=VALUE ...] [--data_dir=DIR]
+python -m stca_jax.experiments.length_study --config=experiments/configs/length_study.py
+    --workdir=DIR [--seeds=3] [--points=length] [--config.NAME=VALUE ...] [--data_dir=DIR]
 
 The config is what all points share. Its `input.length` is a `BetaLength`, whose maximum is the full
 length; a point replaces a few values, by the names that --config.NAME takes. --points names points

@@ -1,6 +1,6 @@
 """Compiles an experiment's train step for machines that are not here, and says whether it fits.
 
-python -m experiments.plan --config=experiments/configs/paper_133m.py --topology=v5e:16x16
+python -m stca_jax.experiments.plan --config=experiments/configs/paper_133m.py --topology=v5e:16x16
     [--num_slices=N] [--config.NAME=VALUE ...] [--vocabulary=item=100000000,...] [--json]
     [--data_dir=DIR]
 

@@ -1,6 +1,6 @@
 """Scores a file of requests by an exported model.
 
-    python -m experiments.predict --model=DIR --requests=FILE.parquet --output=FILE.parquet
+    python -m stca_jax.experiments.predict --model=DIR --requests=FILE.parquet --output=FILE.parquet
         [--histories=FILE.sqlite] [--encoded]
 
 A row of --requests is a request: `user`, `time` (Unix seconds), a list for each target feature, a

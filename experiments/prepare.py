@@ -1,7 +1,7 @@
 """Prepares a dataset: published files, or a log of interactions of one's own.
 
-python -m experiments.prepare --dataset=NAME[/CONFIG] [--manual_dir=DIR] [--data_dir=DIR]
-python -m experiments.prepare --dataset=interaction_log --name=NAME --log=PATH
+python -m stca_jax.experiments.prepare --dataset=NAME[/CONFIG] [--manual_dir=DIR] [--data_dir=DIR]
+python -m stca_jax.experiments.prepare --dataset=interaction_log --name=NAME --log=PATH
     [--user_id=COLUMN --item_id=COLUMN --timestamp=COLUMN --labels=COLUMN,... ...] [--dry_run]
 
 Of a log it first prints a profile; --dry_run stops there. The same command goes on after a kill.
@@ -68,7 +68,7 @@ def main() -> None:
     config = _write_config(dataset, name)
     elsewhere = f" --data_dir={shlex.quote(str(data_dir))}" if launch.DATA_DIR.value else ""
     print(
-        f"Train with\n  python -m experiments.train --config={shlex.quote(str(config))}"
+        f"Train with\n  python -m stca_jax.experiments.train --config={shlex.quote(str(config))}"
         f"{elsewhere} --workdir=DIR\nor another config and --config.dataset={name}\n"
         f"The dataset is in {folder}"
     )

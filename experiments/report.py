@@ -1,6 +1,6 @@
 """Draws one page about one or more runs.
 
-python -m experiments.report --workdir=/path/to/run [--workdir=/path/to/another ...]
+python -m stca_jax.experiments.report --workdir=/path/to/run [--workdir=/path/to/another ...]
     --output=report.html
 
 The page holds quality by history length (beside the references, where an evaluation wrote them), by

@@ -1,6 +1,6 @@
 """Trains one experiment, or goes on with it.
 
-python -m experiments.train --config=experiments/configs/tiny.py --workdir=/path/to/run
+python -m stca_jax.experiments.train --config=experiments/configs/tiny.py --workdir=/path/to/run
     [--config.NAME=VALUE ...] [--data_dir=DIR]
 
 The same command, run again after an interruption, continues from the latest checkpoint. With
@@ -12,6 +12,7 @@ Exit status: 0 finished, 1 an error, 143 after SIGTERM and 130 after Ctrl-C, bot
 from __future__ import annotations
 
 import logging
+import shlex
 
 from absl import flags
 
@@ -44,11 +45,13 @@ def main() -> int:
             launch.command(),
         )
         return 128 + result.signal
+    named = {"workdir": str(workdir), "data_dir": launch.DATA_DIR.value}
+    arguments = shlex.join(f"--{name}={value}" for name, value in named.items() if value)
     _log.info(
-        "finished %d steps; evaluate with\n  python -m experiments.evaluate --workdir=%s\n"
+        "finished %d steps; evaluate with\n  python -m stca_jax.experiments.evaluate %s\n"
         "checkpoints, metrics and config are in %s",
         result.step,
-        workdir,
+        arguments,
         workdir,
     )
     return 0

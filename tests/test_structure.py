@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -14,24 +15,10 @@ FILES = sorted(
     if "notebooks" not in path.parts  # read from top to bottom, in cells
     and not any(parent.is_symlink() for parent in path.parents)  # data and experiments, again
 )
-# From the bottom up; what a layer imports lies in it or below.
-LAYERS = [
-    ("errors",),
-    ("imports", "files", "schema", "lock"),
-    ("config_form", "config", "config_source", "ranges", "compilation_cache"),
-    ("batch",),
-    ("ops",),
-    ("models", "input"),
-    ("serving",),
-    ("training",),
-    ("evaluation",),
-    ("experiment",),
-    ("workdir", "device_plan"),
-    ("trainer", "length_study", "export", "recommended"),
-    ("data",),
-    ("comparison",),
-    ("experiments",),
-]
+ARCHITECTURE = (REPOSITORY / "docs" / "architecture.md").read_text()
+# The drawing, from the bottom up; what a layer imports lies in it or below.
+(DRAWING,) = re.findall(r"^Imports point down.*\n\n((?:    .*\n)+)", ARCHITECTURE, re.MULTILINE)
+LAYERS = [line.split() for line in reversed(DRAWING.splitlines())]
 LAYER = {name: k for k, names in enumerate(LAYERS) for name in names}
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 80, 8
 
@@ -60,6 +47,13 @@ def imports(path):
 def layer(module):
     _, *rest = module.split(".")
     return LAYER[rest[0]] if rest else 0
+
+
+def test_the_drawing_and_the_layout_have_every_part():
+    parts = {module.split(".")[1] for module in MODULES if "." in module}
+    assert parts == LAYER.keys()
+    (layout,) = re.findall(r"^## Layout\n\n((?:    .*\n)+)", ARCHITECTURE, re.MULTILINE)
+    assert parts <= set(re.findall(r"\w+", layout))
 
 
 def test_imports_point_down():

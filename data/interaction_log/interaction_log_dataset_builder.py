@@ -74,7 +74,7 @@ class LogDatasetBuilder(UserDatasetBuilder, skip_registration=True):  # type: ig
         if manual_dir is None and self.MANUAL_DOWNLOAD_INSTRUCTIONS:
             config = f"/{self.builder_config.name}" if self.builder_config else ""
             raise FileNotFoundError(
-                f"run python -m experiments.prepare --dataset={self.name}{config} "
+                f"run python -m stca_jax.experiments.prepare --dataset={self.name}{config} "
                 f"--manual_dir=FOLDER, a folder of the files. {self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
             )
         source = LogSource.open(self.log_config(manual_dir))
@@ -149,7 +149,8 @@ def find_builder(name: str, data_dir: pathlib.Path) -> Builder:
     if name not in found:
         raise UserError(
             f"no prepared log in {folder} is called {name!r}, but {', '.join(found) or 'none'}: "
-            f"run python -m experiments.prepare --dataset={Builder.name} --name={name or 'NAME'} "
+            f"run python -m stca_jax.experiments.prepare --dataset={Builder.name} "
+            f"--name={name or 'NAME'} "
             "--log=PATH ..."
         )
     metadata = json.loads((folder / name / str(Builder.VERSION) / "metadata.json").read_text())

@@ -1,6 +1,6 @@
 """The function that the labels were drawn from, and how well it and simple references rank.
 
-    python -m data.synthetic_interests.truth --config=default [--data_dir=DIR]
+    python -m stca_jax.data.synthetic_interests.truth --config=default [--data_dir=DIR]
 
 prints the AUC of the test requests at several history lengths. The columns: `truth` is the true
 function of the window, `refitted` a logistic regression on its terms, fitted anew for each length

@@ -1,7 +1,7 @@
 """The op alone: every implementation and order, forward and backward; block sizes tuned on request.
 
-    python -m experiments.benchmarks.attention --json=attention.jsonl
-    python -m experiments.benchmarks.attention --autotune --implementation=mosaic_tpu
+    python -m stca_jax.experiments.benchmarks.attention --json=attention.jsonl
+    python -m stca_jax.experiments.benchmarks.attention --autotune --implementation=mosaic_tpu
 
 `--autotune` times the op for a grid of block sizes on the device at hand and prints the best, to be
 passed as `block_sizes`.  Sizes whose blocks do not fit the device are reported and skipped.

@@ -1,6 +1,6 @@
 """Input: requests per second and core, bytes on disk, fill, and memory, against two common layouts.
 
-    python -m experiments.benchmarks.input --json=input.jsonl
+    python -m stca_jax.experiments.benchmarks.input --json=input.jsonl
 
 Logs: Complete Journey; synthetic users with Zipf-like lengths up to 10,000; synthetic requests of
 10,000 earlier events each.  Layouts of the same requests:

@@ -1,6 +1,6 @@
 """How many events training requests read, by planning an epoch: no record is read.
 
-python -m experiments.benchmarks.lengths --config=experiments/configs/complete_journey.py
+python -m stca_jax.experiments.benchmarks.lengths --config=experiments/configs/complete_journey.py
     [--config.NAME=VALUE ...] [--data_dir=DIR]
 
 Mean and quartiles over the requests of the first epoch: what the length sampler draws, what they

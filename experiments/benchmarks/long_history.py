@@ -1,6 +1,6 @@
 """Time and memory of a sequence module on one request, by the length of its history.
 
-python -m experiments.benchmarks.long_history [--module=SequenceO1Config]
+python -m stca_jax.experiments.benchmarks.long_history [--module=SequenceO1Config]
     [--lengths=10000,30000,100000] [--targets=16] [--seconds=20]
 
 Scoring, and gradients of all weights and tokens (layers computed again in the backward pass), at

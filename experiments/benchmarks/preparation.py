@@ -1,6 +1,6 @@
 """Prepares a generated log of interactions: time, memory and disk, with or without kills.
 
-python -m experiments.benchmarks.preparation --events=100_000_000 --folder=DIR [--kills=3]
+python -m stca_jax.experiments.benchmarks.preparation --events=100_000_000 --folder=DIR [--kills=3]
     [--json=FILE]
 
 Users' histories have Zipf-like lengths up to 10,000.  Every event is an impression, eight to a
@@ -74,11 +74,12 @@ def main() -> None:
 
 def start(log: pathlib.Path, data_dir: pathlib.Path) -> subprocess.Popen:
     """The preparation, as a user runs it."""
-    options = {"log": log, "data_dir": data_dir, "labels": "click", "request_id": "request_id",
-               "history_features": "action", "name": "benchmark"}  # fmt: skip
+    options = {"dataset": "interaction_log", "name": "benchmark", "log": log,
+               "data_dir": data_dir, "labels": "click", "request_id": "request_id",
+               "history_features": "action"}  # fmt: skip
     arguments = [f"--{name}={value}" for name, value in options.items()]
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.prepare", "--dataset=interaction_log", *arguments],
+        [sys.executable, "-m", "stca_jax.experiments.prepare", *arguments],
         stdout=subprocess.DEVNULL,
     )
 

@@ -1,7 +1,7 @@
 r"""What serving costs on one core, against a floor measured in the same run; and its exactness.
 
     XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0 \
-        python -m experiments.benchmarks.serving --workdir=/path/to/run [--max_history=10240]
+        python -m stca_jax.experiments.benchmarks.serving --workdir=DIR [--max_history=10240]
         [--requests=10000] [--seconds=3] [--data_dir=DIR]
 
 Exports the run twice, cached and uncached, and times, for a user of --max_history events drawn at

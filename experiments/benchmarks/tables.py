@@ -1,6 +1,6 @@
 """Train steps on the same batch with item tables of growing size: time should not grow with them.
 
-    python -m experiments.benchmarks.tables --json=tables.jsonl
+    python -m stca_jax.experiments.benchmarks.tables --json=tables.jsonl
 
 Prints the time of a step for each size, over that of the smallest, and the temporary memory of the
 step next to the table itself.  The batch touches the same number of rows, spread over the table.

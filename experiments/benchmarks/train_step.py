@@ -1,6 +1,6 @@
 """The ladder: forward and backward of the sequence module, one line per cumulative improvement.
 
-    taskset -c 0 python -m experiments.benchmarks.train_step --json=train_step.jsonl
+    taskset -c 0 python -m stca_jax.experiments.benchmarks.train_step --json=train_step.jsonl
 
 Steps: one history per impression · one per request, einsum · order by the cost model · tiled ·
 fused · the device's kernels · ragged lengths packed into rows; with PyTorch installed

@@ -95,7 +95,7 @@ for name, mesh_config in meshes.items():
 # `--topology=v5e:16x16` take the same command some minutes.
 
 # %% language="bash"
-# python -m experiments.plan --config=experiments/configs/tiny.py --data_dir=$DATA_DIR \
+# python -m stca_jax.experiments.plan --config=experiments/configs/tiny.py --data_dir=$DATA_DIR \
 #   --config.model.sequence.num_layers=$NUM_LAYERS --topology=$TOPOLOGY 2>&1
 
 # %% [markdown]

@@ -38,13 +38,12 @@ NUM_HOUSEHOLDS = 600
 MAX_STEPS = 150
 
 # %%
-import html
 import os
 import pathlib
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from IPython.display import HTML
+from IPython.display import Image, display
 
 # The cells below that begin with %%bash see these.
 os.environ |= {"LOG": LOG, "DATA_DIR": DATA_DIR, "WORKDIR": WORKDIR, "MAX_STEPS": str(MAX_STEPS)}
@@ -73,7 +72,7 @@ pq.read_table(LOG).slice(0, 5).to_pylist()
 # items from sampled ones; with `--labels=clicked` it is your own.
 
 # %% language="bash"
-# python -m experiments.prepare --dataset=interaction_log --name=mine --log=$LOG --data_dir=$DATA_DIR \
+# python -m stca_jax.experiments.prepare --dataset=interaction_log --name=mine --log=$LOG --data_dir=$DATA_DIR \
 #   --user_id=household_id --item_id=product_id --timestamp=transaction_timestamp \
 #   --history_features=quantity:numeric
 
@@ -88,7 +87,7 @@ pq.read_table(LOG).slice(0, 5).to_pylist()
 
 # %% language="bash"
 # DEVICES=$(python -c "import jax; print(jax.device_count())")
-# python -m experiments.train --config=experiments/configs/complete_journey.py --data_dir=$DATA_DIR \
+# python -m stca_jax.experiments.train --config=experiments/configs/complete_journey.py --data_dir=$DATA_DIR \
 #   --workdir=$WORKDIR --config.dataset=interaction_log/mine \
 #   --config.input.length.maximum=1024 --config.input.length.average=256 \
 #   --config.input.row_length=1280 --config.input.targets_per_row=640 \
@@ -104,17 +103,18 @@ pq.read_table(LOG).slice(0, 5).to_pylist()
 # one trained as briefly as this one may not.
 
 # %% language="bash"
-# python -m experiments.evaluate --workdir=$WORKDIR --data_dir=$DATA_DIR --lengths=50,200,1000 \
+# python -m stca_jax.experiments.evaluate --workdir=$WORKDIR --data_dir=$DATA_DIR --lengths=50,200,1000 \
 #   --min_history=200 2>&1
 
 # %% [markdown]
 # ## Report
 #
-# One HTML page with charts and the config, to keep or to send; the same charts lie beside it as images.
+# One HTML page with a summary, charts and the config, to keep or to send: open `report.html` in a browser. The
+# charts also lie beside it as images; here are two.
 
 # %% language="bash"
-# python -m experiments.report --workdir=$WORKDIR --output=$WORKDIR/report.html
+# python -m stca_jax.experiments.report --workdir=$WORKDIR --output=$WORKDIR/report.html
 
 # %%
-page = html.escape(pathlib.Path(WORKDIR, "report.html").read_text())
-HTML(f'<iframe srcdoc="{page}" width="100%" height="700" style="border: 0"></iframe>')
+for chart in ("auc_by_length", "training_loss"):
+    display(Image(pathlib.Path(WORKDIR, "report", f"{chart}.png").read_bytes(), width=560))

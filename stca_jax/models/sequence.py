@@ -47,7 +47,6 @@ class SequenceOutput(NamedTuple):
     counts: Float[Array, "R M C"]
 
 
-SequenceModule = Callable[[SequenceInput], SequenceOutput]
 # A history as targets see it: from target tokens [R, M, D] to what they gather from it.
 HistoryReader = Callable[[Float[Array, "R M D"]], SequenceOutput]
 
@@ -121,7 +120,7 @@ class SequenceConfig(abc.ABC):
 
     @abc.abstractmethod
     def make(self, *, remat: bool, rngs: nnx.Rngs) -> nnx.Module:
-        """The module, a `SequenceModule`.
+        """The module: called with a `SequenceInput`, it returns a `SequenceOutput`.
 
         Args:
           remat: Compute layers again in the backward pass instead of keeping their activations.

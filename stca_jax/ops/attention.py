@@ -105,7 +105,8 @@ def target_to_history_attention(
       histories, and without targets there is nothing to return: arrays of size zero.
 
     Raises:
-      ValueError: shapes that do not fit together, or an unknown option.
+      ValueError: shapes that do not fit together or do not divide over the mesh, an unknown option,
+        or an implementation that cannot run, see `Implementation.unavailable`.
     """
     weights = Weights(None, w_key, w_value)
     return _attention(query, Tokens(history, history_score), weights, ranges, options)
@@ -142,7 +143,7 @@ def history_layer(
       See `target_to_history_attention`.
 
     Raises:
-      ValueError: shapes that do not fit together, or an unknown option.
+      ValueError: see `target_to_history_attention`.
     """
     weights = Weights(encoder, w_key, w_value)
     return _attention(query, Tokens(tokens, history_score), weights, ranges, options)

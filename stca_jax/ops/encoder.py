@@ -56,7 +56,7 @@ class HistoryEncoder:
 
 
 def encode_history(encoder: HistoryEncoder, tokens: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """LN([x +] ((x W_u) * swish(x W_v)) W_o), in the dtype of the tokens; statistics in float32."""
+    """E1: LN([x +] ((x W_u) * swish(x W_v)) W_o), in the tokens' dtype; statistics in float32."""
     return encode_transposed(transpose_out(encoder), tokens)
 
 

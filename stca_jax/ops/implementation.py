@@ -1,4 +1,15 @@
-"""What an implementation of the op is: one class that says whether and why it can run where."""
+"""What an implementation of the op is: one class that says whether and why it can run where.
+
+For target j with range [s, e), head h and the tokens x~ of the range, encoded by E1 if the weights
+have an encoder, an implementation computes
+
+    z_l = q_jh . (x~_l W_K,h) / sqrt(K) + score_lh     a = softmax of z over s <= l < e     (E3)
+    o_jh = sum over the range of a_l x~_l W_V,h         log_sum_exp_jh = log sum exp z_l     (E4)
+
+Scores, softmax and sums are float32, whatever the dtype of the arrays (float32 or bfloat16).
+`stca_jax.ops.attention` has checked the shapes and divides rows and tokens over the devices of a
+mesh: an implementation sees one device's part.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +77,8 @@ class Implementation(abc.ABC):
     def unavailable(self, platform: str) -> str | None:
         """Why it cannot run, and what to do instead; None if it can.
 
+        `attend` where it cannot run raises this as a ValueError, once it is lowered.
+
         Args:
           platform: As JAX names it: "cpu", "gpu" or "tpu".
         """
@@ -84,24 +97,30 @@ class Implementation(abc.ABC):
     ) -> tuple[Float[Array, "R M H K"], Float[Array, "R M H"]]:
         """E3 and E4 over each target's range; at least one target and one token.
 
+        Differentiable in the queries, tokens, scores and weights.
+
         Args:
           query: Queries after W_Q, not yet scaled.
-          tokens: Tokens of the rows.
-          weights: In the dtype of the queries.
-          ranges: Of each target.
+          tokens: Tokens of the rows, and their scores.
+          weights: W_K and W_V in the dtype of the queries.
+          ranges: int32, of each target, within [0, L].
           order: Which algebra.
           block_sizes: Tile sizes, if it has tiles; None for its defaults.
 
         Returns:
-          float32 weighted sums of the values and log-sum-exps; 0 and -inf for an empty range.
+          float32 weighted sums o of the values and log-sum-exps; 0 and -inf for an empty range.
+
+        Raises:
+          ValueError: see `unavailable`, or the blocks do not fit the device.
         """
 
 
 class GroupedImplementation(Implementation):
     """An implementation by grouped attention, which both orders of the algebra are.
 
-    G groups of A heads share keys and values of width E.  Projected has G = H groups of one head;
-    absorbed has one group of H heads, whose keys and values are the encoded tokens themselves.
+    G groups of A heads share keys and values of width E.  Projected has G = H groups of one head,
+    and E = K; absorbed has one group of A = H heads, and E = D: its keys and values are the encoded
+    tokens themselves, and q W_K^T before and W_V after it are of M targets, not of L tokens.
     """
 
     @abc.abstractmethod
@@ -116,14 +135,17 @@ class GroupedImplementation(Implementation):
         """Grouped attention of each target over its range.
 
         Args:
-          query: Scaled queries, in the space of the keys.
-          tokens: Tokens of the rows.
+          query: Queries over sqrt(K), in the space of the keys and the dtype of the tokens.
+          tokens: Tokens of the rows; scores of head h are of group h // A.
           weights: What turns tokens into keys and values.
           ranges: Of each target.
           block_sizes: Tile sizes; None for the defaults.
 
         Returns:
           float32 weighted sums of the values and log-sum-exps; 0 and -inf for an empty range.
+
+        Raises:
+          ValueError: see `Implementation.attend`.
         """
 
     def attend(

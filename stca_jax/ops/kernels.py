@@ -56,7 +56,11 @@ class Inputs(NamedTuple):
 
 
 class Kernels(GroupedImplementation):
-    """Forward and backward of one kind of device."""
+    """Pallas kernels, forward and backward, of one kind of device.
+
+    They can be traced anywhere, for a program may be compiled for another machine; lowering them
+    for a platform that is not theirs raises ValueError with the reason that `unavailable` gives.
+    """
 
     @property
     @abc.abstractmethod
@@ -74,7 +78,7 @@ class Kernels(GroupedImplementation):
 
     @abc.abstractmethod
     def default_block_sizes(self, heads_per_group: int, width: int, dtype: Any) -> BlockSizes:
-        """Block sizes for keys of that width and dtype."""
+        """Block sizes for A heads per group and keys of that width and dtype."""
 
     @abc.abstractmethod
     def padded_sizes(self, width: int, columns: int, history: int) -> tuple[int, int, int]:
@@ -82,13 +86,31 @@ class Kernels(GroupedImplementation):
 
     @abc.abstractmethod
     def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
-        """Weighted sums [J, G, E, C] and log-sum-exps [J, G, 1, C], 0 where empty."""
+        """E3 and E4 of all target tiles.
+
+        Returns:
+          float32 weighted sums [J, G, E, C] and log-sum-exps [J, G, 1, C], both 0 where empty.
+
+        Raises:
+          ValueError: blocks that do not fit the device's fast memory, or a device that is too old.
+        """
 
     @abc.abstractmethod
     def backward(
         self, tiling: Tiling, inputs: Inputs, d_output: Array, log_sum_exp: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
-        """Gradients of query, key and value."""
+        """Gradients of the queries, keys and values.
+
+        Args:
+          tiling: How the batch is cut.
+          inputs: Of the forward pass.
+          d_output: Gradient of the weighted sums [J, G, E, C], in the dtype of the queries.
+          log_sum_exp: As `forward` returned it.
+          delta: float32 [J, G, 1, C], such that d(score) = weight * (d(weight) - delta).
+
+        Returns:
+          Of the shapes of `inputs`: float32 for the queries, the keys' dtype for keys and values.
+        """
 
     def attend_grouped(
         self,

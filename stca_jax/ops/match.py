@@ -68,6 +68,12 @@ def match_statistics(
       request_time: Seconds; ages are relative to it.
       ranges: Of each target.
       decay_seconds: Time constants of the decayed counts.
+
+    Returns:
+      float32 statistics; 0, 0 and +inf where there are no targets, tokens or matches.
+
+    Raises:
+      ValueError: rows or length do not divide over the mesh, see `on_mesh`.
     """
     fields = list(target_ids)
     if 0 in ranges.start.shape or history_time.shape[1] == 0:

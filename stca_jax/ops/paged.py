@@ -149,6 +149,9 @@ def project_pages(
       where: Of each user.
       w_key: W_K of E3 for all heads.
       w_value: W_V of E4 for all heads.
+
+    Returns:
+      K and V of E3 and E4, in the dtype of `w_key`, zero in pages that no user fills.
     """
     U, p = where.pages.shape
     _, H, K = w_key.shape

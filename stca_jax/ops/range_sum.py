@@ -42,7 +42,7 @@ def range_sum(
     *,
     block_sizes: BlockSizes | None = None,
 ) -> Array:
-    """The sum over each target's range, [R, M, ...] in float32.
+    """The sum over each target's range, [R, M, ...] in float32; 0 for an empty range.
 
     Differentiable in all arrays of floats.
 
@@ -55,6 +55,9 @@ def range_sum(
       per_token: Arrays [R, L, ...]; tokens that no range covers must be finite.
       ranges: Of each target.
       block_sizes: Tiles of `history` tokens and `targets` targets.
+
+    Raises:
+      ValueError: rows or length do not divide over the mesh, see `on_mesh`.
     """
     here = block_sizes or (
         BlockSizes(history=1024, targets=1024)

@@ -13,7 +13,7 @@ from stca_jax.ranges import Ranges
 
 
 class Reference(Implementation):
-    """The einsums, anywhere."""
+    """E1, E3 and E4 as einsums over whole rows, anywhere: arrays [R, M, L, H] and [R, L, D]."""
 
     def attend(
         self,

@@ -56,7 +56,7 @@ class _Ranges(NamedTuple):
 
 
 class Tiled(GroupedImplementation):
-    """The tiled implementation, anywhere."""
+    """Loops over touched pairs of tiles, anywhere: XLA compiles them for every platform."""
 
     def attend_grouped(
         self,

@@ -95,7 +95,14 @@ class Tiling:
 
 
 def make_tiling(rows: int, length: int, targets: int, sizes: BlockSizes) -> Tiling:
-    """Equal tiles no larger than `sizes`, with as little padding as the shapes allow."""
+    """Equal tiles no larger than `sizes`, with as little padding as the shapes allow.
+
+    Args:
+      rows: R, at least 1.
+      length: L, at least 1.
+      targets: M, at least 1.
+      sizes: Most tokens and targets.
+    """
     tiles_per_row = -(-length // sizes.history)
     history = -(-length // tiles_per_row)
     num_tiles = rows * tiles_per_row

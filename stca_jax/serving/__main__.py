@@ -44,7 +44,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         epilog=f"A bearer token that requests must carry is read from the environment, {TOKEN}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="folder of python -m experiments.export")
+    made_by = "folder of python -m stca_jax.experiments.export"
+    parser.add_argument("--model", required=True, help=made_by)
     parser.add_argument("--name", default="stca", help="of the model, in paths under /v2")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")

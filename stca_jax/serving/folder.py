@@ -120,7 +120,7 @@ def read_folder(directory: str | os.PathLike[str]) -> ModelInfo:
     except OSError as error:
         raise UserError(
             f"{folder} is no exported model ({error.strerror}: {MODEL}); "
-            "python -m experiments.export makes one"
+            "python -m stca_jax.experiments.export makes one"
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): export the model again") from None

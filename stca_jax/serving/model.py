@@ -57,7 +57,7 @@ class ServingModel:
         `Scorer` then checks the golden requests, on the device and in the cache that will serve.
 
         Args:
-          directory: What `python -m experiments.export` wrote.
+          directory: What `python -m stca_jax.experiments.export` wrote.
           cache: "keys_values", "tokens" (1/2 of the memory, slower) or "int8" (1/8, and logits
             that differ a little; by how much is in model.json). A model that is served uncached has
             none of them.

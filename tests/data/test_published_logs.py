@@ -210,6 +210,6 @@ def test_missing_files_are_named(tmp_path, name, message):
     (tmp_path / "other" / "archive.zip").touch()
     with pytest.raises(FileNotFoundError, match=message):
         prepare(name, tmp_path / "data", manual_dir=tmp_path / "other")
-    command = f"python -m experiments.prepare --dataset={name} --manual_dir=FOLDER"
+    command = f"python -m stca_jax.experiments.prepare --dataset={name} --manual_dir=FOLDER"
     with pytest.raises(FileNotFoundError, match=command):
         prepare(name, tmp_path / "data")

@@ -64,7 +64,8 @@ def test_profile_then_dataset_then_training(tmp_path, log):
     assert "--config.dataset=interaction_log/mine" in output
     folder = f"{data_dir}/interaction_log/mine/1.0.0"
     assert output.splitlines()[-1] == f"The dataset is in {folder}"
-    printed = re.search(r"^  python -m experiments.train (.*) --workdir=DIR$", output, re.MULTILINE)
+    train = r"^  python -m stca_jax\.experiments\.train (.*) --workdir=DIR$"
+    printed = re.search(train, output, re.MULTILINE)
     assert printed[1] == f"--config={folder}/train_config.py --data_dir={data_dir}"
 
     status, again = prepare(data_dir, log)
@@ -82,6 +83,8 @@ def test_profile_then_dataset_then_training(tmp_path, log):
     )
     assert status == 0, output
     assert "finished 2 steps" in output
+    evaluate = r"^  python -m stca_jax\.experiments\.evaluate --workdir=\S+ (.*)$"
+    assert re.search(evaluate, output, re.MULTILINE)[1] == f"--data_dir={data_dir}"
 
 
 @pytest.mark.parametrize(
@@ -112,4 +115,4 @@ def test_training_on_an_unprepared_log_says_how_to_prepare_it(tmp_path):
         f"--data_dir={tmp_path}",
     )
     assert status == 1
-    assert "python -m experiments.prepare --dataset=interaction_log --name=mine" in output
+    assert "python -m stca_jax.experiments.prepare --dataset=interaction_log --name=mine" in output

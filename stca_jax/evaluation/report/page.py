@@ -39,7 +39,8 @@ def write_report(runs: Sequence[Run], output: str | os.PathLike[str]) -> list[pa
     tasks = sorted({row.get("task") for row in scored}, key=str)
     if not tasks:
         names = ", ".join(run.name for run in runs)
-        raise UserError(f"no evaluation of {names} yet: run python -m experiments.evaluate first")
+        evaluate = "python -m stca_jax.experiments.evaluate"
+        raise UserError(f"no evaluation of {names} yet: run {evaluate} first")
     charts = [chart for task in tasks for chart in quality_charts(runs, task)]
     charts += training_charts(runs)
     folder = output.with_suffix("")
