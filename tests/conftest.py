@@ -19,8 +19,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # In this process, XLA's older emitters: they compile in half the time. Processes that tests start
 # compile as those of users do.
-_FLAGS = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = f"{_FLAGS or ''} --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 
@@ -34,9 +33,8 @@ from stca_jax.input.dataset import RequestDataset
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs another platform than this one."""
     backend = jax.default_backend()  # has read XLA_FLAGS
-    del os.environ["XLA_FLAGS"]
-    if _FLAGS is not None:
-        os.environ["XLA_FLAGS"] = _FLAGS
+    given = os.environ["XLA_FLAGS"].removesuffix("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = given.strip()
     for name in {"gpu", "tpu"} - {backend}:
         for item in items:
             if item.get_closest_marker(name):
