@@ -2,13 +2,20 @@ r"""What serving costs on one core, against a floor measured in the same run; an
 
     XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0 \
         python -m stca_jax.experiments.benchmarks.serving --workdir=DIR [--max_history=10240]
-        [--requests=10000] [--seconds=3] [--data_dir=DIR]
+        [--requests=10000] [--seconds=3] [--load_seconds=600 --loads=0.7] [--output=DIR]
 
 Exports the run twice, cached and uncached, and times, for a user of --max_history events drawn at
 random: scoring 1, 100 and 1,000 candidates, NumPy in and probabilities out, uncached as well; an
 append; and encoding a whole history. The floor is the attention's and the target side's products at
 the peak rate of products, and one exponential for each target, event, head and layer at its own
 rate, both measured here. Times are CPU time of this process, the fastest repetition.
+
+With --load_seconds, a server of its own is started twice, and asked over HTTP: the first and the
+second score of every user, what HTTP adds to a score, and an open-loop load of Zipf's users, with
+appends among the scores, for shares (--loads) of the load that saturates it, so many seconds each.
+2,048 candidates are the shape of MLPerf's DLRMv3, whose bound is 80 ms at p99.
+
+With --output, the tables are written there as CSV, and latency against load as a figure.
 
 With --requests, so many test requests are replayed in time order, their users' events appended in
 between, and every logit is compared with the evaluation's, for both exact caches.
@@ -20,6 +27,7 @@ import functools
 import pathlib
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,9 +37,12 @@ from absl import flags
 
 from stca_jax.data.preparation import prepare
 from stca_jax.evaluation.evaluator import request_logits
-from stca_jax.evaluation.tables import format_table
+from stca_jax.evaluation.report.charts import Chart, Line
+from stca_jax.evaluation.report.drawing import draw as draw_chart
+from stca_jax.evaluation.tables import format_table, write_table
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments import launch
+from stca_jax.experiments.benchmarks.serving_load import LoadTest, draw, run_load_test
 from stca_jax.experiments.benchmarks.timing import time_interleaved
 from stca_jax.export.folder import ExportOptions, export_checkpoint
 from stca_jax.export.replay import replay
@@ -44,6 +55,12 @@ _STEP = flags.DEFINE_string("step", "best", "best, last, or the step of a checkp
 _MAX_HISTORY = flags.DEFINE_integer("max_history", 10_240, "Events of a user.", lower_bound=1)
 _REQUESTS = flags.DEFINE_integer("requests", 0, "Compare so many requests.", lower_bound=0)
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "How long to time each line.")
+_LOAD_SECONDS = flags.DEFINE_float("load_seconds", 0.0, "How long to offer each load.")
+_LOADS = flags.DEFINE_list("loads", "0.1,0.3,0.5,0.7,0.9", "Shares of the saturating load.")
+_LOAD_TARGETS = flags.DEFINE_list("load_targets", "100,1000,2048", "Candidates of a score.")
+_USERS = flags.DEFINE_integer("users", 20, "Users of the load test.", lower_bound=1)
+_SERVER = flags.DEFINE_list("server", [], "Options of its server, such as --workers=2.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory for tables and figures.")
 _TARGETS = (1, 100, 1_000)
 _CACHES = ("keys_values", "tokens", "int8")
 _BYTES = 512 << 20
@@ -61,12 +78,60 @@ def main() -> None:
             folders[name] = pathlib.Path(directory) / name
             options = ExportOptions(_MAX_HISTORY.value, name == "uncached")
             export_checkpoint(config, dataset, workdir, step, folders[name], options)
-        print_times(config, folders)
+        if _SECONDS.value:
+            print_table("times", times(config, folders))
+        if _LOAD_SECONDS.value:
+            print_load_test(folders["cached"], pathlib.Path(directory))
         if _REQUESTS.value:
             print_differences(config, dataset, workdir, step, folders["cached"])
 
 
-def print_times(config: ExperimentConfig, folders: dict[str, pathlib.Path]) -> None:
+def print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Prints rows, and writes them to --output."""
+    print(format_table(rows))
+    if _OUTPUT.value:
+        directory = launch.local_path("output", _OUTPUT.value)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_table(directory / f"{name}.csv", rows)
+
+
+def print_load_test(folder: pathlib.Path, directory: pathlib.Path) -> None:
+    """The tables of `serving_load`, and latency against load as a figure."""
+    test = LoadTest(
+        num_users=_USERS.value,
+        num_events=_MAX_HISTORY.value,
+        shares=[float(share) for share in _LOADS.value],
+        seconds=_LOAD_SECONDS.value,
+        num_targets=[int(m) for m in _LOAD_TARGETS.value],
+        options=_SERVER.value,
+    )
+    tables = run_load_test(folder, directory, test)
+    for name, rows in tables.items():
+        print_table(name, rows)
+    for m in test.num_targets if _OUTPUT.value else ():
+        draw_latency(m, [row for row in tables["loads"] if row["candidates"] == m])
+
+
+def draw_latency(num_targets: int, rows: Sequence[dict[str, Any]]) -> None:
+    """Quantiles of latency against load, in --output."""
+    rates = [row["offered (1/s)"] for row in rows]
+    quantiles = ("p50", "p99", "p99.9")
+    chart = Chart(
+        name=f"latency_{num_targets}",
+        title=f"Latency of {num_targets:,} candidates, {_MAX_HISTORY.value:,} events",
+        caption="",
+        x_label="offered load (requests/s)",
+        y_label="ms",
+        lines=[Line(q, rates, [row[f"{q} (ms)"] for row in rows]) for q in quantiles],
+        from_zero=True,
+    )
+    figure = draw_chart(chart)
+    for suffix in ("png", "svg"):
+        path = launch.local_path("output", str(_OUTPUT.value)) / f"{chart.name}.{suffix}"
+        figure.savefig(path, dpi=160, facecolor="white")
+
+
+def times(config: ExperimentConfig, folders: dict[str, pathlib.Path]) -> list[dict[str, Any]]:
     """Times and bytes of each cache, and the floor."""
     rng = np.random.default_rng(0)
     rates = measure_rates()
@@ -104,7 +169,7 @@ def print_times(config: ExperimentConfig, folders: dict[str, pathlib.Path]) -> N
             row[f"{name} (ms)"] = round(found[name], 3) if name in found else None
         row["MB"] = round(scorer.cached[1] / 1e6, 1)
         rows.append(row)
-    print(format_table(rows))
+    return rows
 
 
 def _score(scorer: Scorer, request: ScoreRequest) -> None:
@@ -157,15 +222,6 @@ def floor(config: ExperimentConfig, num_targets: int, rates: dict[str, float]) -
     flops = cost.per_target * num_targets + cost.per_pair * pairs
     exponentials = pairs * getattr(sequence, "num_heads", 0) * cost.num_layers
     return 1e3 * (flops / rates["flops"] + exponentials * rates["exp"])
-
-
-def draw(model: ServingModel, rng: np.random.Generator, level: str, n: int) -> dict[str, Any]:
-    """Random features as trained; ids as frequent as ids of a log, by rank."""
-    sizes = model.info.schema.vocabularies
-    return {
-        name: np.minimum(rng.zipf(1.2, n), sizes[name]) - 1 if name in sizes else rng.normal(size=n)
-        for name in model.info.levels[level].names
-    }
 
 
 def one(model: ServingModel, rng: np.random.Generator) -> dict[str, Any]:

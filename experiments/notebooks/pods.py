@@ -28,7 +28,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("stca_jax") is None:  # on Colab; CPU, GPU and TPU alike
-    package = "stca-jax @ git+https://github.com/stca-jax/stca_jax"
+    package = "stca-jax[train] @ git+https://github.com/stca-jax/stca_jax"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package, "libtpu"], check=True)
 
 # %% tags=["parameters"]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
 import os
 import pathlib
+import resource
 import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python import array_record_module
 from jaxtyping import Int
 from tqdm import tqdm
 
@@ -114,12 +116,12 @@ class RequestDataset:
         for file in self._files:
             file.check_size()
         self._record_ends = np.cumsum([f.records for f in self._files])
-        self._source = ArrayRecordDataSource([f"{f.path}[0:{f.records}]" for f in self._files])
+        self._readers = _Readers()
         self.index = self._load_index()
 
     def __len__(self) -> int:
         """The number of users."""
-        return len(self._source)
+        return int(self._record_ends[-1])
 
     def record(self, i: int) -> UserRecord:
         """Reads the i-th user's record; its columns are read-only views of the bytes read.
@@ -130,11 +132,13 @@ class RequestDataset:
         """
         if not 0 <= i < len(self):
             raise IndexError(f"no user {i}; the dataset has {len(self)}")
+        k = int(np.searchsorted(self._record_ends, i, side="right"))
+        file, end = self._files[k], int(self._record_ends[k])
         try:
-            columns = _matrices(read_example(self._source[i]), self.schema)
+            example = self._readers.reader(file.path).read([i - end + file.records])[0]
+            columns = _matrices(read_example(example), self.schema)
         except (RuntimeError, ValueError) as error:
-            file = self._files[np.searchsorted(self._record_ends, i, side="right")]
-            raise file.damaged(str(error)) from error
+            raise file.unreadable(str(error)) from error
         return decode_record(columns, self.schema)
 
     @functools.cached_property
@@ -204,6 +208,28 @@ class RequestDataset:
 _INDEX_FIELDS = dataclasses.fields(RequestIndex)
 
 
+class _Readers:
+    """Readers of the record files read last; can be sent to other processes, without them.
+
+    As many as a quarter of the files that a process may have open: other files are opened again
+    when they are read again.  A reader closes its file when nothing holds it.
+    """
+
+    def __init__(self) -> None:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        several = None if limit == resource.RLIM_INFINITY else max(1, limit // 4)
+        self.reader = functools.lru_cache(several)(_open_record_file)
+
+    def __reduce__(self) -> tuple[type[_Readers], tuple[()]]:
+        return _Readers, ()
+
+
+def _open_record_file(path: pathlib.Path) -> array_record_module.ArrayRecordReader:
+    return array_record_module.ArrayRecordReader(
+        os.fspath(path), options="readahead_buffer_size:0", file_reader_buffer_size=32_768
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _RecordFile:
     """A record file, as it was when the dataset was prepared."""
@@ -229,8 +255,17 @@ class _RecordFile:
         """Changes when the dataset is prepared anew or the file is touched; cheap to compute."""
         return self.path.name, self.sha256, self.path.stat().st_mtime_ns
 
+    def unreadable(self, reason: str) -> DatasetError:
+        """The error to raise if a record cannot be read."""
+        if os.strerror(errno.EMFILE) in reason:
+            return DatasetError(
+                f"record file {self.path} cannot be opened ({reason}): allow this process more "
+                "open files, such as by ulimit -n 65536"
+            )
+        return self.damaged(reason)
+
     def damaged(self, reason: str) -> DatasetError:
-        """The error to raise."""
+        """The error to raise if a file is not what it was."""
         return DatasetError(
             f"record file {self.path} is damaged, truncated or changed ({reason}): delete "
             f"{self.path.parent} and prepare the dataset again"

@@ -9,6 +9,10 @@ Needs jax, numpy, jaxtyping, safetensors and flatbuffers (which jax.export reads
 that training needs. See docs/serving.md.
 """
 
+from stca_jax.extras import require
+
+require("serving", "flatbuffers", "safetensors")
+
 from stca_jax.serving.events import Events
 from stca_jax.serving.histories import HistoryStore, SqliteHistories
 from stca_jax.serving.model import ServingModel

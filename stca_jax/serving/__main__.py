@@ -1,6 +1,6 @@
 """Serves an exported model over HTTP.
 
-python -m stca_jax.serving --model=DIR [--port=8080] [--histories=FILE.sqlite]
+python -m stca_jax.serving --model=DIR [--port=8080] [--histories=FILE.sqlite] [--workers=N]
 
 SIGTERM answers what has come and ends; SIGHUP goes on with the export that --model names then,
 once it has passed its golden requests. The interface: docs/serving.md.
@@ -11,18 +11,20 @@ Exit status: 0 ended by a signal, 1 an error.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import pathlib
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from stca_jax.errors import UserError
+from stca_jax.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from stca_jax.serving import HistoryStore
+    from stca_jax.serving import HistoryStore, Scorer
+    from stca_jax.serving.server.app import ServerOptions
 
 TOKEN = "STCA_SERVING_TOKEN"
 
@@ -47,8 +49,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     made_by = "folder of python -m stca_jax.experiments.export"
     parser.add_argument("--model", required=True, help=made_by)
     parser.add_argument("--name", default="stca", help="of the model, in paths under /v2")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at, or unix:PATH")
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes, each with its users and a cache"
+    )
     parser.add_argument(
         "--histories",
         default=":memory:",
@@ -74,33 +79,19 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    import jax  # only now: --help is quick
-
-    from stca_jax.serving import Scorer, ServingModel
     from stca_jax.serving.server.app import ServerOptions
-    from stca_jax.serving.server.running import Operation, run
+    from stca_jax.serving.server.supervision import WORKER, end_with_parent
     from stca_jax.serving.server.telemetry import JsonLines
 
+    worker = os.environ.get(WORKER)
+    if worker is not None:
+        end_with_parent()
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(JsonLines(**({} if worker is None else {"worker": worker})))
     log = logging.getLogger("stca_jax.serving")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    if options.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", options.compilation_cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    listening = _listen(options.host, options.port)  # a taken port is said before the model loads
-    model = ServingModel.load(pathlib.Path(options.model).resolve(), cache=options.cache)
-    scorer = Scorer(
-        model,
-        _histories(options.histories, options.sync),
-        max_bytes=options.cache_bytes,
-        encoded=options.encoded or None,
-    )
     sizes = _sizes(options.warm_up)
-    scorer.warm_up(sizes)
-    host, port = listening.getsockname()[:2]
-    log.info("listening", extra={"fields": {"host": host, "port": port}})
     settings = ServerOptions(
         name=options.name,
         token=os.environ.get(TOKEN) or None,
@@ -108,9 +99,77 @@ def _serve(options: argparse.Namespace) -> int:
         deadline_seconds=options.deadline,
         max_waiting=options.max_waiting,
     )
-    operation = Operation(pathlib.Path(options.model), sizes, options.drain)
-    run(scorer, settings, operation, [listening])
+    _allow_connections()
+    listening = _listen(options.host, options.port)  # a taken port is said before the model loads
+    model = pathlib.Path(options.model)
+    if options.workers < 1:
+        raise UserError(f"--workers={options.workers}: give 1 or more")
+    if options.workers > 1:
+        _serve_by_workers(options, settings, listening)
+        return 0
+
+    from stca_jax.serving.server.running import Operation, run
+
+    scorer = _open(options, worker)
+    scorer.warm_up(sizes)
+    log.info("listening", extra={"fields": _address(listening)})
+    run(scorer, settings, Operation(model, sizes, options.drain), [listening])
     return 0
+
+
+def _serve_by_workers(
+    options: argparse.Namespace, settings: ServerOptions, listening: socket.socket
+) -> None:
+    from stca_jax.serving.server.front import run_front
+
+    if options.histories == ":memory:":
+        raise UserError(
+            f"--workers={options.workers} needs --histories=FILE.sqlite or redis://HOST:PORT: a "
+            "worker that is started again would have forgotten its users"
+        )
+    logging.getLogger("stca_jax.serving").info("listening", extra={"fields": _address(listening)})
+    command = [sys.executable, "-m", "stca_jax.serving", *sys.argv[1:]]
+    model = pathlib.Path(options.model)
+    run_front(command, model, options.workers, settings, options.drain, listening)
+
+
+def _open(options: argparse.Namespace, worker: str | None) -> Scorer:
+    """The scorer of --model or, of a worker that is started again, of the export before."""
+    import jax  # only now: the front process needs no device
+
+    from stca_jax.serving import Scorer, ServingModel
+    from stca_jax.serving.server.supervision import FALLBACK
+
+    if options.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", options.compilation_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+    def scorer_of(path: str) -> Scorer:
+        model = ServingModel.load(pathlib.Path(path).resolve(), cache=options.cache)
+        histories = _histories(options.histories, options.sync)
+        encoded = options.encoded or None
+        return Scorer(model, histories, max_bytes=options.cache_bytes, encoded=encoded)
+
+    fallback = os.environ.get(FALLBACK)
+    try:
+        return scorer_of(options.model)
+    except UserError as error:
+        if worker is None or fallback is None:
+            raise
+        logging.getLogger("stca_jax.serving").error(
+            "the export cannot serve; the one before does",
+            extra={"fields": {"reason": first_line(error)}},
+        )
+        return scorer_of(fallback)
+
+
+def _allow_connections() -> None:
+    """As many open sockets as the system lets this process have."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # where there are no limits
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _sizes(text: str) -> Sequence[int]:
@@ -141,14 +200,23 @@ def _histories(name: str, sync: bool) -> HistoryStore:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    address: Any = (host, port)
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        if host.startswith("unix:"):
+            family, address = socket.AF_UNIX, host.removeprefix("unix:")
+        else:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.socket(family)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
+        listening.bind(address)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen at --host={host} --port={port}: {error}") from None
     return listening
+
+
+def _address(listening: socket.socket) -> dict[str, Any]:
+    name = listening.getsockname()
+    return {"path": name} if isinstance(name, str) else {"host": name[0], "port": name[1]}
 
 
 if __name__ == "__main__":

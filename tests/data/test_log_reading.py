@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import decimal
 import errno
@@ -320,14 +321,24 @@ def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
     table = columns(user=[k % 59 for k in range(60)])
     log = parquet(tmp_path, **table)
     monkeypatch.setattr(source, "_EVENTS_PER_SHARD", 1)
+    with free_files(16):
+        folder = prepare(tmp_path, config(log, item_trends=("1d",)))
+        dataset = RequestDataset(folder)
+        assert len({dataset.record(u).user_id for u in range(len(dataset))}) == 59
+    assert sum(f["records"] > 0 for f in dataset.metadata["record_files"].values()) > 30
+
+
+@contextlib.contextmanager
+def free_files(number):
+    """Lets this process open so many more files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    in_use = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 30, hard))
+    in_use = {int(name) for name in os.listdir("/proc/self/fd")}
+    limit = next(n for n in range(soft) if n - sum(k < n for k in in_use) >= number)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
-        folder = prepare(tmp_path, config(log))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len(RequestDataset(folder)) == 59
 
 
 def test_without_hard_links_and_with_an_apostrophe_in_the_path(tmp_path, monkeypatch):

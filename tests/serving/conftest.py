@@ -114,3 +114,9 @@ def evaluated(run, split="test", **limits):
 @pytest.fixture(scope="session")
 def expected(everything_run):
     return evaluated(everything_run)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """An option: servers of the session share what one of them has compiled."""
+    return f"--compilation_cache={tmp_path_factory.mktemp('compiled')}"

@@ -262,6 +262,7 @@ ALONE = """
     BLOCKED = ("flax", "optax", "orbax", "grain", "tensorflow_datasets", "array_record",
                "pyarrow", "absl", "tqdm", "duckdb", "tensorboard")
     sys.meta_path.insert(0, Blocked())
+    import stca_jax.serving.server.front, stca_jax.serving.server.running
     from stca_jax.serving import Events, Scorer, ServingModel
     scorer = Scorer(ServingModel.load(sys.argv[1]), encoded=True, max_bytes=64 << 20)
     now = 1_600_000_100

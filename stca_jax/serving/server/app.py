@@ -36,12 +36,12 @@ from stca_jax.serving.events import Events
 from stca_jax.serving.model import MAX_TARGETS
 from stca_jax.serving.scorer import ScoreRequest
 from stca_jax.serving.server import protocol
+from stca_jax.serving.server.answers import RETRY, error_answer, json_answer, read_body
 from stca_jax.serving.server.telemetry import CONTENT_TYPE, Telemetry
 from stca_jax.serving.server.worker import BusyError, LateError, Worker
 
 _log = logging.getLogger("stca_jax.serving")
 _LONGEST_USER = 512  # characters
-_RETRY_SECONDS = 1
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -120,26 +120,25 @@ class Server:
 
     async def _answer(self, operation: str, handler: Handler, request: Request) -> Response:
         if operation != "health" and not self._is_allowed(request):
-            return _error(401, "a bearer token is needed", {"www-authenticate": "Bearer"})
-        retry = {"retry-after": str(_RETRY_SECONDS)}
+            return error_answer(401, "a bearer token is needed", {"www-authenticate": "Bearer"})
         try:
             return await handler(request)
         except HTTPException as error:
-            return _error(error.status_code, error.detail)
+            return error_answer(error.status_code, error.detail)
         except ClientDisconnect:
             return Response(status_code=499)
         except UserError as error:
-            return _error(400, str(error))
+            return error_answer(400, str(error))
         except BusyError:
-            return _error(503, f"{self._options.max_waiting} requests wait already", retry)
+            return error_answer(503, f"{self._options.max_waiting} requests wait already", RETRY)
         except LateError:
             seconds = self._options.deadline_seconds
-            return _error(504, f"its turn had not come after {seconds:g} seconds")
+            return error_answer(504, f"its turn had not come after {seconds:g} seconds")
         except OSError as error:
-            return _error(503, f"the store of histories fails: {first_line(error)}", retry)
+            return error_answer(503, f"the store of histories fails: {first_line(error)}", RETRY)
         except Exception:
             _log.exception("request failed", extra={"fields": {"operation": operation}})
-            return _error(500, "the server failed; its log says why")
+            return error_answer(500, "the server failed; its log says why")
 
     def _is_allowed(self, request: Request) -> bool:
         if self._options.token is None:
@@ -149,16 +148,16 @@ class Server:
 
     async def _append(self, request: Request) -> Response:
         user, events = _user(request), _events(await self._json(request))
-        return _json({"appended": await self._do(lambda: self.scorer.append(user, events))})
+        return json_answer({"appended": await self._do(lambda: self.scorer.append(user, events))})
 
     async def _update(self, request: Request) -> Response:
         user, events = _user(request), _events(await self._json(request))
         await self._do(lambda: self.scorer.update(user, events))
-        return _json({"updated": len(events)})
+        return json_answer({"updated": len(events)})
 
     async def _forget(self, request: Request) -> Response:
         user = _user(request)
-        return _json({"deleted": await self._do(lambda: self.scorer.forget(user))})
+        return json_answer({"deleted": await self._do(lambda: self.scorer.forget(user))})
 
     async def _score(self, request: Request) -> Response:
         user, body = _user(request), await self._json(request)
@@ -168,7 +167,7 @@ class Server:
         )
         version = self.scorer.model.info.version
         probabilities = {task: np.ascontiguousarray(v) for task, v in scored.items()}
-        return _json({"probabilities": probabilities, "model_version": version})
+        return json_answer({"probabilities": probabilities, "model_version": version})
 
     async def _infer(self, request: Request) -> Response:
         body = await self._body(request)
@@ -195,18 +194,18 @@ class Server:
         return await self._worker.do(work, self._options.deadline_seconds)
 
     async def _metadata(self, request: Request) -> Response:
-        return _json(protocol.metadata(self.scorer.model, self._options.name))
+        return json_answer(protocol.metadata(self.scorer.model, self._options.name))
 
     async def _about(self, request: Request) -> Response:
         version = importlib.metadata.version("stca-jax")
         extensions = ["binary_tensor_data"]
-        return _json({"name": "stca_jax", "version": version, "extensions": extensions})
+        return json_answer({"name": "stca_jax", "version": version, "extensions": extensions})
 
     async def _live(self, request: Request) -> Response:
-        return _json({"live": True})
+        return json_answer({"live": True})
 
     async def _ready(self, request: Request) -> Response:
-        return _json({"ready": self.is_ready}, 200 if self.is_ready else 503)
+        return json_answer({"ready": self.is_ready}, 200 if self.is_ready else 503)
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.telemetry.text(), headers={"content-type": CONTENT_TYPE})
@@ -221,14 +220,7 @@ class Server:
         return body
 
     async def _body(self, request: Request) -> bytes:
-        most = self._options.max_body_bytes
-        parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                raise HTTPException(413, f"the body has more than {most:,} bytes")
-            parts.append(part)
-        return b"".join(parts)
+        return await read_body(request, self._options.max_body_bytes)
 
 
 def _events(body: Mapping[str, Any]) -> Events:
@@ -266,17 +258,6 @@ def _check_user(user: str) -> None:
         raise UserError(f"the user's id has {len(user)} characters; give 1 to {_LONGEST_USER}")
 
 
-def _json(value: Any, status: int = 200) -> Response:
-    content = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(content, status, {"content-type": "application/json"})
-
-
-def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> Response:
-    response = _json({"error": text}, status)
-    response.headers.update(headers or {})
-    return response
-
-
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(error.status_code, error.detail, error.headers)
+    return error_answer(error.status_code, error.detail, error.headers)

@@ -72,6 +72,27 @@ def read_request(body: bytes, header_length: str | None) -> tuple[ScoreRequest, 
     return _score_request(tensors), header
 
 
+def user_of(body: bytes, header_length: str | None) -> str:
+    """Whose request it is; no other tensor is decoded.
+
+    Raises:
+      UserError: the body does not follow the protocol; `read_request` says so too.
+    """
+    header, binary = _split(body, header_length)
+    user, at = None, 0
+    inputs = header.get("inputs")
+    for tensor in inputs if isinstance(inputs, list) else []:
+        size = _parameters(tensor).get("binary_data_size", 0)
+        if not isinstance(size, int) or size < 0:
+            raise UserError(f"a tensor has binary_data_size {size!r}")
+        if isinstance(tensor, dict) and tensor.get("name") == "user":
+            user = _one("user", _tensor(tensor, binary[at : at + size])[0])
+        at += size
+    if user is None:
+        raise UserError("the input 'user' is missing")
+    return str(user)
+
+
 def write_answer(
     header: Mapping[str, Any],
     probabilities: Mapping[str, np.ndarray],

@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import uvicorn
 
@@ -21,15 +22,32 @@ from stca_jax.serving.server.telemetry import Telemetry
 from stca_jax.serving.server.worker import Worker
 
 _log = logging.getLogger("stca_jax.serving")
+# Seconds that a connection may be idle; those of the front process are its own to close.
+_KEEP_ALIVE, _KEEP_ALIVE_FRONT = 75, 86_400
 _LONGEST_DRAIN = 30  # seconds for requests that are being answered
 
 
-class _Uvicorn(uvicorn.Server):
-    """Leaves signals to `run`."""
+class Uvicorn(uvicorn.Server):
+    """Leaves signals to those who run it."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Uvicorn's own."""
         yield
+
+
+def uvicorn_config(app: Any, *, of_front: bool = False) -> uvicorn.Config:
+    """How every process of a server speaks HTTP.
+
+    Args:
+      app: In ASGI.
+      of_front: Whether it is a worker, which a front process asks.
+    """
+    return uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
+        timeout_graceful_shutdown=_LONGEST_DRAIN, backlog=16_384,
+        timeout_keep_alive=_KEEP_ALIVE_FRONT if of_front else _KEEP_ALIVE,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +80,10 @@ def run(
     worker = Worker(scorer, max_waiting=options.max_waiting, timed=telemetry.stage)
     telemetry.watch(worker)
     server = Server(worker, telemetry, options)
-    config = uvicorn.Config(
-        server.app, log_config=None, access_log=False, server_header=False, lifespan="off",
-        timeout_graceful_shutdown=_LONGEST_DRAIN, backlog=16_384,
-    )  # fmt: skip
+    of_front = sockets[0].family == socket.AF_UNIX
+    http = Uvicorn(uvicorn_config(server.app, of_front=of_front))
     try:
-        asyncio.run(_serve(_Uvicorn(config), server, operation, sockets))
+        asyncio.run(_serve(http, server, operation, sockets))
     finally:
         worker.close()
         scorer.histories.close()
@@ -75,7 +91,7 @@ def run(
 
 
 async def _serve(
-    http: _Uvicorn, server: Server, operation: Operation, sockets: list[socket.socket]
+    http: Uvicorn, server: Server, operation: Operation, sockets: list[socket.socket]
 ) -> None:
     loop = asyncio.get_running_loop()
     reloading = threading.Lock()

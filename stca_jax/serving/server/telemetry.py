@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from stca_jax.serving.server.worker import Worker
@@ -90,8 +91,45 @@ class _State(Collector):
         )
 
 
+def merge(texts: Mapping[str, str], own: Iterable[Metric]) -> bytes:
+    """Metrics of several processes as one text, each sample with the label `worker`.
+
+    Args:
+      texts: Of each worker, by its name.
+      own: Metrics beside them.
+    """
+    merged: dict[str, Metric] = {}
+    for worker, text in texts.items():
+        for found in text_string_to_metric_families(text):
+            family = merged.setdefault(
+                found.name, Metric(found.name, found.documentation, found.type)
+            )
+            for sample in found.samples:
+                labels = {**sample.labels, "worker": worker}
+                family.add_sample(sample.name, labels, sample.value)
+    registry = CollectorRegistry()
+    registry.register(_Families([*own, *merged.values()]))
+    return generate_latest(registry)
+
+
+class _Families(Collector):
+    """Metrics that are there already."""
+
+    def __init__(self, families: Iterable[Metric]):
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        """Prometheus' protocol."""
+        return self._families
+
+
 class JsonLines(logging.Formatter):
     """A log record as one line: time, level, message, and what `extra={"fields": …}` gives."""
+
+    def __init__(self, **always: str):
+        """Fields that every line has."""
+        super().__init__()
+        self._always = always
 
     def format(self, record: logging.LogRecord) -> str:
         """Logging's protocol."""
@@ -100,6 +138,7 @@ class JsonLines(logging.Formatter):
             + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "message": record.getMessage(),
+            **self._always,
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
