@@ -94,7 +94,7 @@ def training_input(
         dataclasses.replace(config.input, epochs=None),
         process_index=process_index,
         process_count=process_count,
-        with_unlabelled=config.training.reads_unlabelled,
+        with_unlabelled=_reads_unlabelled(config),
     )
 
 
@@ -118,7 +118,7 @@ def experiment_program(
         config.input.row_length,
         config.input.targets_per_row,
         shared_history=config.input.rows == "user",
-        with_unlabelled=config.training.reads_unlabelled,
+        with_unlabelled=_reads_unlabelled(config),
     )
     return Program(
         config.model,
@@ -130,6 +130,10 @@ def experiment_program(
         num_steps=num_steps,
         seed=config.seed,
     )
+
+
+def _reads_unlabelled(config: ExperimentConfig) -> bool:
+    return any(loss.reads_unlabelled for loss in config.training.auxiliary_losses)
 
 
 def initial_state(

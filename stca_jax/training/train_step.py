@@ -82,11 +82,6 @@ class TrainingConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
 
-    @property
-    def reads_unlabelled(self) -> bool:
-        """Whether a loss needs batches that have `history_unlabelled`."""
-        return any(loss.reads_unlabelled for loss in self.auxiliary_losses)
-
 
 class StepMetrics(NamedTuple):
     """Scalars of one step, on the device.
