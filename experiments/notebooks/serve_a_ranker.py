@@ -99,7 +99,8 @@ scorer.append("u7", Events(np.asarray(user.event_time, np.int64) + origin, histo
 now = int(user.event_time.max()) + origin + 60
 
 rng = np.random.default_rng(0)
-places = rng.permutation(len(user.target["item"]))[:CANDIDATES]
+_, places = np.unique(user.target["item"], return_index=True)
+places = rng.permutation(places)[:CANDIDATES]
 candidates = {name: np.asarray(user.target[name])[places] for name in dataset.schema.target}
 scorer.score("u7", candidates, time=now)  # compiles
 began = time.perf_counter()
