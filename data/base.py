@@ -147,6 +147,9 @@ class UserDatasetBuilder(  # type: ignore[call-arg]
             },
         )
         features.write(pathlib.Path(self.data_path) / FOLDER)
+        # With trends they can be as large as the log.
+        del features
+        data = dataclasses.replace(data, features=Features({}))
         files = self._files = RecordFiles(
             folder=data.staging or pathlib.Path(self.data_path) / STAGING,
             shards=tuple(data.shards),

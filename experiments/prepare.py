@@ -1,10 +1,13 @@
 """Prepares a dataset: published files, or a log of interactions of one's own.
 
-python -m stca_jax.experiments.prepare --dataset=NAME[/CONFIG] [--manual_dir=DIR] [--data_dir=DIR]
+python -m stca_jax.experiments.prepare --dataset=DATASET[/CONFIG] [--manual_dir=DIR]
+    [--data_dir=DIR] [--name=NAME --item_trends=7d,28d ...]
 python -m stca_jax.experiments.prepare --dataset=interaction_log --name=NAME --log=PATH
     [--user_id=COLUMN --item_id=COLUMN --timestamp=COLUMN --labels=COLUMN,... ...] [--dry_run]
 
 Of a log it first prints a profile; --dry_run stops there. The same command goes on after a kill.
+A published log (MovieLens, KuaiRand, Yambda) can be prepared otherwise than its builder says: with
+a name it is interaction_log/NAME, and each option that is given replaces the builder's.
 At the end it writes a config that suits the dataset, and prints the command that trains with it.
 
 Exit status: 0 prepared, 1 an error.
@@ -36,7 +39,9 @@ from stca_jax.recommended import recommended_config
 _DATASET = flags.DEFINE_string("dataset", None, "Dataset, or DATASET/CONFIG.", required=True)
 _MANUAL_DIR = flags.DEFINE_string("manual_dir", None, "Folder of files downloaded by hand.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Stop after the profile.")
-_NAME = flags.DEFINE_string("name", None, "What it is called: interaction_log/NAME.")
+_NAME = flags.DEFINE_string(
+    "name", None, "What it is called: interaction_log/NAME; of a published log, to change options."
+)
 _BEAM = flags.DEFINE_multi_string(
     "beam",
     None,
@@ -44,6 +49,7 @@ _BEAM = flags.DEFINE_multi_string(
     "Workers must see all files under the same paths.",
 )
 _CONFIG = "train_config.py"  # in the dataset's folder
+_PATHS = ("log", "items", "users")
 _LOG_OPTIONS: dict[str, flags.FlagHolder] = {}
 
 
@@ -98,16 +104,23 @@ def _builder(data_dir: pathlib.Path) -> preparation.UserDatasetBuilder:
     Raises:
       UserError: flags that do not go together, or a log prepared differently under the same name.
     """
-    given = {name for name in _LOG_OPTIONS if flags.FLAGS[name].present}
-    if _DATASET.value != preparation.OWN_LOGS:
-        if given or _NAME.value:
-            flag = sorted({*given, *(["name"] if _NAME.value else [])})[0]
-            raise UserError(f"--{flag} is of --dataset={preparation.OWN_LOGS}, not of others")
+    given = {name: _value(name) for name in _LOG_OPTIONS if flags.FLAGS[name].present}
+    is_own = _DATASET.value == preparation.OWN_LOGS
+    if not (is_own or given or _NAME.value):
         return preparation.make_builder(_DATASET.value, data_dir)
+    module = preparation.import_builder(preparation.OWN_LOGS)
+    published = None if is_own else preparation.make_builder(_DATASET.value, data_dir)
+    if published and not isinstance(published, module.LogDatasetBuilder):
+        raise UserError(
+            f"--{next(iter(given), 'name')} is of logs, and {_DATASET.value} is none; its configs "
+            f"are {', '.join(published.builder_configs)}"
+        )
     if not _NAME.value or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", _NAME.value):
         raise UserError(f"--name is {_NAME.value!r}; call the log by letters, digits, -, _ and .")
-    module = preparation.import_builder(preparation.OWN_LOGS)
-    config = LogConfig(**{name: _value(name) for name in _LOG_OPTIONS})
+    if not published:
+        config = LogConfig(**{name: _value(name) for name in _LOG_OPTIONS})
+    else:
+        config = dataclasses.replace(published.describe(_manual_dir()), **given)
     builder = module.make_builder(_NAME.value, config, data_dir)
     module.check_same(builder)
     return builder
@@ -119,13 +132,16 @@ def _profile(builder: preparation.UserDatasetBuilder) -> str:
     if folder.exists():
         return (folder / "profile.txt").read_text()
     with preparation.exclusive(folder.parent):
-        manual_dir = _MANUAL_DIR.value
-        found = preparation.local_folder("manual_dir", manual_dir) if manual_dir else None
-        staging = builder.stage(found)
+        staging = builder.stage(_manual_dir())
         profile = staging.profile()
         if _DRY_RUN.value:
             staging.discard()
         return profile
+
+
+def _manual_dir() -> pathlib.Path | None:
+    given = _MANUAL_DIR.value
+    return preparation.local_folder("manual_dir", given) if given else None
 
 
 def _value(name: str) -> Any:
@@ -135,7 +151,23 @@ def _value(name: str) -> Any:
         return tuple(word for text in value for word in text.split(","))
     if isinstance(value, int | float | str):
         return value
+    if name in _PATHS:
+        return tuple(path for text in value or () for path in _paths(name, text))
     return tuple(part for text in value or () for part in split_list(text))
+
+
+def _paths(name: str, text: str) -> list[str]:
+    """Paths between commas; or one that has commas itself.
+
+    Raises:
+      UserError: one is empty, as where a variable of a shell is not set.
+    """
+    if text and pathlib.Path(text).expanduser().exists():
+        return [text]
+    paths = [path.strip() for path in text.split(",")]
+    if not all(paths):
+        raise UserError(f"--{name}={text} names an empty path; give files or folders")
+    return paths
 
 
 def _define_log_options() -> None:
@@ -160,8 +192,6 @@ _define_log_options()
 if __name__ == "__main__":
     launch.run(
         main,
-        flag_groups={
-            "of a log, with --dataset=interaction_log": ["name", "dry_run", *_LOG_OPTIONS]
-        },
+        flag_groups={"of a log, with --name": ["name", "dry_run", *_LOG_OPTIONS]},
         when_interrupted="finished steps of a log are kept; the same command goes on",
     )

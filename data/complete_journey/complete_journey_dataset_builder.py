@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -23,6 +24,11 @@ from stca_jax.input.trends import Trends, ValueEvents, parse_window, trend_names
 _SEED = 0
 _MAX_POSITIVES = 16
 _KEPT = 5  # a stream of hashes of its own
+_TRENDS: dict[str, Any] = {
+    "item_trends": ("1d", "7d", "28d", "91d"),
+    "trends_of": ("item", "type"),
+    "user_trends": ("7d", "28d"),
+}
 
 
 @dataclasses.dataclass
@@ -30,7 +36,7 @@ class JourneyConfig(tfds.core.BuilderConfig):
     """What both tasks can have.
 
     Attributes:
-      item_trends: Windows such as ("7d", "7d"): purchases of the product in that time before the
+      item_trends: Windows such as ("7d", "28d"): purchases of the product in that time before the
         visit, and its age.
       trends_of: What to count so: "item", and other features of products.
       user_trends: Windows: purchases of the household in that time before the visit.
@@ -99,6 +105,14 @@ class Builder(UserDatasetBuilder):
             name="promotion_exposure",
             description="The products on promotion in the store and week of a visit: bought or "
             "not. 1 % of those not bought are kept.",
+        ),
+        NextPurchase(
+            name="next_purchase_trends", description="next_purchase, with trends.", **_TRENDS
+        ),
+        PromotionExposure(
+            name="promotion_exposure_trends",
+            description="promotion_exposure, with trends.",
+            **_TRENDS,
         ),
     ]
 

@@ -11,12 +11,13 @@ DuckDB sorts, on disk where memory does not do; what reads the files maps them i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 
 from stca_jax.data.interaction_log.events import connect
 from stca_jax.files import write_json
-from stca_jax.input.trends import ValueEvents
+from stca_jax.input.trends import ValueEvents, cumulative
 
 _ROWS = 1 << 20
 
@@ -113,38 +114,46 @@ class EventStream:
         return np.load(self._field_folder(field) / f"{name}.npy", mmap_mode="r")
 
     def _write_arrays(self, folder: pathlib.Path, by_value: bool, batches: Any) -> None:
-        size = self.num_events
+        size, tasks = self.num_events, range(len(self.labels))
+        arrays = {"key": np.uint64} if by_value else {"time": np.uint32, "item": np.int32}
+        counts = {f"{what}_{k}": 0 for what in ("positive", "known") for k in tasks}
+        with contextlib.ExitStack() as stack:
+            files = {
+                name: stack.enter_context(_array_file(folder / f"{name}.npy", dtype, length))
+                for name, dtype, length in (
+                    *((name, dtype, size) for name, dtype in arrays.items()),
+                    *((name, np.int32, size + 1) for name in counts),
+                )
+            }
+            for name in counts:
+                files[name].write(np.zeros(1, np.int32).data)
+            rows = 0
+            for batch in batches:
+                time, value = batch["time"].to_numpy(), batch["value"].to_numpy()
+                found = (
+                    {"key": value << np.uint64(32) | time}
+                    if by_value
+                    else {"time": time.astype(np.uint32), "item": value.astype(np.int32)}
+                )
+                for k in tasks:
+                    label = batch[f"label_{k}"].fill_null(-1).to_numpy(zero_copy_only=False)
+                    for what, flags in (("positive", label == 1), ("known", label >= 0)):
+                        name = f"{what}_{k}"
+                        found[name] = cumulative(flags)[1:] + np.int32(counts[name])
+                        counts[name] += int(np.count_nonzero(flags))
+                for name, values in found.items():
+                    files[name].write(values.data)
+                rows += batch.num_rows
+        if rows != size:
+            raise ValueError(f"{folder}: {rows} events in the order wanted, {size} in the log")
 
-        def array(name: str, dtype: Any, extra: int = 0) -> np.memmap:
-            path = folder / f"{name}.npy"
-            return np.lib.format.open_memmap(path, "w+", dtype, (size + extra,))
 
-        arrays = {"key": array("key", np.uint64)} if by_value else {
-            "time": array("time", np.uint32), "item": array("item", np.int32)
-        }  # fmt: skip
-        counted = {
-            f"{what}_{k}": array(f"{what}_{k}", np.int32, 1)
-            for what in ("positive", "known")
-            for k in range(len(self.labels))
-        }
-        begin = 0
-        for batch in batches:
-            end = begin + batch.num_rows
-            time, value = batch["time"].to_numpy(), batch["value"].to_numpy()
-            if by_value:
-                arrays["key"][begin:end] = value << np.uint64(32) | time
-            else:
-                arrays["time"][begin:end], arrays["item"][begin:end] = time, value
-            for k in range(len(self.labels)):
-                label = batch[f"label_{k}"].fill_null(-1).to_numpy(zero_copy_only=False)
-                for what, flags in (("positive", label == 1), ("known", label >= 0)):
-                    total = counted[f"{what}_{k}"]
-                    total[begin + 1 : end + 1] = total[begin] + np.cumsum(flags)
-            begin = end
-        if begin != size:
-            raise ValueError(f"{folder}: {begin} events in the order wanted, {size} in the log")
-        for written in (*arrays.values(), *counted.values()):
-            written.flush()
+def _array_file(path: pathlib.Path, dtype: Any, length: int) -> IO[bytes]:
+    """An .npy file whose numbers are yet to be written; no mapping, whose pages count as memory."""
+    file = open(path, "wb")  # noqa: SIM115
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file
 
 
 def _read_in_turn(shards: Sequence[pathlib.Path], labels: Sequence[str]) -> pa.RecordBatchReader:

@@ -65,11 +65,11 @@ class LogDatasetBuilder(UserDatasetBuilder, skip_registration=True):  # type: ig
             f"{place} lacks {', '.join(missing)}. {self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
         )
 
-    def stage(self, manual_dir: pathlib.Path | None) -> Staging:
-        """Sorts the log into shards, or goes on with it; the first step of preparing it.
+    def describe(self, manual_dir: pathlib.Path | None) -> LogConfig:
+        """`log_config` of files that are there.
 
         Raises:
-          UserError: the log, or what was said of it, is wrong.
+          FileNotFoundError: they are not; says where to get them.
         """
         if manual_dir is None and self.MANUAL_DOWNLOAD_INSTRUCTIONS:
             config = f"/{self.builder_config.name}" if self.builder_config else ""
@@ -77,7 +77,15 @@ class LogDatasetBuilder(UserDatasetBuilder, skip_registration=True):  # type: ig
                 f"run python -m stca_jax.experiments.prepare --dataset={self.name}{config} "
                 f"--manual_dir=FOLDER, a folder of the files. {self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
             )
-        source = LogSource.open(self.log_config(manual_dir))
+        return self.log_config(manual_dir)
+
+    def stage(self, manual_dir: pathlib.Path | None) -> Staging:
+        """Sorts the log into shards, or goes on with it; the first step of preparing it.
+
+        Raises:
+          UserError: the log, or what was said of it, is wrong.
+        """
+        source = LogSource.open(self.describe(manual_dir))
         return Staging(source, pathlib.Path(self.data_path).parent / STAGING, self.run)
 
     def user_data(self, dl_manager: tfds.download.DownloadManager) -> UserData:

@@ -16,6 +16,7 @@ TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DERIVED = ("item", "log_popularity", "hour", "weekday")  # features that every log gets
 SCALINGS = ("linear", "log")
 NEGATIVES = ("training", "uniform")  # ways to sample besides a window
+_CLOCK_WINDOW, _ORDERED_WINDOW = "7d", "1000s"  # in a log without a clock, a row is a second
 ORDER = "order"  # the timestamp of a log without a clock
 _NEXT_ITEM = "next"  # the task of logs without labels
 DEFAULT_NULL_WORDS = ("NULL", "null", "NaN", "nan", "None", r"\N")
@@ -133,7 +134,8 @@ class LogConfig:
       user_trends: Windows: for each, how many events of the history lie in that time before the
         request.
       negatives: Without labels, how items are sampled: by their popularity in a window before the
-        request, such as 7d, by that in "training", or "uniform" over those seen before.
+        request, such as 7d, by that in "training", or "uniform" over those seen before.  "auto" is
+        7d, and 1,000 rows in a log without a clock.
       negatives_per_positive: Without labels: sampled items for each true one.
       max_positives: Without labels: true items of a request, at most.
       label_delay: After how long an event's label is known, such as 7d; until then it is no
@@ -171,7 +173,7 @@ class LogConfig:
     item_trends: tuple[str, ...] = ()
     trends_of: tuple[str, ...] = ("item",)
     user_trends: tuple[str, ...] = ()
-    negatives: str = "7d"
+    negatives: str = "auto"
     negatives_per_positive: int = 1
     max_positives: int = 16
     label_delay: str = "0s"
@@ -219,7 +221,7 @@ class LogConfig:
             parse_window(text)
         if self.negatives not in NEGATIVES:
             try:
-                parse_window(self.negatives)
+                parse_window(self.sampling)
             except UserError:
                 raise UserError(
                     f"negatives is {self.negatives!r}; give a window such as 7d, or "
@@ -243,6 +245,12 @@ class LogConfig:
     def label_seconds(self) -> int:
         """After how many seconds labels are known."""
         return 0 if self.label_delay.strip() in ("", "0", "0s") else parse_window(self.label_delay)
+
+    @property
+    def sampling(self) -> str:
+        """How negatives are sampled: `negatives`, with "auto" decided."""
+        recent = _ORDERED_WINDOW if self.is_ordered else _CLOCK_WINDOW
+        return recent if self.negatives.strip() == "auto" else self.negatives
 
     @property
     def trend_windows(self) -> dict[str, int]:

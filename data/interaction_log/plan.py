@@ -79,7 +79,7 @@ class Plan:
         """Where requests of these times, in Unix seconds, get their negatives from."""
         none = np.empty(0, np.uint32)
         time, item = (none, none) if self.stream is None else (self.stream.time, self.stream.item)
-        kind = self.source.config.negatives
+        kind = self.source.config.sampling
         return make_sampler(kind, self.item_count, time, item, request_time)
 
     @functools.cached_property

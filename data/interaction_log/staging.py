@@ -269,7 +269,7 @@ class Staging:
 
     def _make_stream(self) -> EventStream | None:
         config = self.source.config
-        if not config.trend_windows and (config.labels or config.negatives == "training"):
+        if not config.trend_windows and (config.labels or config.sampling == "training"):
             return None
         return EventStream(
             self.folder / "stream",

@@ -12,6 +12,7 @@ from stca_jax.data.interaction_log.log_config import LogConfig
 
 _STANDARD = ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08")
 _RANDOM = "log_random_4_22_to_5_08"
+_TIME_ZONE = "Asia/Shanghai"
 # Impressions of the random log have no label, and so are history only.
 _TASK = "{}=CASE WHEN is_rand = '0' THEN {} END"
 
@@ -36,8 +37,11 @@ class Size(tfds.core.BuilderConfig):
 class Builder(LogDatasetBuilder):
     """See README.md."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {  # noqa: RUF012
+        "1.0.0": "First version.",
+        "2.0.0": "Hours and weekdays of Beijing.",
+    }
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Download KuaiRand-1K.tar.gz, KuaiRand-27K.tar.gz or KuaiRand-Pure.tar.gz from "
         "https://zenodo.org/records/10439422 and unpack it in the folder."
@@ -99,9 +103,10 @@ class Builder(LogDatasetBuilder):
                 "friend_user_num_range",
                 "register_days_range",
             ),
-            # Midnights in Beijing: the first log is for training, as its authors propose.
-            validation_start="2022-04-21 16:00",
-            test_start="2022-04-24 16:00",
+            time_zone=_TIME_ZONE,
+            # The first log is for training, as its authors propose.
+            validation_start="2022-04-22",
+            test_start="2022-04-25",
         )
 
 
@@ -139,8 +144,9 @@ def _unirank(log: tuple[str, ...], videos: str, users: str) -> LogConfig:
             "register_days_range",
             *(f"onehot_feat{k}" for k in range(18)),
         ),
-        validation_start="2022-05-02 16:00",
-        test_start="2022-05-05 16:00",
+        time_zone=_TIME_ZONE,
+        validation_start="2022-05-03",
+        test_start="2022-05-06",
         min_count=1,
     )
 

@@ -1,21 +1,29 @@
-"""Prepares a generated log of interactions: time, memory and disk, with or without kills.
+"""Prepares a generated log of interactions: time, memory and disk, with trends and with kills.
 
-python -m stca_jax.experiments.benchmarks.preparation --events=100_000_000 --folder=DIR [--kills=3]
-    [--json=FILE]
+python -m stca_jax.experiments.benchmarks.preparation --events=100_000_000 --folder=DIR
+    [--runs=plain --runs=trends --runs=killed] [--kills=2 --kill_steps=80] [--json=FILE]
 
 Users' histories have Zipf-like lengths up to 10,000.  Every event is an impression, eight to a
-request, with one label.  A killed preparation (SIGKILL) is started again until it is done.
+request, with one label; the log spans 100 days.  Trends are the items', in four windows.  A killed
+preparation (SIGKILL) is one with trends, started again until it is done; its files must be those
+of the run that was not killed, if that is among the runs.
+
+Exit status: 0, or 1 if a preparation fails or its files differ.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import os
 import pathlib
-import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,63 +33,138 @@ from tqdm import tqdm
 
 from stca_jax.experiments import launch
 
+_RUNS = ("plain", "trends", "killed")
 _EVENTS = flags.DEFINE_string("events", "1_000_000", "Events of the log.")
 _FOLDER = flags.DEFINE_string("folder", None, "Where log and dataset go.", required=True)
-_KILLS = flags.DEFINE_integer("kills", 0, "How often to kill the preparation, evenly in time.")
-_KILL_SECONDS = flags.DEFINE_float("kill_seconds", 30.0, "Seconds to the next kill.")
-_JSON = flags.DEFINE_string("json", None, "File to append the result to.")
+_RUNS_FLAG = flags.DEFINE_multi_enum("runs", ["plain"], _RUNS, "What to measure; repeatable.")
+_WINDOWS = flags.DEFINE_string("windows", "1d,7d,28d,91d", "Of trends.")
+_KILLS = flags.DEFINE_integer("kills", 2, "How often to kill a run that is to be killed.")
+_KILL_STEPS = flags.DEFINE_integer("kill_steps", 2, "Steps that a start ends before its kill.")
+_JSON = flags.DEFINE_string("json", None, "File to append the results to.")
 _ROWS_PER_FILE = 2_000_000
 _PER_REQUEST = 8
 _LONGEST = 10_000
+_POLL = 0.05  # seconds between looks at a running preparation
 
 
 def main() -> None:
-    """Generates the log if it is not there, prepares it, prints one JSON line."""
+    """Generates the log if it is not there, prepares it, prints one JSON line per run."""
     num_events = int(_EVENTS.value.replace("_", ""))
     folder = launch.local_path("folder", _FOLDER.value)
-    log, data_dir = folder / f"log-{num_events}", folder / "prepared"
+    log = folder / f"log-{num_events}"
     if not log.exists():
         write_log(log, num_events)
+    results: dict[str, dict[str, Any]] = {}
+    for run in _RUNS_FLAG.value:
+        results[run] = {"benchmark": "preparation", "run": run, "events": num_events}
+        results[run] |= measure(run, log, folder / "prepared")
+        print(json.dumps(results[run]), flush=True)
+        if _JSON.value:
+            with open(_JSON.value, "a") as file:
+                file.write(json.dumps(results[run]) + "\n")
+    if "plain" in results:
+        for run in results:
+            ratio = {k: results[run][k] / results["plain"][k] for k in _COMPARED}
+            print(run, *(f"{k} x {v:.2f}" for k, v in ratio.items()))
+    if {"trends", "killed"} <= results.keys():
+        if results["trends"]["sha256"] != results["killed"]["sha256"]:
+            sys.exit("the killed preparation has made other files")
+        print("killed and not: the same files, byte for byte")
+
+
+_COMPARED = ("cpu_seconds", "seconds", "peak_rss_gib", "peak_anonymous_gib")
+
+
+@dataclasses.dataclass
+class Usage:
+    """What the processes of a run have used.
+
+    Attributes:
+      cpu_seconds: User and system time of all.
+      peak_rss: The largest resident memory of any, with pages of mapped files, in KiB.
+      peak_anonymous: Likewise, without them, as seen every 50 ms.
+    """
+
+    cpu_seconds: float = 0.0
+    peak_rss: int = 0
+    peak_anonymous: int = 0
+
+
+def measure(run: str, log: pathlib.Path, data_dir: pathlib.Path) -> dict[str, Any]:
+    """Prepares the log once, and says what it took and what came out."""
     shutil.rmtree(data_dir, ignore_errors=True)
-    started = time.perf_counter()
-    for _ in range(_KILLS.value):
-        process = start(log, data_dir)
-        try:
-            process.wait(_KILL_SECONDS.value)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    if status := start(log, data_dir).wait():
-        sys.exit(f"the preparation failed with status {status}")
+    started, usage, killed_at = time.perf_counter(), Usage(), []
+    for _ in range(_KILLS.value if run == "killed" else 0):
+        if not attempt(run, log, data_dir, usage, _KILL_STEPS.value):
+            killed_at.append(progress(data_dir))
+    attempt(run, log, data_dir, usage)
+    seconds = time.perf_counter() - started
     (prepared,) = data_dir.glob("interaction_log/benchmark/*/")
-    result = {
-        "benchmark": "preparation",
-        "events": num_events,
-        "kills": _KILLS.value,
-        "seconds": round(time.perf_counter() - started, 1),
-        # Linux counts in KiB, and keeps the largest of all child processes.
-        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
+    return {
+        "killed_at": killed_at,
+        "cpu_seconds": round(usage.cpu_seconds, 1),
+        "seconds": round(seconds, 1),
+        "peak_rss_gib": round(usage.peak_rss / 2**20, 2),
+        "peak_anonymous_gib": round(usage.peak_anonymous / 2**20, 2),
         "log_mb": _megabytes(log.glob("*.parquet")),
         "record_mb": _megabytes(prepared.glob("*array_record*")),
+        "features_mb": _megabytes(prepared.glob("features/*")),
         "left_behind": sorted(p.name for p in prepared.parent.iterdir() if p != prepared),
+        "sha256": digest(prepared),
     }
-    print(json.dumps(result))
-    if _JSON.value:
-        with open(_JSON.value, "a") as file:
-            file.write(json.dumps(result) + "\n")
-        print(f"results are in {_JSON.value}")
 
 
-def start(log: pathlib.Path, data_dir: pathlib.Path) -> subprocess.Popen:
-    """The preparation, as a user runs it."""
+def attempt(
+    run: str, log: pathlib.Path, data_dir: pathlib.Path, usage: Usage, steps: float = float("inf")
+) -> bool:
+    """Whether the preparation, as a user runs it, ended before it was killed after some steps."""
     options = {"dataset": "interaction_log", "name": "benchmark", "log": log,
                "data_dir": data_dir, "labels": "click", "request_id": "request_id",
                "history_features": "action"}  # fmt: skip
+    if run != "plain":
+        options["item_trends"] = _WINDOWS.value
     arguments = [f"--{name}={value}" for name, value in options.items()]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "stca_jax.experiments.prepare", *arguments],
         stdout=subprocess.DEVNULL,
     )
+    status = pathlib.Path(f"/proc/{process.pid}/status")
+    before = sum(progress(data_dir).values())
+    while True:
+        pid, ended, used = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            break
+        anonymous = [line for line in status.read_text().splitlines() if "RssAnon" in line]
+        usage.peak_anonymous = max([usage.peak_anonymous, *(int(a.split()[1]) for a in anonymous)])
+        if sum(progress(data_dir).values()) >= before + steps:
+            process.kill()
+        time.sleep(_POLL)
+    process.returncode = code = os.waitstatus_to_exitcode(ended)
+    usage.cpu_seconds += used.ru_utime + used.ru_stime
+    usage.peak_rss = max(usage.peak_rss, used.ru_maxrss)  # Linux counts in KiB
+    if code not in (0, -signal.SIGKILL):
+        sys.exit(f"the preparation failed with status {code}")
+    return code == 0
+
+
+def progress(data_dir: pathlib.Path) -> dict[str, int]:
+    """How many steps of each kind are whole."""
+    kinds = {"parts": "parts/[0-9]*", "shards": "shards/*.json", "counts": "shards/*.counts",
+             "orders": "stream/*.json", "records": "records/*.json"}  # fmt: skip
+    return {
+        kind: len(list(data_dir.glob(f"interaction_log/benchmark/staging/*/{pattern}")))
+        for kind, pattern in kinds.items()
+    }
+
+
+def digest(folder: pathlib.Path) -> str:
+    """SHA-256 of all files below a folder: names and contents."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(folder)} {content}\n".encode())
+    return total.hexdigest()
 
 
 def write_log(folder: pathlib.Path, num_events: int) -> None:

@@ -4,7 +4,8 @@ Command: python -m experiments.train --workdir=DIR
     --config=experiments/configs/complete_journey_long.py
 Not measured yet with this model. Its predecessor, whose requests read longer windows than were
 drawn, reached test AUC .842 at 4,000 events, .696 at 50 (python -m experiments.evaluate
---workdir=DIR): one seed, 2 cores of an AMD EPYC server (AVX2), 2026-11-25
+--workdir=DIR): one seed, 2 cores of an AMD EPYC server (AVX2), 2026-11-25, version 1.0.0 of the
+dataset, whose negatives followed popularity in training
 """
 
 import dataclasses

@@ -3,7 +3,8 @@
 Command: python -m experiments.length_study --config=experiments/configs/length_study.py
     --workdir=DIR
 Reaches: AUC .832 at 4,000 events with full windows, .818 with windows of 256; the rest is in
-docs/length.md. One core of an Intel Xeon 2.5 GHz server (AVX-512), 2026-11-27.
+docs/length.md. One core of an Intel Xeon 2.5 GHz server (AVX-512), 2026-11-27, version 1.0.0 of the
+dataset, whose negatives followed popularity in training.
 
 A point is a quarter of an epoch over the requests after at least 500 events, about the same number
 of targets for all: small enough for dozens of them. For a whole epoch add

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import mmap
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, UInt32, UInt64
@@ -23,6 +24,8 @@ from stca_jax.errors import UserError
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
 _DAY = 86_400
 _PRIOR = 20.0  # labelled events that a rate counts as if it had been the average
+_TIME = np.uint64(2**32 - 1)  # what of a key is seconds
+_BLOCK = 1 << 22  # events looked at in one go, where memory should not follow their number
 _NEVER = -1.0  # the age of a value that no event had yet
 
 
@@ -70,12 +73,12 @@ class ValueEvents:
         )
 
     def before(self, value: Int[np.ndarray, " q"], time: Int[np.ndarray, " q"]) -> np.ndarray:
-        """How many events come before the first one of a value at a time or later."""
+        """How many events come before the first one of a value at a time or later.
+
+        Quickest for values, and times of each, that ascend, as mapped pages are then touched once.
+        """
         wanted = value.astype(np.uint64) << np.uint64(32) | _seconds(time).astype(np.uint64)
-        order = np.argsort(wanted)  # a search in order touches each page once
-        found = np.empty(len(wanted), np.int64)
-        found[order] = np.searchsorted(self.key, wanted[order])
-        return found
+        return np.searchsorted(self.key, wanted)
 
     def first_time(self, value: Int[np.ndarray, " q"]) -> Int[np.ndarray, " q"]:
         """Unix seconds of a value's first event; -1 of one that has none."""
@@ -83,7 +86,55 @@ class ValueEvents:
         inside = np.minimum(place, len(self.key) - 1)
         found = self.key[inside] if len(self.key) else np.zeros(len(value), np.uint64)
         has = (place < len(self.key)) & ((found >> np.uint64(32)).astype(np.int64) == value)
-        return np.where(has, (found & np.uint64(2**32 - 1)).astype(np.int64), -1)
+        return np.where(has, (found & _TIME).astype(np.int64), -1)
+
+    def first_times(self) -> Int[np.ndarray, " values"]:
+        """Unix seconds of the first event of each value that has one, by value."""
+        found, last = [np.empty(0, np.int64)], -1
+        for begin in range(0, len(self.key), _BLOCK):
+            block = np.asarray(self.key[begin : begin + _BLOCK])
+            value = (block >> np.uint64(32)).astype(np.int64)
+            is_first = np.diff(value, prepend=last) > 0
+            found.append((block[is_first] & _TIME).astype(np.int64))
+            last = int(value[-1])
+        release(self.key)
+        return np.concatenate(found)
+
+    def since(self, time: int) -> ValueEvents:
+        """The events from Unix seconds on, copied."""
+        blocks = range(0, len(self.key), _BLOCK)
+        late = np.empty(len(self.key), bool)
+        for b in blocks:
+            late[b : b + _BLOCK] = self.key[b : b + _BLOCK] & _TIME >= np.uint64(time)
+        key = np.empty(np.count_nonzero(late), np.uint64)
+        end = 0
+        for b in blocks:
+            kept = self.key[b : b + _BLOCK][late[b : b + _BLOCK]]
+            key[end : end + len(kept)] = kept
+            end += len(kept)
+
+        def counted(before: np.ndarray) -> np.ndarray:
+            flags = np.empty(len(late), bool)
+            for b in blocks:
+                flags[b : b + _BLOCK] = np.diff(before[b : b + _BLOCK + 1])
+            release(before)
+            return cumulative(flags[late])
+
+        release(self.key)
+        return ValueEvents(key, tuple(map(counted, self.positive)), tuple(map(counted, self.known)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Totals:
+    """Of all events before some moments.
+
+    Attributes:
+      events: How many.
+      labels: Of each task, how many had label 1 and any label, [2, moments].
+    """
+
+    events: Int[np.ndarray, " moments"]
+    labels: Sequence[Float[np.ndarray, "2 moments"]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,28 +180,61 @@ class Trends:
           time: Of the targets' requests, Unix seconds.
         """
         found: dict[str, np.ndarray] = {}
-        labelled = time - self.label_delay
-        for field, events in self.fields.items():
-            value = values[field]
-            absent = value < 0
-            value = np.where(absent, 0, value)
-            first = self._first(field, value)
-            seen = ~absent & (first >= 0) & (first < time)
-            mean = self._values_before(field, time)
-            end, end_known = events.before(value, time), events.before(value, labelled)
-            for name, seconds in self.windows.items():
-                count = np.where(absent, 0, end - events.before(value, time - seconds))
-                total = self._before(time) - self._before(time - seconds)
-                lift = np.log1p(count) - np.log1p(total / np.maximum(mean, 1))
-                found[f"{field}_trend_{name}"] = (lift / 2).astype(np.float32)
-                begin = events.before(value, labelled - seconds) if self.tasks else None
-                for k, task in enumerate(self.tasks):
-                    spans = begin, end_known, labelled, seconds
-                    rate = self._log_rate(events, k, absent, *spans)
-                    found[f"{field}_rate_{name}_{task}"] = rate.astype(np.float32)
-            age = np.log1p(np.maximum(time - first, 0) / _DAY) / 2
-            found[f"{field}_age"] = np.where(seen, age, _NEVER).astype(np.float32)
+        moments, of_target = np.unique(time, return_inverse=True)
+        totals = {"": self._totals(moments)}
+        totals |= {name: self._totals(moments - span) for name, span in self.windows.items()}
+        for field in self.fields:
+            order = np.lexsort((time, values[field]))
+            ordered = values[field][order], time[order], of_target[order]
+            for name, column in self._of_field(field, moments, totals, *ordered):
+                found[name] = np.empty(len(time), np.float32)
+                found[name][order] = column
         return found
+
+    def _of_field(
+        self,
+        field: str,
+        moments: np.ndarray,
+        totals: Mapping[str, _Totals],
+        value: np.ndarray,
+        time: np.ndarray,
+        of_target: np.ndarray,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Names and features of targets in the order of values and times.
+
+        Args:
+          field: Which.
+          moments: Distinct times of requests.
+          totals: Of all events before each moment, and before each window of it by name.
+          value: Of each target.
+          time: Of its request.
+          of_target: Its place in the moments.
+        """
+        events, delay = self.fields[field], self.label_delay
+        absent = value < 0
+        value = np.where(absent, 0, value)
+        mean = np.maximum(np.searchsorted(self._first_times[field], moments), 1)
+        end = events.before(value, time)
+        end_known = events.before(value, time - delay) if delay else end
+        for name, span in self.windows.items():
+            begin = events.before(value, time - span)
+            count = np.where(absent, 0, end - begin)
+            total = (totals[""].events - totals[name].events) / mean
+            lift = np.log1p(count) - np.log1p(total)[of_target]
+            yield f"{field}_trend_{name}", lift / 2
+            if self.tasks and delay:
+                begin = events.before(value, time - delay - span)
+            for k, task in enumerate(self.tasks):
+                positive = np.where(absent, 0, _inside(events.positive[k], begin, end_known))
+                known = np.where(absent, 0, _inside(events.known[k], begin, end_known))
+                inside = totals[""].labels[k] - totals[name].labels[k]
+                average = ((inside[0] + 1) / (inside[1] + 2))[of_target]
+                rate = (positive + _PRIOR * average) / ((known + _PRIOR) * average)
+                yield f"{field}_rate_{name}_{task}", np.log(rate)
+        first = self._first(field, value)
+        seen = ~absent & (first >= 0) & (first < time)
+        age = np.log1p(np.maximum(time - first, 0) / _DAY) / 2
+        yield f"{field}_age", np.where(seen, age, _NEVER)
 
     def tail(self, sizes: Mapping[str, int]) -> Trends:
         """What later requests need: the events of the longest window before the end of the log.
@@ -161,43 +245,24 @@ class Trends:
         last = int(self.time[-1]) if len(self.time) else 0
         start = max(last - max(self.windows.values()) - self.label_delay, 0)
         begin = int(np.searchsorted(self.time, np.uint32(start)))
-        fields = {}
-        for field, events in self.fields.items():
-            keep = (np.asarray(events.key) & np.uint64(2**32 - 1)) >= np.uint64(start)
-            fields[field] = ValueEvents(
-                np.asarray(events.key)[keep],
-                tuple(cumulative(np.diff(c)[keep]) for c in events.positive),
-                tuple(cumulative(np.diff(c)[keep]) for c in events.known),
-            )
         first = {field: self._first(field, np.arange(sizes[field])) for field in self.fields}
         return dataclasses.replace(
             self,
-            fields=fields,
+            fields={field: events.since(start) for field, events in self.fields.items()},
             time=np.asarray(self.time[begin:]),
             positive=tuple(np.asarray(c[begin:]) - c[begin] for c in self.positive),
             known=tuple(np.asarray(c[begin:]) - c[begin] for c in self.known),
             first=first,
         )
 
-    def _log_rate(
-        self,
-        events: ValueEvents,
-        task: int,
-        absent: np.ndarray,
-        begin: np.ndarray | None,
-        end: np.ndarray,
-        time: np.ndarray,
-        seconds: int,
-    ) -> np.ndarray:
-        def inside(cumulated: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-            return cumulated[b].astype(np.float64) - cumulated[a]
-
-        whole = self._before(time - seconds), self._before(time)
-        average = (inside(self.positive[task], *whole) + 1) / (inside(self.known[task], *whole) + 2)
-        assert begin is not None
-        positive = np.where(absent, 0, inside(events.positive[task], begin, end))
-        known = np.where(absent, 0, inside(events.known[task], begin, end))
-        return np.log((positive + _PRIOR * average) / ((known + _PRIOR) * average))
+    def _totals(self, time: np.ndarray) -> _Totals:
+        events = self._before(time)
+        known = self._before(time - self.label_delay) if self.label_delay else events
+        labels = [
+            np.stack([positive[known], of_all[known]]).astype(np.float64)
+            for positive, of_all in zip(self.positive, self.known, strict=True)
+        ]
+        return _Totals(events, labels)
 
     def _before(self, time: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.time, _seconds(time))
@@ -207,21 +272,11 @@ class Trends:
             return self.first[field][value]
         return self.fields[field].first_time(value)
 
-    def _values_before(self, field: str, time: np.ndarray) -> np.ndarray:
-        """How many values of a field had been seen before each time."""
-        return np.searchsorted(self._first_times[field], time)
-
     @functools.cached_property
     def _first_times(self) -> dict[str, np.ndarray]:
         if self.first is not None:
             return {field: np.sort(first[first >= 0]) for field, first in self.first.items()}
-        found = {}
-        for field, events in self.fields.items():
-            value = np.asarray(events.key) >> np.uint64(32)
-            begins = np.flatnonzero(np.diff(value, prepend=np.uint64(2**63)))
-            first = np.asarray(events.key)[begins] & np.uint64(2**32 - 1)
-            found[field] = np.sort(first.astype(np.int64))
-        return found
+        return {field: np.sort(events.first_times()) for field, events in self.fields.items()}
 
 
 def trend_names(
@@ -238,7 +293,20 @@ def trend_names(
 
 def cumulative(flags: np.ndarray) -> Int[np.ndarray, " n+1"]:
     """How many of the first 0 … n are set."""
-    return np.concatenate([[0], np.cumsum(flags, dtype=np.int32)]).astype(np.int32)
+    found = np.zeros(len(flags) + 1, np.int32)
+    np.cumsum(flags, out=found[1:])
+    return found
+
+
+def release(array: np.ndarray) -> None:
+    """Lets go of a mapped file's pages, which count as this process's memory once they are read."""
+    if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+
+def _inside(cumulated: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Of the events from `begin` to `end`, as float64."""
+    return cumulated[end].astype(np.float64) - cumulated[begin]
 
 
 def _seconds(time: np.ndarray) -> UInt32[np.ndarray, " q"]:

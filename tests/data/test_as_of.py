@@ -236,11 +236,11 @@ def purchases(tmp_path_factory):
     return folder, table
 
 
-def prepare_purchases(purchases, tmp_path, negatives, seed=0):
+def prepare_purchases(purchases, tmp_path, **options):
     folder, table = purchases
     config = LogConfig(
-        log=(str(folder / "log.parquet"),), user_id="user", item_id="item", timestamp="time",
-        negatives=negatives, min_count=1, seed=seed,
+        log=(str(folder / "log.parquet"),), user_id="user", item_id="item", min_count=1,
+        **({"timestamp": "time"} | options),
     )  # fmt: skip
     return build(tmp_path, config), table
 
@@ -254,13 +254,19 @@ def negatives_of(dataset):
 
 
 @pytest.mark.parametrize(
-    ("negatives", "lowest", "highest"),
-    [("7d", 0.48, 0.52), ("training", 0.0, 0.45), ("uniform", 0.2, 0.9)],
+    ("options", "lowest", "highest"),
+    [
+        ({}, 0.48, 0.52),
+        ({"timestamp": "order"}, 0.48, 0.52),
+        ({"negatives": "training"}, 0.0, 0.45),
+        ({"negatives": "uniform"}, 0.2, 0.9),
+    ],
+    ids=str,
 )
 def test_popularity_alone_says_nothing_of_trailing_negatives(
-    purchases, tmp_path, negatives, lowest, highest
+    purchases, tmp_path, options, lowest, highest
 ):
-    dataset, _ = prepare_purchases(purchases, tmp_path, negatives)
+    dataset, _ = prepare_purchases(purchases, tmp_path, **options)
     split, popularity, label = map(np.concatenate, zip(*negatives_of(dataset), strict=True))
     profile = (dataset.directory / "profile.txt").read_text()
     shown = re.search(r"AUC of popularity alone: train ([.\d]+), .*test ([.\d]+)", profile)
@@ -272,11 +278,11 @@ def test_popularity_alone_says_nothing_of_trailing_negatives(
     new = popularity == -1  # items that training lacks
     share = [new[(split == 2) & (label == y)].mean() for y in (0, 1)]
     assert share[1] > 0.05
-    assert (share[0] > 0.5 * share[1]) == (negatives != "training")
+    assert (share[0] > 0.5 * share[1]) == (options.get("negatives") != "training")
 
 
 def test_negatives_are_of_the_window_never_of_the_request_and_seeded(purchases, tmp_path):
-    dataset, table = prepare_purchases(purchases, tmp_path, "7d")
+    dataset, table = prepare_purchases(purchases, tmp_path)
     times = collections.defaultdict(list)
     bought = collections.defaultdict(set)
     for user, item, time in zip(table["user"], table["item"], table["time"], strict=True):
@@ -302,8 +308,8 @@ def test_negatives_are_of_the_window_never_of_the_request_and_seeded(purchases, 
                     assert any(time - 7 * DAY <= t < time for i in items for t in times[i])
             wanted, drawn = wanted + len(own), drawn + int((record.label[rows, 0] == 0).sum())
     assert drawn > 0.98 * wanted
-    again, _ = prepare_purchases(purchases, tmp_path / "again", "7d")
-    other, _ = prepare_purchases(purchases, tmp_path / "other", "7d", seed=1)
+    again, _ = prepare_purchases(purchases, tmp_path / "again", negatives="7d")
+    other, _ = prepare_purchases(purchases, tmp_path / "other", seed=1)
     assert again.fingerprint == dataset.fingerprint != other.fingerprint
 
 

@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import datetime
 import importlib.util
+import math
 import pathlib
 import zoneinfo
 
@@ -82,7 +83,7 @@ def build(tables, folder: pathlib.Path, config="next_purchase") -> RequestDatase
 
 @pytest.fixture(scope="module")
 def next_purchase(tables, tmp_path_factory) -> RequestDataset:
-    return build(tables, tmp_path_factory.mktemp("next_purchase"))
+    return build(tables, tmp_path_factory.mktemp("next_purchase"), "next_purchase_trends")
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,31 @@ def test_popularity_is_that_of_training_weeks(next_purchase, raw):
                     assert popularity <= np.log1p(4) / 4 - 1 + 1e-6
 
 
+def test_trends_count_earlier_purchases(next_purchase, raw):
+    record = next_purchase.record(2)
+    lines = raw.of_household[raw.households[2]]
+    product_of = {item: product for product, item in raw.item.items()}
+    day, checked = 86_400, 0
+    for k in range(0, len(record.request_time), 7):
+        time = int(record.request_time[k])
+        own = sum(time - 28 * day <= x.time < time for x in lines)
+        assert record.request["user_events_28d"][k] == pytest.approx(math.log1p(own) / 2, abs=1e-6)
+        before = [x for x in raw.lines if x.time < time]
+        recent = [x.product for x in before if x.time >= time - 7 * day]
+        mean = len(recent) / max(len({x.product for x in before}), 1)
+        for t in range(*record.target_offset[k : k + 2]):
+            product = product_of.get(int(record.target["item"][t]))
+            if product is None:
+                continue
+            trend = (math.log1p(recent.count(product)) - math.log1p(mean)) / 2
+            assert record.target["item_trend_7d"][t] == pytest.approx(trend, abs=1e-6)
+            first = min((x.time for x in before if x.product == product), default=None)
+            age = -1 if first is None else math.log1p((time - first) / day) / 2
+            assert record.target["item_age"][t] == pytest.approx(age, abs=1e-6)
+            checked += 1
+    assert checked > 30
+
+
 def test_visits_without_history_are_kept(next_purchase):
     index = next_purchase.index
     assert (index.history_end == 0).sum() == len(next_purchase)
@@ -230,7 +256,7 @@ def change_later_weeks(tables: dict, first_week: int) -> dict:
     return changed
 
 
-@pytest.mark.parametrize("config", ["next_purchase", "promotion_exposure"])
+@pytest.mark.parametrize("config", ["next_purchase_trends", "promotion_exposure_trends"])
 def test_later_weeks_do_not_shape_training(tables, tmp_path, config):
     original = build(tables, tmp_path / "original", config)
     changed = build(change_later_weeks(tables, VALIDATION_WEEK), tmp_path / "changed", config)
@@ -252,6 +278,8 @@ def test_later_weeks_do_not_shape_training(tables, tmp_path, config):
         np.testing.assert_array_equal(a.label[:targets], b.label[:targets])
         for name in original.schema.target:
             np.testing.assert_array_equal(a.target[name][:targets], b.target[name][:targets])
+        for name in original.schema.request:
+            np.testing.assert_array_equal(a.request[name][:requests], b.request[name][:requests])
 
 
 @pytest.mark.parametrize("config", ["next_purchase", "promotion_exposure"])

@@ -117,6 +117,8 @@ def test_splits_begin_at_midnight_in_beijing(dataset):
         ("04-24T23:59:59", 1),
         ("05-08T23:00:00", 2),
     ]
+    assert record.request["hour"][-5:].tolist() == [23, 23, 0, 23, 23]
+    assert record.request["weekday"][-5:].tolist() == [3, 3, 4, 6, 6]  # a Friday from the third on
 
 
 def test_videos_of_one_second_are_a_request_and_not_each_others_history(dataset):

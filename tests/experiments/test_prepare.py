@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from processes import run
 
+from stca_jax.input.dataset import RequestDataset
+
 T0 = 1_700_000_000
 
 
@@ -24,7 +26,7 @@ def log(tmp_path_factory):
         }
         for _ in range(3_000)
     ]
-    path = tmp_path_factory.mktemp("log") / "log.parquet"
+    path = tmp_path_factory.mktemp("log") / "it's (a log, mine.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 
@@ -93,9 +95,11 @@ def test_profile_then_dataset_then_training(tmp_path, log):
         (["--dataset=interaction_log", "--log=x"], "--name is None"),
         (["--dataset=interaction_log", "--name=a/b", "--log=x"], "--name is 'a/b'"),
         (["--dataset=interaction_log", "--name=a"], "log is empty"),
+        (["--dataset=interaction_log", "--name=a", "--log="], "names an empty path"),
         (["--dataset=interaction_log", "--name=a", "--log=no_such_log"], "no_such_log"),
         (["--dataset=interaction_log", "--name=a", "--log=x", "--lables=y"], "labels"),
-        (["--dataset=synthetic_interests/tiny", "--min_count=2"], "--min_count is of"),
+        (["--dataset=synthetic_interests/tiny", "--min_count=2"], "--min_count is of logs"),
+        (["--dataset=movielens/20m", "--item_trends=7d"], "--name is None"),
         (["--dataset=synthetic_interests/tiny", "--dry_run"], "--dry_run is for logs"),
     ],
 )
@@ -116,3 +120,34 @@ def test_training_on_an_unprepared_log_says_how_to_prepare_it(tmp_path):
     )
     assert status == 1
     assert "python -m stca_jax.experiments.prepare --dataset=interaction_log --name=mine" in output
+
+
+def test_a_published_log_with_trends_under_a_name_of_its_own(tmp_path):
+    rng = random.Random(0)
+    folder = tmp_path / "ml-20m"
+    folder.mkdir()
+    (folder / "movies.csv").write_text(
+        "movieId,title,genres\n"
+        + "".join(f"{i},Movie {i} (19{50 + i}),{['Drama', 'War'][i % 2]}\n" for i in range(9))
+    )
+    (folder / "ratings.csv").write_text(
+        "userId,movieId,rating,timestamp\n"
+        + "".join(
+            f"{rng.randrange(20)},{rng.randrange(9)},{rng.randrange(1, 6)}.0,{T0 + 3_600 * k}\n"
+            for k in range(400)
+        )
+    )
+    arguments = [
+        "--dataset=movielens/20m", f"--data_dir={tmp_path}", "--name=movies",
+        "--item_trends=7d,28d", "--trends_of=item,genre", "--user_trends=1d",
+    ]  # fmt: skip
+    status, output = run("experiments.prepare", *arguments)
+    assert status == 1
+    assert "--dataset=movielens/20m --manual_dir=FOLDER" in output
+    status, output = run("experiments.prepare", *arguments, f"--manual_dir={tmp_path}")
+    assert status == 0, output
+    assert "--config.dataset=interaction_log/movies" in output
+    schema = RequestDataset(tmp_path / "interaction_log" / "movies" / "1.0.0").schema
+    assert {"item_trend_7d", "genre_rate_28d_like", "item_age"} <= set(schema.target)
+    assert "user_events_1d" in schema.request
+    assert schema.tasks == ("like",)  # as the builder says
