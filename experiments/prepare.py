@@ -49,6 +49,7 @@ _BEAM = flags.DEFINE_multi_string(
     "Workers must see all files under the same paths.",
 )
 _CONFIG = "train_config.py"  # in the dataset's folder
+_PATHS = ("log", "items", "users")
 _LOG_OPTIONS: dict[str, flags.FlagHolder] = {}
 
 
@@ -148,7 +149,23 @@ def _value(name: str) -> Any:
         return tuple(word for text in value for word in text.split(","))
     if isinstance(value, int | float | str):
         return value
+    if name in _PATHS:
+        return tuple(path for text in value or () for path in _paths(name, text))
     return tuple(part for text in value or () for part in split_list(text))
+
+
+def _paths(name: str, text: str) -> list[str]:
+    """Paths between commas; or one that has commas itself.
+
+    Raises:
+      UserError: one is empty, as where a variable of a shell is not set.
+    """
+    if text and pathlib.Path(text).expanduser().exists():
+        return [text]
+    paths = [path.strip() for path in text.split(",")]
+    if not all(paths):
+        raise UserError(f"--{name}={text} names an empty path; give files or folders")
+    return paths
 
 
 def _define_log_options() -> None:

@@ -152,7 +152,7 @@ def check_splits(source: LogSource, total: ShardStatistics, times: Sequence[int]
     """Checks that each split has requests.
 
     Returns:
-      Warnings: of requests that last long.
+      Warnings: of requests that last long, and of a log without histories.
 
     Raises:
       UserError: a split has none.
@@ -168,12 +168,15 @@ def check_splits(source: LogSource, total: ShardStatistics, times: Sequence[int]
                 f"requests run from {_date(min(total.request_minute) * _MINUTE)} to "
                 f"{_date(max(total.request_minute) * _MINUTE)}"
             )
-    if total.longest_span <= _DAY:
-        return []
-    return [
-        f"a request spans {total.longest_span / _DAY:.1f} days: events between its targets are in "
-        "no history of theirs. Give a finer --request_id, or a smaller --session_gap"
-    ]
+    warnings = []
+    if not any(total.history_length.keys()):
+        warnings.append("no request has a history: no user has an event that is one, before it")
+    if total.longest_span > _DAY:
+        warnings.append(
+            f"a request spans {total.longest_span / _DAY:.1f} days: events between its targets are "
+            "in no history of theirs. Give a finer --request_id, or a smaller --session_gap"
+        )
+    return warnings
 
 
 def split_counts(total: ShardStatistics, times: Sequence[int]) -> list[int]:
