@@ -125,7 +125,7 @@ def request_logits(
     for element in _evaluation_batches(program, dataset, config, split, length, limits):
         batch = element.batch
         predictions = jax.device_get(
-            program.predict(state, device_batch(batch, program.batch_shardings))
+            program.predict(state, device_batch(batch, program.prediction_shardings))
         )
         for row, mask in enumerate(batch.target_mask):
             slots = np.flatnonzero(mask)
@@ -143,7 +143,7 @@ def _evaluation_batches(
     length: int,
     limits: Mapping[str, int | None],
 ) -> RequestIterator:
-    mesh = program.batch_shardings.history_time.mesh
+    mesh = program.mesh
     share, num_shares = input_share(mesh)
     rows = rows_that_fit(config, length, mesh.shape["data"])
     return make_input(
@@ -193,7 +193,7 @@ def _fetched(
 ) -> Iterator[Predictions]:
     running: Predictions | None = None
     for batch in batches:
-        started = program.predict(state, device_batch(batch, program.batch_shardings))
+        started = program.predict(state, device_batch(batch, program.prediction_shardings))
         if running is not None:
             yield jax.device_get(running)
         running = started
