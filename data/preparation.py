@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 
 from stca_jax.data.base import STAGING, UserDatasetBuilder
 from stca_jax.errors import UserError
-from stca_jax.files import refuse_scheme
+from stca_jax.files import cache_dir, refuse_scheme
 from stca_jax.imports import find_path, import_object
 
 OWN_LOGS = "interaction_log"  # the dataset whose configs are its users' own
@@ -31,12 +31,6 @@ _FOLDER = pathlib.Path(__file__).parent
 def dataset_names() -> list[str]:
     """Names of the datasets that have a builder in this package."""
     return sorted(path.parent.name for path in _FOLDER.glob("*/*_dataset_builder.py"))
-
-
-def default_data_dir() -> pathlib.Path:
-    """Where datasets are prepared by default: the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(cache).expanduser() / "stca_jax"
 
 
 def local_folder(what: str, path: str | os.PathLike[str]) -> pathlib.Path:
@@ -62,7 +56,7 @@ def prepare(
 
     Args:
       name: "dataset" or "dataset/config", e.g. "complete_journey/promotion_exposure".
-      data_dir: Where prepared datasets lie; by default `default_data_dir()`.
+      data_dir: Where prepared datasets lie; by default `files.cache_dir()`.
       manual_dir: Folder of source files that were downloaded by hand.
 
     Returns:
@@ -73,7 +67,7 @@ def prepare(
       FileNotFoundError: the source files are not there; the message says how to get them.
       OSError: the disk is full or cannot be written.
     """
-    data_dir = local_folder("data_dir", data_dir or default_data_dir())
+    data_dir = local_folder("data_dir", data_dir or cache_dir())
     return prepare_builder(make_builder(name, data_dir), data_dir, manual_dir=manual_dir)
 
 

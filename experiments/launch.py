@@ -21,6 +21,7 @@ from absl import logging as absl_logging
 from tqdm import tqdm
 
 from stca_jax import config as config_lib
+from stca_jax.compilation_cache import keep_programs
 from stca_jax.errors import UserError
 from stca_jax.experiments import command_help
 from stca_jax.files import refuse_scheme
@@ -82,6 +83,7 @@ def run(
         try:
             _refuse_addresses(groups)
             _join_other_processes()
+            keep_programs()
             return main()
         except KeyboardInterrupt:
             _print_error(f"interrupted: {when_interrupted}:\n  {command()}")

@@ -32,7 +32,7 @@ from stca_jax.data.running import beam_runner
 from stca_jax.errors import UserError
 from stca_jax.experiments import launch
 from stca_jax.experiments.command_help import attribute_descriptions
-from stca_jax.files import replacing
+from stca_jax.files import cache_dir, replacing
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.recommended import recommended_config
 
@@ -49,14 +49,13 @@ _BEAM = flags.DEFINE_multi_string(
     "Workers must see all files under the same paths.",
 )
 _CONFIG = "train_config.py"  # in the dataset's folder
+_PATHS = ("log", "items", "users")
 _LOG_OPTIONS: dict[str, flags.FlagHolder] = {}
 
 
 def main() -> None:
     """Prints a log's profile, prepares the dataset, and says where it lies."""
-    data_dir = preparation.local_folder(
-        "data_dir", launch.DATA_DIR.value or preparation.default_data_dir()
-    )
+    data_dir = preparation.local_folder("data_dir", launch.DATA_DIR.value or cache_dir())
     builder = _builder(data_dir)
     if _BEAM.value:
         builder.run = beam_runner(_BEAM.value)
@@ -150,7 +149,23 @@ def _value(name: str) -> Any:
         return tuple(word for text in value for word in text.split(","))
     if isinstance(value, int | float | str):
         return value
+    if name in _PATHS:
+        return tuple(path for text in value or () for path in _paths(name, text))
     return tuple(part for text in value or () for part in split_list(text))
+
+
+def _paths(name: str, text: str) -> list[str]:
+    """Paths between commas; or one that has commas itself.
+
+    Raises:
+      UserError: one is empty, as where a variable of a shell is not set.
+    """
+    if text and pathlib.Path(text).expanduser().exists():
+        return [text]
+    paths = [path.strip() for path in text.split(",")]
+    if not all(paths):
+        raise UserError(f"--{name}={text} names an empty path; give files or folders")
+    return paths
 
 
 def _define_log_options() -> None:

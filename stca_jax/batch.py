@@ -55,6 +55,8 @@ class RequestBatch:
       request_id: The request's index in the dataset.
       user_id: The user's index in the dataset.
       num_request_targets: How many targets the whole request has, in any row; at least 1.
+      history_unlabelled: Events that no training request asks for and that precede all others: what
+        a loss without labels may learn from. None where no loss reads it.
       shared_history: Static. True if a token may be read by requests of different times, in which
         case token features may not depend on the request's time.
     """
@@ -71,6 +73,7 @@ class RequestBatch:
     request_id: Int[Array, "R M"]
     user_id: Int[Array, "R M"]
     num_request_targets: Int[Array, "R M"]
+    history_unlabelled: Bool[Array, "R L"] | None = None
     shared_history: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
@@ -125,7 +128,13 @@ class Request:
 
 
 def empty_batch(
-    schema: Schema, num_rows: int, row_length: int, targets_per_row: int, *, shared_history: bool
+    schema: Schema,
+    num_rows: int,
+    row_length: int,
+    targets_per_row: int,
+    *,
+    shared_history: bool,
+    with_unlabelled: bool = False,
 ) -> RequestBatch:
     """An all-padding batch of NumPy arrays, to be filled in place.
 
@@ -135,6 +144,7 @@ def empty_batch(
       row_length: L.
       targets_per_row: M.
       shared_history: See `RequestBatch`.
+      with_unlabelled: Have `history_unlabelled`.
     """
 
     def features(names: Sequence[str], width: int) -> dict[str, np.ndarray]:
@@ -157,6 +167,7 @@ def empty_batch(
         request_id=slots(),
         user_id=slots(),
         num_request_targets=slots() + np.int32(1),
+        history_unlabelled=np.zeros((num_rows, row_length), bool) if with_unlabelled else None,
         shared_history=shared_history,
     )
 
@@ -323,6 +334,8 @@ def _check_arrays(batch: RequestBatch, schema: Schema) -> None:
         expected[name] = (R, M)
     expected["label"] = (R, M, len(schema.tasks))
     dtypes: dict[str, Any] = {"label": np.float32, "target_mask": np.bool_}
+    if batch.history_unlabelled is not None:
+        expected["history_unlabelled"], dtypes["history_unlabelled"] = (R, L), np.bool_
     found = {name: getattr(batch, name) for name in expected}
     for level, width in (("history", L), ("target", M), ("request", M)):
         names, features = set(getattr(schema, level)), getattr(batch, level)

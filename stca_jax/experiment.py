@@ -75,6 +75,29 @@ def count_steps(config: ExperimentConfig, dataset: RequestDataset) -> int:
     return pipeline.count_steps(dataset, config.input, training.num_epochs, training.max_steps)
 
 
+def training_input(
+    config: ExperimentConfig,
+    dataset: RequestDataset,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> pipeline.RequestIterator:
+    """The batches of a training, without end: `training.num_epochs` is the run's.
+
+    Args:
+      config: The experiment.
+      dataset: Its dataset.
+      process_index: See `pipeline.make_input`.
+      process_count: See `pipeline.make_input`.
+    """
+    return pipeline.make_input(
+        dataset,
+        dataclasses.replace(config.input, epochs=None),
+        process_index=process_index,
+        process_count=process_count,
+        with_unlabelled=_reads_unlabelled(config),
+    )
+
+
 def experiment_program(
     config: ExperimentConfig, schema: Schema, num_steps: int, mesh: Mesh | None = None
 ) -> Program:
@@ -95,6 +118,7 @@ def experiment_program(
         config.input.row_length,
         config.input.targets_per_row,
         shared_history=config.input.rows == "user",
+        with_unlabelled=_reads_unlabelled(config),
     )
     return Program(
         config.model,
@@ -106,6 +130,10 @@ def experiment_program(
         num_steps=num_steps,
         seed=config.seed,
     )
+
+
+def _reads_unlabelled(config: ExperimentConfig) -> bool:
+    return any(loss.reads_unlabelled for loss in config.training.auxiliary_losses)
 
 
 def initial_state(

@@ -13,6 +13,12 @@ from typing import Any, BinaryIO
 from stca_jax.errors import UserError
 
 
+def cache_dir() -> pathlib.Path:
+    """Where files are kept that can be made again: the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(cache).expanduser() / "stca_jax"
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` in one step once the block has ended.

@@ -15,9 +15,13 @@ import jax
 from stca_jax import config as config_lib
 from stca_jax.evaluation.best import marked_steps
 from stca_jax.evaluation.validation import Validation
-from stca_jax.experiment import ExperimentConfig, count_steps, experiment_program
+from stca_jax.experiment import (
+    ExperimentConfig,
+    count_steps,
+    experiment_program,
+    training_input,
+)
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import make_input
 from stca_jax.training.checkpointing import Checkpointer
 from stca_jax.training.distributed import is_main_process
 from stca_jax.training.flops import model_flops
@@ -80,10 +84,8 @@ def _train(
     )
     num_steps = count_steps(config, dataset)
     program = experiment_program(config, dataset.schema, num_steps)
-    mesh = program.batch_shardings.history_time.mesh
-    share, num_shares = input_share(mesh)
-    endless = dataclasses.replace(config.input, epochs=None)  # training.num_epochs ends the run
-    batches = make_input(dataset, endless, process_index=share, process_count=num_shares)
+    share, num_shares = input_share(program.mesh)
+    batches = training_input(config, dataset, share, num_shares)
     save_config(workdir, config)  # only now: what cannot run leaves no trace
     with (
         contextlib.closing(batches),
@@ -100,7 +102,7 @@ def _train(
             return TrainingResult(step, num_steps)
 
         _log.info("step %d of %d; the first step is compiled before it runs", step, num_steps)
-        shared_signal = SharedSignal(mesh)
+        shared_signal = SharedSignal(program.mesh)
         flops = model_flops(config.model, dataset.schema, config.input.targets_per_row)
         is_main = is_main_process()
         with (

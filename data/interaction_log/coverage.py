@@ -10,11 +10,13 @@ import pyarrow.compute as pc
 
 from stca_jax.data.interaction_log.encoders import fit_scale
 from stca_jax.data.interaction_log.events import LogSource
-from stca_jax.data.interaction_log.id_matching import find_mending
+from stca_jax.data.interaction_log.id_matching import distinct_ids, find_mending
 from stca_jax.data.interaction_log.log_config import SCALINGS, Column
 from stca_jax.data.interaction_log.moments import Moments
+from stca_jax.data.interaction_log.number_texts import describe_mending
+from stca_jax.data.interaction_log.source import Table
 from stca_jax.data.interaction_log.statistics import ValueCounts, sum_counts
-from stca_jax.data.interaction_log.suggestions import flag, name_of, sql_of
+from stca_jax.data.interaction_log.suggestions import flag, name_of
 from stca_jax.errors import UserError
 
 _UNREADABLE = 0.1  # share of the values of a numeric feature that may be no numbers
@@ -42,7 +44,8 @@ def check_features(source: LogSource, counts: ValueCounts) -> Lines:
     for key, moments in counts.moments.items():
         column = by_name[key.removeprefix("feature_")]
         option = "target_features" if column in columns["target"] else "history_features"
-        lines.append(_check_numbers(option, column, moments, counts.later_moments[key]))
+        both = moments, counts.later_moments[key]
+        lines.append(_check_numbers(source.log, option, column, *both))
     return lines
 
 
@@ -72,7 +75,7 @@ def check_side_tables(
         found = f"{has.sum():,} of {len(ids):,} {what} of the log are in the table"
         shares = _shares(known.filter(pa.array(has)), _num_events(known))
         lines.append((f"table of {what}", f"{found} ({has.mean():.1%}), {_of_events(shares)}"))
-        warnings += _check_ids(source, what, ids.filter(pa.array(~has)), side, found, has.mean())
+        warnings += _check_ids(source, what, ids.filter(pa.array(~has)), found, has.mean())
         for column in source.config.feature_columns[what[:-1]]:
             values = side[f"feature_{column.name}"].combine_chunks().take(row)
             lines.append(_check_side_feature(source, what, column, values, known))
@@ -80,7 +83,7 @@ def check_side_tables(
 
 
 def _check_ids(
-    source: LogSource, what: str, lacking: pa.Array, side: pa.Table, found: str, share: float
+    source: LogSource, what: str, lacking: pa.Array, found: str, share: float
 ) -> list[str]:
     """Warns of ids that the table lacks, or that only look different in it."""
     if not len(lacking):
@@ -88,9 +91,10 @@ def _check_ids(
     mending = find_mending(source, what, share)
     if share >= _FEW and mending is None:
         return []
+    of_table = distinct_ids(getattr(source, what), source.config.key_columns[what[:-1]])
     text = (
         f"{found} ({share:.1%}): the log has {_examples(lacking)}, {what} has "
-        f"{_examples(side['id'].combine_chunks())}. "
+        f"{_examples(of_table.sort())}. "
     )
     if mending is not None:
         text += f"SQL can make them equal: {mending.describe()}"
@@ -115,7 +119,9 @@ def _check_side_feature(
         is_train = pc.greater(known["count"], 0).combine_chunks()
         train, later = values.filter(is_train), values.filter(pc.invert(is_train))
         option = f"{what[:-1]}_features"
-        return _check_numbers(option, column, Moments.of(train), Moments.of(later))
+        return _check_numbers(
+            getattr(source, what), option, column, Moments.of(train), Moments.of(later)
+        )
     table = pa.table({"value": values, "count": known["count"], "later": known["later"]})
     counted = sum_counts(table.filter(pc.is_valid(values)))
     # A user's features are known of each user; an item's vocabulary is fitted on events.
@@ -145,15 +151,16 @@ def _check_values(
     )
 
 
-def _check_numbers(option: str, column: Column, train: Moments, later: Moments) -> tuple[str, str]:
+def _check_numbers(
+    table: Table, option: str, column: Column, train: Moments, later: Moments
+) -> tuple[str, str]:
     name, present = column.name, train.count + train.unreadable
     share = train.unreadable / max(present, 1)
     if share > _UNREADABLE:
-        sql = f"TRY_CAST(regexp_replace({sql_of(column)}, '[^0-9.eE+-]', '', 'g') AS DOUBLE)"
         raise UserError(
-            f"{name}: {train.unreadable:,} of {present:,} values in training ({share:.1%}) are "
-            f"no numbers within float32. Mend them by SQL, such as "
-            f"{flag(option, name_of(column, 'number'), sql)}, or give {name}:categorical"
+            f"{name}: {train.unreadable:,} of {present:,} values in training ({share:.1%}) are no "
+            f"numbers within float32, {describe_mending(table, option, column)}, or give "
+            f"{name}:categorical"
         )
     if not train.count:
         raise UserError(f"{name}: no training event has a value; leave {name} out")

@@ -15,7 +15,8 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import duckdb
 import numpy as np
@@ -35,6 +36,7 @@ from stca_jax.input.hashing import counter_hash, text_hash
 DUPLICATE = "equal to another row"  # counted with the rejected rows, though nothing is wrong
 _SHARD = 5  # a stream of hashes of its own
 _SHOWN = 200  # characters of each value of a rejected row
+_OTHER_ROWS = re.compile(r'"class":\s*"(WINDOW|SUBQUERY)"')  # in a parsed query
 _FLOATS = ("FLOAT", "DOUBLE", "DECIMAL")
 _INTEGERS = ("BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT")
 
@@ -323,11 +325,25 @@ def _kind(table: Table, column: Column) -> str:
 
 
 def _evaluate(table: Table, sql: str, what: str) -> str:
-    """The SQL type of an expression over no rows."""
+    """The SQL type of an expression over no rows.
+
+    Raises:
+      UserError: it is wrong, or looks at other rows than its own.
+    """
+    query = f"SELECT {sql} AS value FROM log"
     with connect() as connection:
         connection.register("log", table.empty())
         with _explain_sql(what, sql):
-            return str(connection.sql(f"SELECT {sql} AS value FROM log").types[0])
+            found = connection.sql(query)
+            ((tree,),) = connection.execute("SELECT json_serialize_sql(?)", [query]).fetchall()
+            # Aggregates give a row where there is none.
+            if len(found) or _OTHER_ROWS.search(tree):
+                raise UserError(
+                    f"{what}: {sql} looks at other rows than its own, by an aggregate, a window "
+                    "or a query, but is evaluated on some rows at a time; write its values into "
+                    "a column of the log first"
+                )
+            return str(found.types[0])
 
 
 @contextlib.contextmanager
@@ -360,10 +376,15 @@ def _rejected(
     )
     position = pc.index_in(wrong[ROW], rows[ROW].combine_chunks()).to_pylist()
     content = rows.drop_columns([ROW]).take(pa.array(position, pa.int64()))
-    values = content.rename_columns(list(log.columns)).to_pylist()
-    for row, value in zip(wrong.to_pylist(), values, strict=True):
-        yield row["reason"], part.file, row[ROW], json.dumps(_short(value), default=str)
+    columns = [_shown(column) for column in content.columns]
+    for k, row in enumerate(wrong.to_pylist()):
+        values = {name: column[k] for name, column in zip(log.columns, columns, strict=True)}
+        yield row["reason"], part.file, row[ROW], json.dumps(values, default=str)
 
 
-def _short(values: Mapping[str, object]) -> dict[str, object]:
-    return {n: v[:_SHOWN] if isinstance(v, str) else v for n, v in values.items()}
+def _shown(values: pa.ChunkedArray) -> list[object]:
+    try:
+        found = values.to_pylist()
+    except (OverflowError, ValueError):  # dates that Python has not
+        found = pc.cast(values, pa.string()).to_pylist()
+    return [value[:_SHOWN] if isinstance(value, str) else value for value in found]

@@ -120,8 +120,11 @@ def detect(file: str, config: LogConfig) -> Format:
         )
     compression = next((c for magic, c in _MAGIC.items() if head.startswith(magic)), None)
     if compression:
-        with pa.input_stream(file, compression=compression) as unpacked:
-            head = unpacked.read(_HEAD_BYTES)
+        try:
+            with pa.input_stream(file, compression=compression) as unpacked:
+                head = unpacked.read(_HEAD_BYTES)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file} cannot be read: {compression}: {error}") from error
     encoding = _encoding(file, head)
     text = codecs.getincrementaldecoder(encoding)(errors="replace").decode(head).lstrip("\ufeff")
     header = next((line for line in text.splitlines() if line), "")

@@ -63,8 +63,8 @@ def find_mending(source: LogSource, what: str, share: float) -> Mending | None:
     """
     level = what[:-1]
     column = source.config.key_columns[level]
-    of_log = _distinct(source.log, column, _TRIED_IDS)
-    of_table = _distinct(getattr(source, what), column)
+    of_log = distinct_ids(source.log, column, _TRIED_IDS)
+    of_table = distinct_ids(getattr(source, what), column)
     best = None
     with connect() as connection:
         connection.register("log_ids", pa.table({"id": of_log}))
@@ -85,7 +85,7 @@ def find_mending(source: LogSource, what: str, share: float) -> Mending | None:
     return best
 
 
-def _distinct(table: Table, column: Column, enough: int | None = None) -> pa.Array:
+def distinct_ids(table: Table, column: Column, enough: int | None = None) -> pa.Array:
     """Distinct ids as texts, not brought to a common type; the first if they are enough."""
     sql = table.sql(column)
     known = pa.table({"id": pa.array([], pa.string())})

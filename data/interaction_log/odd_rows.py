@@ -107,14 +107,13 @@ def check_rows(source: LogSource, read: PartSummary, file: pathlib.Path) -> None
         )
     mixed = {r: n for r, n in reasons.items() if r.endswith(MIXED)}
     if mixed:
-        t = sql_of(config.key_columns["time"])
-        either = f"CASE WHEN {t}::DOUBLE > 1e11 THEN {t}::DOUBLE / 1000 ELSE {t}::DOUBLE END"
+        column = sql_of(config.key_columns["time"])
         raise UserError(
             f"timestamps are of several kinds: most are {source.time.describe()}, from "
             f"{_date(read.times[0][0])} to {_date(read.times[1][0])}, but "
             f"{_describe(mixed, read, file)[2:]}. Give --time_unit to take all numbers as that and "
             "reject what is none, or SQL that reads both, such as "
-            f"{flag('timestamp', 'time', either)}"
+            f"{flag('timestamp', 'time', source.time.any_kind_sql(column))}"
         )
     _check_texts(source, reasons, why)
     if rejected > config.allow_odd * read.num_rows:

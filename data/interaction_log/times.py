@@ -13,6 +13,7 @@ import numpy as np
 
 from stca_jax.data.interaction_log.log_config import ORDER, TIME_UNITS, Column, quoted
 from stca_jax.errors import UserError
+from stca_jax.schema import SECONDS_PER_DAY
 
 NS = 10**9
 MIXED = "is another kind of time than in the first rows"
@@ -26,7 +27,6 @@ _SAMPLE = 100_000
 _DATES = ("DATE", "TIMESTAMP")
 _INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
 _NUMBERS = (*_INTEGERS, "FLOAT", "DOUBLE", "DECIMAL")
-_DAY = 86_400
 _YEARS = "1995 to 2050"
 
 
@@ -59,12 +59,23 @@ class TimeReading:
         unit = next(name for name, size in TIME_UNITS.items() if size == self.unit)
         return f"numbers of {unit} since 1970" + (", by their size" if self.is_strict else "")
 
+    def any_kind_sql(self, raw: str) -> str:
+        """SQL that users can write for a log of dates and numbers of several units since 1970."""
+        is_text = self.sql_type == "VARCHAR"
+        number = f"TRY_CAST({raw} AS DOUBLE)" if is_text else f"{raw}::DOUBLE"
+        unit = f"CASE WHEN {number} > 1e17 THEN 1e9 WHEN {number} > 1e14 THEN 1e6 " \
+               f"WHEN {number} > 1e11 THEN 1e3 ELSE 1 END"  # fmt: skip
+        moment = f"to_timestamp({number} / {unit})"
+        return f"COALESCE(TRY_CAST({raw} AS TIMESTAMPTZ), {moment})" if is_text else moment
+
     def parsed_sql(self, raw: str) -> str:
         """The number or date of a timestamp; NULL where text is neither."""
         if self.is_date:
             if self.sql_type == "VARCHAR":
                 return f"TRY_CAST({raw} AS TIMESTAMPTZ)"
-            return f"CAST({raw} AS TIMESTAMP)" if self.sql_type == "DATE" else raw
+            # Of years that microseconds do not reach, there is nothing to read.
+            is_coarse = self.sql_type in ("DATE", "TIMESTAMP_S", "TIMESTAMP_MS")
+            return f"TRY_CAST({raw} AS TIMESTAMP)" if is_coarse else raw
         if self.sql_type == "VARCHAR":
             # A double has 53 bits, which nanoseconds do not fit.
             return f"TRY_CAST({raw} AS {'HUGEINT' if self.unit == NS else 'DOUBLE'})"
@@ -175,7 +186,7 @@ def read_times(
     likely = next((u for u in TIME_UNITS.values() if low * u <= size < high * u), None)
     if len(numbers) and likely is None:
         raise UserError(_implausible(column, numbers, size))
-    _check_precision(name, numbers, shown, sql_type)
+    _check_precision(name, numbers, shown, sql_type, likely or 1)
     return TimeReading(name, sql_type, False, likely or 1, True, True)
 
 
@@ -185,9 +196,10 @@ def _check_dates(connection: duckdb.DuckDBPyConnection, sql: str, name: str) -> 
     Raises:
       UserError: most are.
     """
-    query = f"SELECT median(epoch(v)) FROM (SELECT {sql} AS v FROM log LIMIT {_SAMPLE})"
+    moments = f"SELECT TRY_CAST({sql} AS TIMESTAMP) AS v FROM log LIMIT {_SAMPLE}"
+    query = f"SELECT median(epoch(v)) FROM ({moments})"
     row = connection.execute(query).fetchone()
-    if row and row[0] is not None and 0 <= row[0] < 365 * _DAY:
+    if row and row[0] is not None and 0 <= row[0] < 365 * SECONDS_PER_DAY:
         raise UserError(
             f"most times of {name} are of 1970, such as {_date(row[0])}: were they made from "
             "numbers of another unit? Write them anew, or give --time_unit=s to take them "
@@ -207,7 +219,9 @@ def _sample(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[np.ndarray
     return numbers[np.isfinite(numbers)], shown, sum(table["is_date"].to_pylist())
 
 
-def _check_precision(name: str, numbers: np.ndarray, shown: list[str], sql_type: str) -> None:
+def _check_precision(
+    name: str, numbers: np.ndarray, shown: list[str], sql_type: str, unit: int
+) -> None:
     """Whether times went through float32, which keeps 24 bits: 128 seconds of today.
 
     Raises:
@@ -217,11 +231,12 @@ def _check_precision(name: str, numbers: np.ndarray, shown: list[str], sql_type:
     if len(whole) < 10 or whole[0] <= 0:
         return
     step = int(np.gcd.reduce(np.diff(whole)))
-    is_float32 = sql_type == "FLOAT" or any("e" in text.lower() for text in shown)
-    # Clocks tick in seconds, minutes or days; only rounding gives steps of a power of two.
     if step < np.spacing(np.float32(whole[0])) or step == 1:
         return
-    if is_float32 or not step & (step - 1):
+    # Clocks tick in minutes, hours or days; steps of rounding are powers of 2 or 10, without a 3.
+    is_clock = step % (60 * unit) == 0
+    is_short = any("e" in text.lower() for text in shown)
+    if sql_type == "FLOAT" or (not is_clock and (is_short or not step & (step - 1))):
         raise UserError(
             f"{name} is rounded: all values, such as {', '.join(shown)}, are {step} apart or "
             "more, as float32 keeps them, so that the order of events is lost. Write the times as "
@@ -270,7 +285,7 @@ def _as_day(text: str) -> str | None:
 
 
 def _date(seconds: float) -> str:
-    if not 0 <= seconds < 200 * 366 * _DAY:
+    if not 0 <= seconds < 200 * 366 * SECONDS_PER_DAY:
         return ""
     moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
     return f"{moment:%Y-%m-%d}"

@@ -36,7 +36,7 @@ from absl import flags
 
 from stca_jax.batch import RequestBatch
 from stca_jax.data.base import UserDatasetBuilder
-from stca_jax.data.preparation import default_data_dir, prepare
+from stca_jax.data.preparation import prepare
 from stca_jax.data.synthetic_interests.generator import GeneratorConfig
 from stca_jax.data.synthetic_interests.synthetic_interests_dataset_builder import (
     Builder as SyntheticInterests,
@@ -46,6 +46,7 @@ from stca_jax.data.synthetic_interests.synthetic_interests_dataset_builder impor
 )
 from stca_jax.experiments import launch
 from stca_jax.experiments.benchmarks.history_copies import HistoryCopies
+from stca_jax.files import cache_dir
 from stca_jax.input.assembly import Assembler, Fill
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.length import FixedLength
@@ -250,7 +251,7 @@ def build(builder: UserDatasetBuilder) -> pathlib.Path:
 
 def main() -> None:
     """Runs the logs and prints a table for each."""
-    data_dir = pathlib.Path(launch.DATA_DIR.value or default_data_dir())
+    data_dir = pathlib.Path(launch.DATA_DIR.value or cache_dir())
     for name in _LOGS.value or LOGS:
         with tempfile.TemporaryDirectory() as scratch:
             lines = benchmark(name, data_dir, pathlib.Path(scratch))

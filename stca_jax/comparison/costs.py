@@ -16,9 +16,9 @@ from flax import nnx
 
 from stca_jax.batch import RequestBatch, empty_batch
 from stca_jax.errors import UserError
-from stca_jax.experiment import ExperimentConfig, experiment_program
+from stca_jax.experiment import ExperimentConfig, experiment_program, training_input
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.pipeline import InputElement, make_input
+from stca_jax.input.pipeline import InputElement
 from stca_jax.models.sequence import SequenceCost
 from stca_jax.training.flops import model_flops
 from stca_jax.training.sharding import MeshConfig, device_batch, make_mesh
@@ -103,8 +103,7 @@ class Budget:
 def measure(config: ExperimentConfig, dataset: RequestDataset) -> Costs:
     """Runs a few train steps, and the forward pass of a long request, on one process's devices."""
     program = experiment_program(config, dataset.schema, num_steps=1_000)
-    endless = dataclasses.replace(config.input, epochs=None)
-    with contextlib.closing(make_input(dataset, endless)) as batches:
+    with contextlib.closing(training_input(config, dataset)) as batches:
         elements = list(itertools.islice(batches, _STEPS + 1))
     flops = model_flops(config.model, dataset.schema, config.input.targets_per_row)
     seconds, step_bytes = _time_steps(program, elements)
@@ -160,7 +159,7 @@ def _latency(config: ExperimentConfig, dataset: RequestDataset, num_targets: int
         config.model, dataset.schema, config.optimizer, config.training, mesh, batch, 1, config.seed
     )
     state = program.initialize()
-    on_device = device_batch(batch, program.batch_shardings)
+    on_device = device_batch(batch, program.prediction_shardings)
     return _median_seconds(lambda: program.predict(state, on_device))
 
 

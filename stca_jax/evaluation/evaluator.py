@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from stca_jax.batch import RequestBatch
 from stca_jax.evaluation.metrics import check_choice, ranking_metrics
+from stca_jax.evaluation.tables import Row
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import RequestIterator, make_input
 from stca_jax.input.planning import InputConfig
@@ -23,7 +24,6 @@ from stca_jax.training.sharding import device_batch, input_share
 from stca_jax.training.state import TrainState
 from stca_jax.training.train_step import Predictions, Program
 
-Row = dict[str, Any]
 _log = logging.getLogger(__name__)
 
 
@@ -125,7 +125,7 @@ def request_logits(
     for element in _evaluation_batches(program, dataset, config, split, length, limits):
         batch = element.batch
         predictions = jax.device_get(
-            program.predict(state, device_batch(batch, program.batch_shardings))
+            program.predict(state, device_batch(batch, program.prediction_shardings))
         )
         for row, mask in enumerate(batch.target_mask):
             slots = np.flatnonzero(mask)
@@ -143,7 +143,7 @@ def _evaluation_batches(
     length: int,
     limits: Mapping[str, int | None],
 ) -> RequestIterator:
-    mesh = program.batch_shardings.history_time.mesh
+    mesh = program.mesh
     share, num_shares = input_share(mesh)
     rows = rows_that_fit(config, length, mesh.shape["data"])
     return make_input(
@@ -193,7 +193,7 @@ def _fetched(
 ) -> Iterator[Predictions]:
     running: Predictions | None = None
     for batch in batches:
-        started = program.predict(state, device_batch(batch, program.batch_shardings))
+        started = program.predict(state, device_batch(batch, program.prediction_shardings))
         if running is not None:
             yield jax.device_get(running)
         running = started
@@ -259,7 +259,7 @@ def metric_rows(
       on_failure: See `ranking_metrics`.
       **columns: Put first in each row, such as `model="stca"`.
     """
-    rows = []
+    rows: list[Row] = []
     for k, task in enumerate(tasks):
         known = ~np.isnan(predictions.label[:, k])
         metrics = ranking_metrics(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from stca_jax.batch import RequestBatch, empty_batch
 from stca_jax.input.arrays import ragged_arange, ragged_ranges, sum_before
@@ -15,7 +15,7 @@ from stca_jax.input.dataset import RequestIndex
 from stca_jax.input.packing import balanced_order
 from stca_jax.input.planning import BatchPlan, InputConfig, Planner, Position, Units
 from stca_jax.input.record_cache import RecordCache
-from stca_jax.input.records import UserRecord
+from stca_jax.input.records import UserRecord, unlabelled_events
 from stca_jax.schema import Schema
 
 
@@ -89,9 +89,12 @@ def fill_of(units: Units, rows: list[list[int]], config: InputConfig) -> Fill:
 class Assembler:
     """Turns a plan into a batch: reads the records and fills this process's rows."""
 
-    def __init__(self, dataset: Dataset, planner: Planner, rows: slice):
-        """Fills `rows` of each global batch."""
+    def __init__(
+        self, dataset: Dataset, planner: Planner, rows: slice, *, with_unlabelled: bool = False
+    ):
+        """Fills `rows` of each global batch, and `history_unlabelled` if asked to."""
         self._dataset = dataset
+        self._training_end = dataset.index.training_end if with_unlabelled else None
         self._records = RecordCache(dataset.record)
         self._index = planner.index
         self._config = planner.config
@@ -113,6 +116,7 @@ class Assembler:
             config.row_length,
             config.targets_per_row,
             shared_history=config.rows == "user",
+            with_unlabelled=self._training_end is not None,
         )
         layout = _lay_out(units, rows)
         self._fill_slots(batch, layout)
@@ -141,8 +145,14 @@ class Assembler:
             if held != record_of_unit[unit]:
                 held = int(record_of_unit[unit])
                 record = self._records.record(held)
-            _copy_events(batch, layout, unit, record)
+                unlabelled = self._unlabelled(record)
+            _copy_events(batch, layout, unit, record, unlabelled)
             self._copy_targets(batch, layout, unit, record)
+
+    def _unlabelled(self, record: UserRecord) -> Bool[np.ndarray, " n"] | None:
+        if self._training_end is None:
+            return None
+        return unlabelled_events(record, self._dataset.schema.item, self._training_end)
 
     def _copy_targets(
         self, batch: RequestBatch, layout: _Layout, unit: int, record: UserRecord
@@ -164,7 +174,13 @@ class Assembler:
             column[slots] = np.repeat(record.request[name][position], count)
 
 
-def _copy_events(batch: RequestBatch, layout: _Layout, unit: int, record: UserRecord) -> None:
+def _copy_events(
+    batch: RequestBatch,
+    layout: _Layout,
+    unit: int,
+    record: UserRecord,
+    unlabelled: Bool[np.ndarray, " n"] | None,
+) -> None:
     first, size = layout.log_start[unit], layout.tokens[unit]
     events = slice(first, first + size)
     token = layout.first_token[unit]
@@ -172,6 +188,8 @@ def _copy_events(batch: RequestBatch, layout: _Layout, unit: int, record: UserRe
     batch.history_time[tokens] = record.event_time[events]
     for name, column in batch.history.items():
         column[tokens] = record.history[name][events]
+    if batch.history_unlabelled is not None and unlabelled is not None:
+        batch.history_unlabelled[tokens] = unlabelled[events]
 
 
 class _Layout(NamedTuple):

@@ -23,11 +23,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import scipy.sparse as sp
 import scipy.sparse.linalg
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from stca_jax.files import replacing
 from stca_jax.input.dataset import RequestDataset
-from stca_jax.input.records import SPLITS, UserRecord
+from stca_jax.input.records import unlabelled_events
 
 _MOST_ROWS = 2**18  # the most frequent ids of a larger vocabulary; the others have none
 _MOST_ENTRIES = 2**25  # of a count matrix; beyond it, the rarest pairs are dropped
@@ -69,37 +69,15 @@ def cooccurrence_rows(
     return rows
 
 
-def training_events(record: UserRecord, item: str, end_time: int) -> Bool[np.ndarray, " n"]:
-    """Which events may be counted: of training time, and no target of a training request.
-
-    Args:
-      record: A user.
-      item: The item feature.
-      end_time: Time of the first request of another split.
-    """
-    is_training = record.request_split == SPLITS.index("train")
-    of_request = np.repeat(np.arange(len(record.request_time)), np.diff(record.target_offset))
-    used = is_training[of_request]
-    targets = _moments(record.request_time[of_request][used], record.target[item][used])
-    is_target = np.isin(_moments(record.event_time, record.history[item]), targets)
-    return (record.event_time < end_time) & ~is_target
-
-
-def _moments(time: Int[np.ndarray, " n"], item: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    return time.astype(np.int64) << 32 | item.astype(np.int64)
-
-
 def _factorise_dataset(
     dataset: RequestDataset, widths: Mapping[str, int], seed: int
 ) -> dict[str, Float[np.ndarray, "V width"]]:
-    index = dataset.index
-    others = index.request_time[index.split != SPLITS.index("train")]
-    end_time = int(others.min()) if others.size else np.iinfo(np.int32).max
+    end_time = dataset.index.training_end
 
     def events() -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         for i in range(len(dataset)):
             record = dataset.record(i)
-            kept = training_events(record, dataset.schema.item, end_time)
+            kept = unlabelled_events(record, dataset.schema.item, end_time)
             yield record.event_time[kept], {name: record.history[name][kept] for name in widths}
 
     sizes = {name: dataset.schema.vocabularies[name] for name in widths}

@@ -67,6 +67,12 @@ class RequestIndex:
         """The requests that a boolean mask, or an array of positions, picks."""
         return RequestIndex(**{n: v[which] for n, v in vars(self).items()})
 
+    @property
+    def training_end(self) -> int:
+        """Time of the first request that is not of training; of none, later than all."""
+        others = self.request_time[self.split != SPLITS.index("train")]
+        return int(others.min()) if others.size else np.iinfo(np.int32).max
+
     def of_split(self, split: str) -> RequestIndex:
         """The requests of "train", "validation" or "test".
 

@@ -48,7 +48,12 @@ class InputElement(NamedTuple):
 
 
 def make_input(
-    dataset: Dataset, config: InputConfig, *, process_index: int = 0, process_count: int = 1
+    dataset: Dataset,
+    config: InputConfig,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    with_unlabelled: bool = False,
 ) -> RequestIterator:
     """The batches of one process.
 
@@ -57,11 +62,12 @@ def make_input(
       config: What to read and how to pack it.
       process_index: This process.
       process_count: Processes that share each global batch; divides `config.rows_per_batch`.
+      with_unlabelled: Batches have `history_unlabelled`.
 
     Raises:
       ValueError: the config's filters leave no request, or the rows cannot be divided.
     """
-    return RequestIterator(dataset, config, process_index, process_count)
+    return RequestIterator(dataset, config, process_index, process_count, with_unlabelled)
 
 
 def epoch_fill(dataset: Dataset, config: InputConfig, epoch: int = 0) -> Fill:
@@ -112,7 +118,12 @@ class RequestIterator(Iterator[InputElement]):
     """Yields `InputElement`s; made by `make_input`."""
 
     def __init__(
-        self, dataset: Dataset, config: InputConfig, process_index: int, process_count: int
+        self,
+        dataset: Dataset,
+        config: InputConfig,
+        process_index: int,
+        process_count: int,
+        with_unlabelled: bool,
     ):
         """See `make_input`."""
         if not 0 <= process_index < process_count:
@@ -127,7 +138,7 @@ class RequestIterator(Iterator[InputElement]):
         self._planner = Planner(dataset.index, config)
         share = config.rows_per_batch // process_count
         shares = slice(process_index * share, (process_index + 1) * share)
-        self._assembler = Assembler(dataset, self._planner, shares)
+        self._assembler = Assembler(dataset, self._planner, shares, with_unlabelled=with_unlabelled)
         self._position = Position()
         self._start()
 

@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 
 from stca_jax.schema import Schema
@@ -178,3 +178,23 @@ def _int32(column: np.ndarray) -> np.ndarray:
 
 def _float32_bits(column: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(column, np.float32).view(np.int32)
+
+
+def unlabelled_events(record: UserRecord, item: str, end_time: int) -> Bool[np.ndarray, " n"]:
+    """Which events statistics may count: of training time, and no target of a training request.
+
+    Args:
+      record: A user.
+      item: The item feature.
+      end_time: Time of the first request of another split.
+    """
+    is_training = record.request_split == SPLITS.index("train")
+    of_request = np.repeat(np.arange(len(record.request_time)), np.diff(record.target_offset))
+    used = is_training[of_request]
+    targets = _moments(record.request_time[of_request][used], record.target[item][used])
+    is_target = np.isin(_moments(record.event_time, record.history[item]), targets)
+    return (record.event_time < end_time) & ~is_target
+
+
+def _moments(time: Int[np.ndarray, " n"], item: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    return time.astype(np.int64) << 32 | item.astype(np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -89,9 +89,11 @@ class Loss(abc.ABC):
 
     Attributes:
       weight: What its value is multiplied by in the sum that is minimised.
+      reads_unlabelled: Its batches must have `history_unlabelled`.
     """
 
     weight: float = dataclasses.field(default=1.0, kw_only=True)
+    reads_unlabelled: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod

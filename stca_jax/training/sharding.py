@@ -199,7 +199,11 @@ def batch_shardings(mesh: Mesh, batch: RequestBatch) -> RequestBatch:
     rows = NamedSharding(mesh, PartitionSpec("data"))
     tokens = NamedSharding(mesh, PartitionSpec("data", "sequence"))
     shardings = jax.tree.map(lambda _: rows, batch)
-    return shardings.replace(history={name: tokens for name in batch.history}, history_time=tokens)
+    return shardings.replace(
+        history={name: tokens for name in batch.history},
+        history_time=tokens,
+        history_unlabelled=None if batch.history_unlabelled is None else tokens,
+    )
 
 
 @functools.lru_cache

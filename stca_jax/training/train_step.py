@@ -319,7 +319,7 @@ class Program:
     @functools.cached_property
     def predict(self) -> Callable[[TrainState, RequestBatch], Predictions]:
         """(state, batch) -> `Predictions`, replicated."""
-        shardings = (self._state_shardings, self.batch_shardings)
+        shardings = (self._state_shardings, self.prediction_shardings)
         out = NamedSharding(self.mesh, PartitionSpec())
         return with_mesh(
             self.mesh, jax.jit(self.predictions, in_shardings=shardings, out_shardings=out)
@@ -327,8 +327,13 @@ class Program:
 
     @functools.cached_property
     def batch_shardings(self) -> RequestBatch:
-        """Of the batches that `train_step` and `predict` take."""
+        """Of the batches that `train_step` takes."""
         return batch_shardings(self.mesh, self.batch)
+
+    @functools.cached_property
+    def prediction_shardings(self) -> RequestBatch:
+        """Of the batches that `predict` takes: without what only losses read."""
+        return self.batch_shardings.replace(history_unlabelled=None)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:

@@ -20,10 +20,10 @@ from stca_jax.errors import UserError
 T0 = 1_700_000_000
 
 
-def stage(tmp_path, ids=None, **options):
+def stage(tmp_path, ids=None, price=None, **options):
     table = {"user": [k % 6 for k in range(100)], "item": [100 + k % 20 for k in range(100)],
              "time": [T0 + 3_600 * k for k in range(100)], "click": [k % 2 for k in range(100)],
-             "price": [f"${k % 7}.50" if k % 10 else None for k in range(100)]}  # fmt: skip
+             "price": price or [0.5] * 100}  # fmt: skip
     pq.write_table(pa.table(table), tmp_path / "log.parquet")
     if ids is not None:
         pq.write_table(pa.table({"item": ids, "cat": [0] * len(ids)}), tmp_path / "items.parquet")
@@ -34,13 +34,39 @@ def stage(tmp_path, ids=None, **options):
     return Staging(LogSource.open(log), tmp_path / "mine" / "staging", running.run_here)
 
 
-def test_numbers_written_as_text(tmp_path):
-    with pytest.raises(UserError, match=r"price: 71 of 71 values .* are no numbers.*SQL"):
-        stage(tmp_path, history_features=("price:numeric",))
-    sql = "price=TRY_CAST(regexp_replace(price, '[^0-9.eE+-]', '', 'g') AS DOUBLE)"
-    profile = stage(tmp_path, history_features=(sql,)).profile()
+@pytest.mark.parametrize(("texts", "numbers"), [
+    (["$0.50", "1,234.00 USD", "-3.5", "4 kg"], [0.5, 1234, -3.5, 4]),
+    (["0,5 €", "1.234,00", "-3,5", "1 000 000,25"], [0.5, 1234, -3.5, 1_000_000.25]),
+    (["1,234", "12,345,678", "1", "12%"], [1234, 12_345_678, 1, 12]),
+    (["3/5", "1", "12:30", "(7.5)", "2 of 3", "8 kg"], [None, 1, None, None, None, 8]),
+    (["1e200", "-inf", "nan", "7", "8.5"], [None, None, None, 7, 8.5]),
+])  # fmt: skip
+def test_sql_that_is_offered_makes_numbers_of_texts(tmp_path, texts, numbers):
+    many = [texts[k % len(texts)] for k in range(100)]
+    with pytest.raises(UserError, match=r"price: \d+ of \d+ values .* are no numbers") as error:
+        stage(tmp_path, price=many, history_features=("price:numeric",))
+    option = pasted(str(error.value), "history_features")
+    events = stage(tmp_path, price=many, history_features=(option,)).shard(0).events
+    found = dict(zip(events["time"].to_pylist(), events["feature_price"].to_pylist(), strict=True))
+    assert [found[T0 + 3_600 * k] for k in range(len(texts))] == numbers
+
+
+def test_texts_that_no_rule_makes_numbers(tmp_path):
+    many = [["low", "high"][k % 2] for k in range(100)]
+    with pytest.raises(UserError, match=r"such as 'high', 'low'. Give SQL of your own: --history"):
+        stage(tmp_path, price=many, history_features=("price:numeric",))
+
+
+def test_missing_numbers_are_in_the_profile(tmp_path):
+    prices = [k % 7 + 0.5 if k % 10 else None for k in range(100)]
+    profile = stage(tmp_path, price=prices, history_features=("price:numeric",)).profile()
     assert "price: min 0.5, p50 3.5, p99 6.5, max 6.5, mean" in profile
     assert "missing in 10.1% and 9.5%, unreadable in 0.0% and 0.0%" in profile
+
+
+def test_a_log_without_histories_warns(tmp_path):
+    (warning,) = stage(tmp_path, history_filter="false").warnings
+    assert "no request has a history" in warning
 
 
 def test_no_item_with_an_id_of_its_own(tmp_path):
@@ -104,6 +130,7 @@ def test_ids_that_only_look_different_end_with_sql_that_mends_them(
     tables = {"what": what, "log_format": log_format}
     with pytest.raises(UserError, match=r"0 of 20 .* are in the table.*SQL can") as error:
         with_tables(tmp_path, log_ids, table_ids, **tables)
+    assert "has none" not in str(error.value)
     option = {f"{what}_id": pasted(str(error.value), f"{what}_id")}
     staging = with_tables(tmp_path, log_ids, table_ids, **tables, **option)
     assert "20 of 20" in staging.profile()

@@ -10,6 +10,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import resource
 import uuid
 
@@ -120,18 +121,58 @@ def test_sql_reads_ids(tmp_path):
     assert [row[:2] for row in found] == [(f"u{k % 6}", k % 7) for k in range(60)]
 
 
-@pytest.mark.parametrize("kind", ["numbers", "text", "dates"])
+@pytest.mark.parametrize("kind", ["numbers", "text", "dates", "units"])
 def test_a_second_kind_of_time_is_an_error(tmp_path, kind):
     times = [t * 1_000 if k >= 58 else t for k, t in enumerate(HOURS)]
     if kind == "dates":
-        times = [*map(str, HOURS[:50]), *["2024-03-01 06:00"] * 10]
-    make = parquet if kind == "numbers" else text
-    with pytest.raises(UserError, match=r"several kinds.*row 5[08] of .*--time_unit"):
-        prepare(tmp_path, config(make(tmp_path, time=times)))
+        dates = (datetime.datetime.fromtimestamp(t, datetime.UTC) for t in HOURS[50:])
+        times = [*map(str, HOURS[:50]), *(f"{date:%Y-%m-%d %H:%M:%S}" for date in dates)]
+    if kind == "units":
+        times = [t * 1_000 ** (k % 4 if k >= 50 else 0) for k, t in enumerate(HOURS)]
+    make = parquet if kind in ("numbers", "units") else text
+    log = make(tmp_path, time=times)
+    with pytest.raises(UserError, match=r"several kinds.*row 5[018] of .*--time_unit") as error:
+        prepare(tmp_path, config(log))
+    offered = re.search(r'--timestamp="(.*)"$', str(error.value))
+    assert offered is not None
+    assert seconds(events(config(log, timestamp=offered[1]))[0]) == HOURS
     if kind == "numbers":
-        found, reasons = events(config(make(tmp_path, time=times), time_unit="s"))
+        found, reasons = events(config(log, time_unit="s"))
         assert len(found) == 58
         assert reasons == {"time is outside 1970 to 2106": 2}
+
+
+@pytest.mark.parametrize("times", [
+    pa.array([253_402_214_400, *HOURS[1:]], pa.timestamp("s")),
+    pa.array([253_402_214_400_000, *(1_000 * t for t in HOURS[1:])], pa.timestamp("ms")),
+    pa.array([2**62, *(1_000 * t for t in HOURS[1:])], pa.timestamp("ms")),
+    pa.array([2_932_896, *(19_000 + k for k in range(59))], pa.date32()),
+    pa.array(["9999-12-31", *(f"2023-11-{1 + k % 30:02d}" for k in range(59))]),
+], ids=["9999 s", "9999 ms", "beyond", "9999 day", "9999 text"])  # fmt: skip
+def test_dates_that_stand_for_never_are_rejected(tmp_path, times):
+    _, reasons = events(config(parquet(tmp_path, time=times)))
+    assert reasons == {"time is outside 1970 to 2106": 1}
+
+
+@pytest.mark.parametrize("unit", [1, 10**3, 10**9])
+def test_whole_hours_and_days_in_float64_are_not_rounded(tmp_path, unit):
+    for step in (3_600, 86_400):
+        times = [float((T0 // step + k) * step * unit) for k in range(60)]
+        found, _ = events(config(text(tmp_path, time=times)))
+        assert seconds(found) == [t // unit for t in map(int, times)]
+
+
+@pytest.mark.parametrize("sql", [
+    "lag(item) OVER (PARTITION BY user ORDER BY time)", "row_number() OVER ()", "count(*)",
+    "(SELECT 1)", "item IN (SELECT 3)",
+])  # fmt: skip
+def test_sql_that_looks_at_other_rows_is_refused(tmp_path, sql):
+    for options in ({"history_features": (f"x={sql}",)}, {"labels": (f"x={sql}",)},
+                   {"item_id": f"x={sql}"}, {"history_filter": sql}):  # fmt: skip
+        with pytest.raises(UserError, match="looks at other rows"):
+            LogSource.open(config(parquet(tmp_path), **options))
+    kept = 'x=CASE WHEN item IN (3, 4) THEN \'"class":"WINDOW"\' END'
+    LogSource.open(config(parquet(tmp_path), history_features=(kept,)))
 
 
 def test_zero_is_a_time_only_in_a_log_that_counts_from_it(tmp_path):
@@ -207,6 +248,7 @@ def test_parquet_under_another_name(tmp_path):
         (b"user::item::time\n1::2::3\n", "'::', which is two"),
         (b"us\xe9r,item,time\n1,2,3\n", "header is not UTF-8"),
         (gzip.compress(b"user,item,time\n" + b"1,2,1700000000\n" * 9_999)[:-30], "cannot be read"),
+        (gzip.compress(b"user,item,time\n1,2,3\n")[:-12], r"log\.csv cannot be read: gzip"),
     ],
 )
 def test_files_that_are_no_table(tmp_path, content, message):

@@ -130,7 +130,7 @@ def test_numbers_written_as_text(tmp_path):
     log = write_csv(tmp_path / "l.csv", table)
     with pytest.raises(UserError, match=r"the price: .* are no numbers") as error:
         prepare(tmp_path, log, history_features=("the price:numeric",))
-    pasted = re.search(r"such as (--.*), or give", str(error.value))[1]
+    pasted = re.search(r": (--.*), or give", str(error.value))[1]
     (flag,) = shlex.split(pasted)
     assert flag.startswith("--history_features=the_price=")
     folder = prepare(tmp_path, log, history_features=(flag.removeprefix("--history_features="),))

@@ -123,11 +123,3 @@ def test_unknown_names(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         preparation.prepare(name, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_default_folder_is_the_users_cache(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/some/cache")
-    assert preparation.default_data_dir() == pathlib.Path("/some/cache/stca_jax")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert preparation.default_data_dir() == pathlib.Path("/home/someone/.cache/stca_jax")

@@ -97,3 +97,19 @@ def test_pods(tmp_path, data_dir, monkeypatch):
     assert "fits" in output
     assert "stopped by SIGTERM" in output
     assert "finished 40 steps" in output
+
+
+@pytest.mark.exhaustive
+def test_serve_a_ranker(tmp_path, data_dir):
+    output = execute(
+        "serve_a_ranker",
+        tmp_path,
+        DATA_DIR=str(data_dir),
+        FOLDER=str(tmp_path / "serve"),
+        MAX_STEPS=60,
+    )
+    assert "ready at port" in output
+    assert "{'appended': 1} {'appended': 0}" in output
+    assert "rank 12 of 12, then" in output
+    assert "{'deleted': True}" in output
+    assert "ended with 0" in output

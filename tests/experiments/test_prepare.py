@@ -26,7 +26,7 @@ def log(tmp_path_factory):
         }
         for _ in range(3_000)
     ]
-    path = tmp_path_factory.mktemp("log") / "log.parquet"
+    path = tmp_path_factory.mktemp("log") / "it's (a log, mine.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 
@@ -95,6 +95,7 @@ def test_profile_then_dataset_then_training(tmp_path, log):
         (["--dataset=interaction_log", "--log=x"], "--name is None"),
         (["--dataset=interaction_log", "--name=a/b", "--log=x"], "--name is 'a/b'"),
         (["--dataset=interaction_log", "--name=a"], "log is empty"),
+        (["--dataset=interaction_log", "--name=a", "--log="], "names an empty path"),
         (["--dataset=interaction_log", "--name=a", "--log=no_such_log"], "no_such_log"),
         (["--dataset=interaction_log", "--name=a", "--log=x", "--lables=y"], "labels"),
         (["--dataset=synthetic_interests/tiny", "--min_count=2"], "--min_count is of logs"),

@@ -7,8 +7,8 @@ import pytest
 import scipy.sparse as sp
 
 from stca_jax.input import cooccurrence
-from stca_jax.input.cooccurrence import cooccurrence_rows, factorise, training_events
-from stca_jax.input.records import UserRecord
+from stca_jax.input.cooccurrence import cooccurrence_rows, factorise
+from stca_jax.input.records import UserRecord, unlabelled_events
 
 
 def test_rows_of_one_cluster_are_alike():
@@ -68,7 +68,7 @@ def shopper(targets, splits=(0, 0, 1)):
 
 def test_targets_of_training_requests_are_not_counted():
     record = shopper([[3, 50], [7, 8], [9]])
-    kept = training_events(record, "item", end_time=4)
+    kept = unlabelled_events(record, "item", end_time=4)
     assert record.history["item"][kept].tolist() == [0, 1, 2, 4, 5, 6]
 
 
@@ -106,7 +106,7 @@ def test_what_a_request_asks_for_changes_no_row(monkeypatch, tiny_dataset, tmp_p
     np.testing.assert_array_equal(found["item"], expected["item"])
     # The test can fail: counting those events changes the rows.
     monkeypatch.setattr(
-        cooccurrence, "training_events", lambda record, item, end: record.event_time < end
+        cooccurrence, "unlabelled_events", lambda record, item, end: record.event_time < end
     )
     leaking = [cooccurrence_rows(dataset(x), {"item": 8}, seed=0)["item"] for x in (False, True)]
     assert np.abs(leaking[0] - leaking[1]).max() > 1e-3

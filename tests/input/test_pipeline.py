@@ -1,6 +1,8 @@
 """The sequence of batches: complete, exact, resumable, the same for any number of processes."""
 
+import collections
 import dataclasses
+import itertools
 import json
 import threading
 import time
@@ -64,7 +66,9 @@ def joined(batches):
     """The global batch of the batches of all processes."""
     parts = [fields_of(b) for b in batches]
     return {
-        n: parts[0][n] if n == "shared_history." else np.concatenate([p[n] for p in parts])
+        n: parts[0][n]
+        if n in ("shared_history.", "history_unlabelled.")
+        else np.concatenate([p[n] for p in parts])
         for n in parts[0]
     }
 
@@ -648,3 +652,28 @@ def test_a_position_of_an_older_version_goes_on_where_that_would_have():
     changed = make_input(dataset_of(), config_of(max_targets=50))
     with pytest.raises(UserError, match="max_targets: None -> 50"):
         changed.set_state(json.loads(OLD_POSITION))
+
+
+def test_batches_mark_the_events_that_no_training_request_asks_for(tiny_dataset, tiny_config):
+    index, item = tiny_dataset.index, tiny_dataset.schema.item
+    user_of = dict(zip(index.request_id.tolist(), index.record.tolist(), strict=True))
+    end = index.request_time[index.split != SPLITS.index("train")].min()
+    asked = set()
+    for i in range(len(tiny_dataset)):
+        record = tiny_dataset.record(i)
+        for k in np.flatnonzero(record.request_split == SPLITS.index("train")):
+            targets = slice(*record.target_offset[k : k + 2])
+            asked |= {(i, record.request_time[k], x) for x in record.target[item][targets]}
+    seen = collections.Counter()
+    batches = make_input(tiny_dataset, tiny_config.input, with_unlabelled=True)
+    for batch, _, _ in itertools.islice(batches, 2):
+        for row, slot in np.argwhere(batch.target_mask):
+            user = user_of[int(batch.request_id[row, slot])]
+            tokens = np.s_[row, batch.history_start[row, slot] : batch.history_end[row, slot]]
+            times, items = batch.history_time[tokens], batch.history[item][tokens]
+            expected = [
+                (user, t, x) not in asked and t < end for t, x in zip(times, items, strict=True)
+            ]
+            assert batch.history_unlabelled[tokens].tolist() == expected
+            seen.update(expected)
+    assert seen[True] > seen[False] > 0

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_scorer import check_scorer
 from compiled_step import D, L, R, compiled_step, in_process_of_its_own, stores_scores
 
 from stca_jax.ops.match import match_statistics
@@ -119,6 +120,10 @@ def check_match(gpu: str) -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * R * targets * L
 
 
+def check_export(gpu: str) -> None:
+    check_scorer(devices_of(gpu)[0])
+
+
 def test_bfloat16_on_one_h100():
     in_process_of_its_own(MODULE, "check_single", "H100", "absorbed", "bfloat16")
 
@@ -146,3 +151,8 @@ def test_two_by_four_gpus():
 @pytest.mark.slow
 def test_match_statistics():
     in_process_of_its_own(MODULE, "check_match", "H100")
+
+
+@pytest.mark.slow
+def test_exported_scorer():
+    in_process_of_its_own(MODULE, "check_export", "H100")

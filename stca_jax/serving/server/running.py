@@ -24,6 +24,7 @@ from stca_jax.serving.server.worker import Worker
 _log = logging.getLogger("stca_jax.serving")
 # Seconds that a connection may be idle; those of the front process are its own to close.
 _KEEP_ALIVE, _KEEP_ALIVE_FRONT = 75, 86_400
+_BACKLOG = 16_384  # connections that wait to be accepted
 _LONGEST_DRAIN = 30  # seconds for requests that are being answered
 
 
@@ -45,7 +46,7 @@ def uvicorn_config(app: Any, *, of_front: bool = False) -> uvicorn.Config:
     """
     return uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
-        timeout_graceful_shutdown=_LONGEST_DRAIN, backlog=16_384,
+        timeout_graceful_shutdown=_LONGEST_DRAIN, backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_FRONT if of_front else _KEEP_ALIVE,
     )  # fmt: skip
 
@@ -113,6 +114,8 @@ async def _serve(
     loop.add_signal_handler(
         signal.SIGHUP, lambda: threading.Thread(target=reload, daemon=True).start()
     )
+    for listening in sockets:  # who reads that it is ready may connect at once
+        listening.listen(_BACKLOG)
     _log.info("ready", extra={"fields": {"model_version": server.scorer.model.info.version}})
     await http.serve(sockets)
 
