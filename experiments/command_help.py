@@ -11,15 +11,20 @@ from typing import Any
 
 from absl import flags
 
+from stca_jax.imports import import_path
+
 _WIDTH = 100
 _INDENT = 30
 
 
 def attribute_descriptions(cls: type) -> dict[str, str]:
-    """The Attributes section of a class's docstring, by attribute."""
-    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+    """The Attributes sections of the docstrings of a class and of its bases, by attribute."""
+    described: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        entries = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section, re.MULTILINE)
+        described |= {name: " ".join(text.split()) for name, text in entries}
+    return described
 
 
 def describe_flags(groups: Mapping[str, Collection[str]]) -> str:
@@ -71,21 +76,31 @@ def _values(config: Any, path: str) -> Iterator[str]:
     """The plain values of a dataclass, then those of the dataclasses in it."""
     described = attribute_descriptions(type(config))
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    for name, value in fields.items():
-        if not dataclasses.is_dataclass(value):
-            yield from _entry(f"--{path}.{name}={_argument(value)}", described.get(name, ""))
+    parts = {}
     for name, value in fields.items():
         if dataclasses.is_dataclass(value):
-            yield ""
-            yield from _entry(
-                f"--{path}.{name}={type(value).__name__}", described.get(name, ""), indent=0
-            )
-            yield from _values(value, f"{path}.{name}")
+            parts[name] = value
+            continue
+        yield from _entry(f"--{path}.{name}={_argument(value)}", described.get(name, ""))
+        if isinstance(value, tuple):
+            parts |= {f"{name}.{i}": x for i, x in enumerate(value) if dataclasses.is_dataclass(x)}
+    for name, value in parts.items():
+        yield ""
+        text = described.get(name) or _summary(type(value))
+        yield from _entry(f"--{path}.{name}={_argument(value)}", text, indent=0)
+        yield from _values(value, f"{path}.{name}")
+
+
+def _summary(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").partition("\n")[0]
 
 
 def _argument(value: Any) -> str:
     if isinstance(value, tuple | list):
         return ",".join(map(_argument, value))
+    if dataclasses.is_dataclass(value):  # by its name, or its path if it is a user's own
+        cls = type(value)
+        return cls.__name__ if cls.__module__.startswith("stca_jax.") else import_path(cls)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

@@ -44,9 +44,8 @@ from stca_jax.comparison.entries import MODULES, VARIANTS, Entry, make_entries, 
 from stca_jax.comparison.results import charts, summary_rows, write_page, write_tables
 from stca_jax.data.preparation import prepare
 from stca_jax.errors import UserError
-from stca_jax.evaluation.evaluator import Row
 from stca_jax.evaluation.report.runs import load_run
-from stca_jax.evaluation.tables import format_table, write_table
+from stca_jax.evaluation.tables import Row, format_table, write_table
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments import launch
 from stca_jax.experiments.reference_rows import reference_rows

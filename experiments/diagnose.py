@@ -24,9 +24,9 @@ from stca_jax.errors import UserError
 from stca_jax.evaluation import metrics
 from stca_jax.evaluation.best import read_best
 from stca_jax.evaluation.diagnosis import calibration_rows, channels, term_rows
-from stca_jax.evaluation.evaluator import Row, evaluate_split, selection_limits
+from stca_jax.evaluation.evaluator import evaluate_split, selection_limits
 from stca_jax.evaluation.references.logistic import fit_logistic
-from stca_jax.evaluation.tables import format_table
+from stca_jax.evaluation.tables import Row, format_table
 from stca_jax.experiments import launch
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.planning import select_requests

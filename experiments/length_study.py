@@ -42,9 +42,8 @@ from absl import flags
 from stca_jax import config as config_lib
 from stca_jax.data.preparation import prepare
 from stca_jax.errors import UserError
-from stca_jax.evaluation.evaluator import Row
 from stca_jax.evaluation.report.drawing import draw
-from stca_jax.evaluation.tables import format_table, write_table
+from stca_jax.evaluation.tables import Row, format_table, write_table
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments import launch
 from stca_jax.experiments.reference_rows import reference_rows

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable
 
 from stca_jax.data.synthetic_interests.truth import truth_rows
-from stca_jax.evaluation.evaluator import Row, selection_limits
+from stca_jax.evaluation.evaluator import selection_limits
 from stca_jax.evaluation.references.scoring import ReferenceOptions, evaluate_references
+from stca_jax.evaluation.tables import Row
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.planning import select_requests

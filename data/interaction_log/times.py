@@ -13,6 +13,7 @@ import numpy as np
 
 from stca_jax.data.interaction_log.log_config import ORDER, TIME_UNITS, Column, quoted
 from stca_jax.errors import UserError
+from stca_jax.schema import SECONDS_PER_DAY
 
 NS = 10**9
 MIXED = "is another kind of time than in the first rows"
@@ -26,7 +27,6 @@ _SAMPLE = 100_000
 _DATES = ("DATE", "TIMESTAMP")
 _INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
 _NUMBERS = (*_INTEGERS, "FLOAT", "DOUBLE", "DECIMAL")
-_DAY = 86_400
 _YEARS = "1995 to 2050"
 
 
@@ -199,7 +199,7 @@ def _check_dates(connection: duckdb.DuckDBPyConnection, sql: str, name: str) -> 
     moments = f"SELECT TRY_CAST({sql} AS TIMESTAMP) AS v FROM log LIMIT {_SAMPLE}"
     query = f"SELECT median(epoch(v)) FROM ({moments})"
     row = connection.execute(query).fetchone()
-    if row and row[0] is not None and 0 <= row[0] < 365 * _DAY:
+    if row and row[0] is not None and 0 <= row[0] < 365 * SECONDS_PER_DAY:
         raise UserError(
             f"most times of {name} are of 1970, such as {_date(row[0])}: were they made from "
             "numbers of another unit? Write them anew, or give --time_unit=s to take them "
@@ -285,7 +285,7 @@ def _as_day(text: str) -> str | None:
 
 
 def _date(seconds: float) -> str:
-    if not 0 <= seconds < 200 * 366 * _DAY:
+    if not 0 <= seconds < 200 * 366 * SECONDS_PER_DAY:
         return ""
     moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
     return f"{moment:%Y-%m-%d}"

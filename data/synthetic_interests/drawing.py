@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float32, Float64, Int
 
-SECONDS_PER_DAY = 86_400
+from stca_jax.schema import SECONDS_PER_DAY
+
 WARM_UP = 0.1  # of a user's events come before the first request
 # Of events, by what they follow: a lasting interest, one of some weeks; sessions have the rest.
 LIFELONG_SHARE, EPISODE_SHARE = 0.7, 0.2

@@ -36,7 +36,6 @@ from stca_jax.data.synthetic_interests.catalogue import Catalogue, GeneratorConf
 from stca_jax.data.synthetic_interests.drawing import (
     EPISODE_SHARE,
     LIFELONG_SHARE,
-    SECONDS_PER_DAY,
     draw_below,
     draw_episodes,
     draw_mixture,
@@ -44,6 +43,7 @@ from stca_jax.data.synthetic_interests.drawing import (
 )
 from stca_jax.data.synthetic_interests.users import make_users
 from stca_jax.input.records import UserRecord
+from stca_jax.schema import SECONDS_PER_DAY
 
 
 @dataclasses.dataclass(frozen=True)

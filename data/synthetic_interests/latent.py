@@ -32,7 +32,6 @@ from jaxtyping import Float, Float32, Float64, Int
 from stca_jax.data.synthetic_interests.drawing import (
     EPISODE_SHARE,
     LIFELONG_SHARE,
-    SECONDS_PER_DAY,
     LogConfig,
     draw_below,
     draw_episodes,
@@ -40,6 +39,7 @@ from stca_jax.data.synthetic_interests.drawing import (
 )
 from stca_jax.data.synthetic_interests.users import make_users
 from stca_jax.input.records import UserRecord
+from stca_jax.schema import SECONDS_PER_DAY
 
 TERMS = {math.inf: 8.0, 28.0: 3.0, 1.0: 1.5}  # weight of each decay in days
 BIAS = -1.6

@@ -44,7 +44,7 @@ _JSON = flags.DEFINE_string("json", None, "File to append the results to.")
 _ROWS_PER_FILE = 2_000_000
 _PER_REQUEST = 8
 _LONGEST = 10_000
-_POLL = 0.05  # seconds between looks at a running preparation
+_POLL = 0.2  # seconds between looks at a running preparation
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ class Usage:
     Attributes:
       cpu_seconds: User and system time of all.
       peak_rss: The largest resident memory of any, with pages of mapped files, in KiB.
-      peak_anonymous: Likewise, without them, as seen every 50 ms.
+      peak_anonymous: Likewise, without them, as seen five times a second.
     """
 
     cpu_seconds: float = 0.0
@@ -158,9 +158,11 @@ def progress(data_dir: pathlib.Path) -> dict[str, int]:
 
 
 def digest(folder: pathlib.Path) -> str:
-    """SHA-256 of all files below a folder: names and contents."""
+    """SHA-256 of all files below a folder, names and contents, but for the cache of requests."""
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    # The cache notes when the record files were written.
+    files = {p for p in folder.rglob("*") if p.is_file()} - {folder / "request_index.npz"}
+    for path in sorted(files):
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{path.relative_to(folder)} {content}\n".encode())

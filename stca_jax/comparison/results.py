@@ -13,9 +13,8 @@ from stca_jax.comparison.entries import Entry
 from stca_jax.evaluation.report.charts import Chart, Line, mean_line
 from stca_jax.evaluation.report.drawing import draw, figure_html
 from stca_jax.evaluation.report.page import page_html
-from stca_jax.evaluation.tables import write_table
+from stca_jax.evaluation.tables import Row, write_table
 
-Row = Mapping[str, Any]
 _SHOWN = ("auc", "log_loss", "calibration")
 
 
@@ -25,7 +24,7 @@ def summary_rows(
     costs: Mapping[str, Costs],
     searched: Sequence[Row],
     metric: str,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """A row for each entry: quality on the test split at the longest history, cost and settings.
 
     Args:
@@ -35,7 +34,7 @@ def summary_rows(
       searched: Rows of the search.
       metric: Whose value on validation chose the settings.
     """
-    summary = []
+    summary: list[Row] = []
     for entry in entries:
         own = [row for row in rows if row["point"] == entry.name]
         tested = [row for row in own if row["split"] == "test"]

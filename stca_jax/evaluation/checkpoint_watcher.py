@@ -28,10 +28,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from stca_jax.errors import first_line
 from stca_jax.evaluation.best import Criterion, mark_best, score
-from stca_jax.evaluation.tables import write_table
+from stca_jax.evaluation.tables import Row, write_table
 from stca_jax.files import read_json_lines
 
-Row = Mapping[str, Any]
 State = TypeVar("State")
 _Identity = tuple[int, int]
 

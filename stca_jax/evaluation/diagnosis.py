@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from stca_jax.evaluation import metrics
-from stca_jax.evaluation.evaluator import Row
+from stca_jax.evaluation.tables import Row
 from stca_jax.models.ranker import Ranker
 from stca_jax.models.stca import StcaConfig
 from stca_jax.training.averaging import AveragedState

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from stca_jax.batch import RequestBatch
 from stca_jax.evaluation.metrics import check_choice, ranking_metrics
+from stca_jax.evaluation.tables import Row
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import RequestIterator, make_input
 from stca_jax.input.planning import InputConfig
@@ -23,7 +24,6 @@ from stca_jax.training.sharding import device_batch, input_share
 from stca_jax.training.state import TrainState
 from stca_jax.training.train_step import Predictions, Program
 
-Row = dict[str, Any]
 _log = logging.getLogger(__name__)
 
 
@@ -259,7 +259,7 @@ def metric_rows(
       on_failure: See `ranking_metrics`.
       **columns: Put first in each row, such as `model="stca"`.
     """
-    rows = []
+    rows: list[Row] = []
     for k, task in enumerate(tasks):
         known = ~np.isnan(predictions.label[:, k])
         metrics = ranking_metrics(

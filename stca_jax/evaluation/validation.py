@@ -8,7 +8,8 @@ import pathlib
 from collections.abc import Sequence
 
 from stca_jax.evaluation.best import Criterion, mark_best, read_mark, score
-from stca_jax.evaluation.evaluator import EvaluationConfig, Row, evaluate_split, metric_rows
+from stca_jax.evaluation.evaluator import EvaluationConfig, evaluate_split, metric_rows
+from stca_jax.evaluation.tables import Row
 from stca_jax.files import read_json_lines
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.planning import InputConfig, select_requests

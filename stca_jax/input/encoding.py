@@ -21,13 +21,14 @@ from numpy.typing import ArrayLike
 
 from stca_jax.errors import UserError
 from stca_jax.input.hashing import counter_hash
+from stca_jax.schema import SECONDS_PER_DAY
 
 LARGEST = float(np.finfo(np.float32).max)
 """Larger numbers are none: they stand for something else, and records hold float32."""
 
 _VOCABULARY = 4  # a stream of hashes of its own
 _FARTHEST = 1e6  # deviations, beyond which float32 would not hold the squares of many
-_HOUR, _DAY = 3_600, 86_400
+_HOUR = 3_600
 _THURSDAY = 3  # of 1970-01-01, when Monday is 0
 
 
@@ -273,7 +274,7 @@ class Clock:
         local = self.local(unix)
         return {
             "hour": (local // _HOUR % 24).astype(np.int32),
-            "weekday": ((local // _DAY + _THURSDAY) % 7).astype(np.int32),
+            "weekday": ((local // SECONDS_PER_DAY + _THURSDAY) % 7).astype(np.int32),
         }
 
     def _offsets(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -285,8 +286,8 @@ class Clock:
             return round(found.total_seconds()) if found else 0
 
         start, found = [first], [offset(first)]
-        for day in range(first, last + _DAY, _DAY):
-            low, high = day, day + _DAY  # no zone changes its clocks twice in a day
+        for day in range(first, last + SECONDS_PER_DAY, SECONDS_PER_DAY):
+            low, high = day, day + SECONDS_PER_DAY  # no zone changes its clocks twice in a day
             if offset(high) == found[-1]:
                 continue
             while high - low > 1:

@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Float, Int, UInt32, UInt64
 
 from stca_jax.errors import UserError
+from stca_jax.schema import SECONDS_PER_DAY
 
-_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
-_DAY = 86_400
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": SECONDS_PER_DAY, "w": 7 * SECONDS_PER_DAY}
 _PRIOR = 20.0  # labelled events that a rate counts as if it had been the average
 _TIME = np.uint64(2**32 - 1)  # what of a key is seconds
 _BLOCK = 1 << 22  # events looked at in one go, where memory should not follow their number
@@ -233,7 +233,7 @@ class Trends:
                 yield f"{field}_rate_{name}_{task}", np.log(rate)
         first = self._first(field, value)
         seen = ~absent & (first >= 0) & (first < time)
-        age = np.log1p(np.maximum(time - first, 0) / _DAY) / 2
+        age = np.log1p(np.maximum(time - first, 0) / SECONDS_PER_DAY) / 2
         yield f"{field}_age", np.where(seen, age, _NEVER)
 
     def tail(self, sizes: Mapping[str, int]) -> Trends:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stca_jax.evaluation.evaluator import Row
 from stca_jax.evaluation.report.charts import Chart, Line, mean_line
+from stca_jax.evaluation.tables import Row
 from stca_jax.length_study.points import Point
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stca_jax.evaluation.evaluator import Row
+from stca_jax.evaluation.tables import Row
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.length_study.points import Point
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from stca_jax import config as config_lib
-from stca_jax.evaluation.evaluator import Row
 from stca_jax.evaluation.report.runs import load_run
+from stca_jax.evaluation.tables import Row
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.files import read_json_lines
 from stca_jax.input.dataset import RequestDataset
@@ -60,7 +60,7 @@ def summary_rows(
     rows: Sequence[Row],
     base: ExperimentConfig,
     dataset: RequestDataset,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """A row for each point: means and standard deviations over seeds, on the test split.
 
     `gain_kept` is the share of the gain from training and serving short to training and serving
@@ -86,7 +86,7 @@ def summary_rows(
             if name == prefix + short.name and (prefix + full.name, seed) in at_full
         }
 
-    summary = []
+    summary: list[Row] = []
     for point in points:
         seeds = [seed for name, seed in at_full if name == point.name]
         if not seeds:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,7 @@ from jaxtyping import Array, Float
 from stca_jax.input.cooccurrence import cooccurrence_rows
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.models.ranker import RankerConfig
-from stca_jax.training.table_rows import stored_row
-
-Tables = Mapping[str, Float[Array, "V W"]]
+from stca_jax.training.table_rows import Tables, stored_row
 
 
 def start_from_cooccurrence(

@@ -1,5 +1,6 @@
 """What all launchers do alike: help, mistakes, Ctrl-C, progress, and where the results are."""
 
+import dataclasses
 import io
 import os
 import re
@@ -12,8 +13,9 @@ import pytest
 from processes import REPOSITORY, run, start_forked
 
 from stca_jax import config as config_lib
-from stca_jax.experiments import launch
+from stca_jax.experiments import command_help, launch
 from stca_jax.experiments.configs import tiny
+from stca_jax.training.loss import Loss
 
 LAUNCHERS = [
     "experiments." + ".".join(path.relative_to(REPOSITORY / "experiments").with_suffix("").parts)
@@ -56,6 +58,21 @@ def test_help_shows_every_value_of_a_config_and_what_it_means():
     described = " ".join(output.split())
     assert "--config.input.row_length=256 L, tokens of a row." in described
     assert "--config.model.sequence=StcaConfig The sequence module;" in described
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnLoss(Loss):
+    """A user's own."""
+
+    name = total_weight = __call__ = None
+
+
+def test_help_names_own_classes_as_they_are_given_and_lists_their_values():
+    values = {"training.auxiliary_losses": f"{__name__}:OwnLoss"}
+    config = config_lib.apply_overrides(tiny.get_config(), values)
+    shown = " ".join(command_help.describe_config(config, "x").split())
+    assert f"--config.training.auxiliary_losses.0={__name__}:OwnLoss A user's own." in shown
+    assert "--config.training.auxiliary_losses.0.weight=1.0 What its value is multiplied" in shown
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ from stca_jax.evaluation.references.label_rates import (
     read_label_rates,
 )
 from stca_jax.evaluation.references.logistic import LogisticModel, fit_logistic
+from stca_jax.evaluation.tables import Row
 from stca_jax.files import replacing
 from stca_jax.input.dataset import RequestDataset, RequestIndex
 from stca_jax.schema import Schema
 
-Row = dict[str, Any]
 Model = LogisticModel | boosted.BoostedTrees
 _LIKELIHOODS = ("log_loss", "calibration", "normalized_entropy")
 # Label rates are of so many training targets: 12 bytes of memory for each, and for each field.

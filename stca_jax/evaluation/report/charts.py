@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 from stca_jax.evaluation.report.runs import (
     METRICS,
-    Row,
     Run,
     Selection,
     best_selection,
     group_by_seed,
     shown_step,
 )
+from stca_jax.evaluation.tables import Row
 
 REFERENCES = ("counting", "logistic", "truth")
 _CALIBRATED = (0.98, 1.02)

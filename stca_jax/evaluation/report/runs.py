@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 from stca_jax.errors import UserError
 from stca_jax.evaluation.best import read_best
+from stca_jax.evaluation.tables import Row
 from stca_jax.files import read_json_lines
-
-Row = Mapping[str, Any]
 
 METRICS = {
     "auc": "AUC",
