@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import functools
+import importlib.metadata
 import os
 import pathlib
 import tempfile
@@ -18,8 +19,11 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # In this process, XLA's older emitters: they compile in half the time. Processes that tests start
-# compile as those of users do.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+# compile as those of users do. The jaxlib of Python 3.12 and later has no others any more, and an
+# unknown flag ends the process.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = flags + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 
@@ -33,8 +37,8 @@ from stca_jax.input.dataset import RequestDataset
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs another platform than this one."""
     backend = jax.default_backend()  # has read XLA_FLAGS
-    given = os.environ["XLA_FLAGS"].removesuffix("--xla_cpu_use_fusion_emitters=false")
-    os.environ["XLA_FLAGS"] = given.strip()
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = given.removesuffix("--xla_cpu_use_fusion_emitters=false").strip()
     for name in {"gpu", "tpu"} - {backend}:
         for item in items:
             if item.get_closest_marker(name):

@@ -25,6 +25,7 @@ class Process:
             stderr=subprocess.PIPE, text=True, env=os.environ | environment,
         )  # fmt: skip
         self.lines = queue.Queue()
+        self.log = []
         self.started = {}  # process ids of workers by their names, as of the lines read
         threading.Thread(target=self._read, daemon=True).start()
         self.port = self.wait_for("listening")["port"]
@@ -34,6 +35,7 @@ class Process:
 
     def _read(self):
         for line in self.process.stderr:
+            self.log.append(line)
             self.lines.put(line)
         self.lines.put(None)
 

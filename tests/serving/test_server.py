@@ -9,7 +9,15 @@ import threading
 import httpx
 import numpy as np
 import pytest
-from server_process import SECONDS, answers, outputs_of, score_body, serving, tensors
+from server_process import (
+    SECONDS,
+    answers,
+    body_of,
+    outputs_of,
+    score_body,
+    serving,
+    tensors,
+)
 
 from stca_jax.export.replay import replay
 
@@ -38,11 +46,21 @@ def test_scores_are_the_evaluations_after_kills_and_ends(
             f'stca_requests_total{{operation="score",status="200"}} {len(replayed) - half + 1}'
             in metrics.replace(".0\n", "\n")
         )
-        assert server.client.delete(f"/v1/users/{last.user}").json() == {"deleted": True}
-        assert server.client.delete(f"/v1/users/{last.user}").json() == {"deleted": False}
+        forgotten = "who-is-to-be-forgotten"
+        some = next(step.new for step in replayed if len(step.new))
+        server.client.post(f"/v1/users/{forgotten}/events", json=body_of(some))
+        server.client.post(f"/v1/users/{forgotten}/score", json=score_body(last))
+        server.client.post(f"/v1/users/{forgotten}/score", json={"targets": 1})  # an error
+        assert is_in_files(tmp_path, forgotten)
+        assert server.client.delete(f"/v1/users/{forgotten}").json() == {"deleted": True}
+        assert server.client.delete(f"/v1/users/{forgotten}").json() == {"deleted": False}
         assert server.end() == 0
-    for file in tmp_path.glob("users.sqlite*"):
-        assert f'"{last.user}"'.encode() not in file.read_bytes()
+        assert not any(forgotten in line for line in server.log)
+    assert not is_in_files(tmp_path, forgotten)
+
+
+def is_in_files(folder, text):
+    return any(text.encode() in file.read_bytes() for file in folder.glob("users.sqlite*"))
 
 
 @pytest.mark.slow
