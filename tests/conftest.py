@@ -37,8 +37,8 @@ from stca_jax.input.dataset import RequestDataset
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs another platform than this one."""
     backend = jax.default_backend()  # has read XLA_FLAGS
-    given = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = given.removesuffix("--xla_cpu_use_fusion_emitters=false").strip()
+    given = os.environ.get("XLA_FLAGS", "")  # of a worker, also what the first process has set
+    os.environ["XLA_FLAGS"] = given.replace("--xla_cpu_use_fusion_emitters=false", "").strip()
     for name in {"gpu", "tpu"} - {backend}:
         for item in items:
             if item.get_closest_marker(name):
