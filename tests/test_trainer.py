@@ -17,10 +17,10 @@ from stca_jax.errors import UserError
 from stca_jax.evaluation.best import read_best
 from stca_jax.evaluation.evaluator import evaluate_split, rows_that_fit, score_lengths
 from stca_jax.evaluation.validation import Validation
+from stca_jax.experiment import training_input
 from stca_jax.experiments.configs import tiny
 from stca_jax.experiments.reference_rows import reference_rows
 from stca_jax.files import read_json_lines
-from stca_jax.input.pipeline import make_input
 from stca_jax.input.records import SPLITS
 from stca_jax.trainer import train
 from stca_jax.training.checkpointing import Checkpointer
@@ -327,11 +327,11 @@ def test_an_error_closes_input_checkpointer_and_lock(
         return original(*args)
 
     def recording(*args, **kwargs):
-        inputs.append(make_input(*args, **kwargs))
+        inputs.append(training_input(*args, **kwargs))
         return inputs[-1]
 
     monkeypatch.setattr(trainer, "device_batch", device_batch)
-    monkeypatch.setattr(trainer, "make_input", recording)
+    monkeypatch.setattr(trainer, "training_input", recording)
     closed = []
     close = Checkpointer.close
     monkeypatch.setattr(Checkpointer, "close", lambda self: closed.append(self) or close(self))
