@@ -1,6 +1,8 @@
 """A run with random parameters, averaged ones too, and its exports: nothing is trained."""
 
 import dataclasses
+import fcntl
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -91,9 +93,19 @@ def everything_run(long_users, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def export(everything_run, tmp_path_factory):
-    """The folder of its export."""
-    return export_run(everything_run, tmp_path_factory.mktemp("export") / "model")
+def shared_folder(tmp_path_factory):
+    """One folder for all workers of this session."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def export(everything_run, shared_folder):
+    """The folder of its export, which the first worker makes: every worker's run is the same."""
+    with (shared_folder / "export.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = shared_folder / "export"
+        return folder if folder.exists() else export_run(everything_run, folder)
 
 
 def export_run(run, output, **options):
@@ -117,6 +129,6 @@ def expected(everything_run):
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
+def compiled(shared_folder):
     """An option: servers of the session share what one of them has compiled."""
-    return f"--compilation_cache={tmp_path_factory.mktemp('compiled')}"
+    return f"--compilation_cache={shared_folder / 'compiled'}"
