@@ -300,8 +300,9 @@ def cumulative(flags: np.ndarray) -> Int[np.ndarray, " n+1"]:
 
 def release(array: np.ndarray) -> None:
     """Lets go of a mapped file's pages, which count as this process's memory once they are read."""
-    if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
-        array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+    mapped = getattr(array, "_mmap", None)  # None after a pickle, which copies
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _inside(cumulated: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
