@@ -135,7 +135,7 @@ class RequestDataset:
         k = int(np.searchsorted(self._record_ends, i, side="right"))
         file, end = self._files[k], int(self._record_ends[k])
         try:
-            example = self._readers.reader(file.path).read([i - end + file.records])[0]
+            example = self._readers.read(file.path, i - end + file.records)
             columns = _matrices(read_example(example), self.schema)
         except (RuntimeError, ValueError) as error:
             raise file.unreadable(str(error)) from error
@@ -211,14 +211,29 @@ _INDEX_FIELDS = dataclasses.fields(RequestIndex)
 class _Readers:
     """Readers of the record files read last; can be sent to other processes, without them.
 
-    As many as a quarter of the files that a process may have open: other files are opened again
-    when they are read again.  A reader closes its file when nothing holds it.
+    As many as a quarter of the files that a process may have open, and fewer where it has others
+    open: other files are opened again when they are read again.  A reader closes its file when
+    nothing holds it.
     """
 
     def __init__(self) -> None:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         several = None if limit == resource.RLIM_INFINITY else max(1, limit // 4)
-        self.reader = functools.lru_cache(several)(_open_record_file)
+        self._kept = functools.lru_cache(several)(_open_record_file)
+
+    def read(self, path: pathlib.Path, i: int) -> bytes:
+        """The i-th record of a file.
+
+        Raises:
+          RuntimeError, ValueError: the file cannot be opened, or is damaged.
+        """
+        try:
+            return self._kept(path).read([i])[0]
+        except RuntimeError as error:
+            if os.strerror(errno.EMFILE) not in str(error):
+                raise
+        self._kept.cache_clear()
+        return self._kept(path).read([i])[0]
 
     def __reduce__(self) -> tuple[type[_Readers], tuple[()]]:
         return _Readers, ()
