@@ -47,6 +47,7 @@ from stca_jax.experiments.benchmarks.timing import time_interleaved
 from stca_jax.export.folder import ExportOptions, export_checkpoint
 from stca_jax.export.replay import replay
 from stca_jax.input.dataset import RequestDataset
+from stca_jax.schema import SECONDS_PER_DAY
 from stca_jax.serving import Events, Scorer, ScoreRequest, ServingModel
 from stca_jax.workdir import checkpoint_step, load_workdir_config, restore_for_evaluation
 
@@ -231,7 +232,7 @@ def one(model: ServingModel, rng: np.random.Generator) -> dict[str, Any]:
 
 def draw_events(model: ServingModel, rng: np.random.Generator, n: int, now: int) -> Events:
     """Random events of the last year."""
-    time = np.sort(now - rng.integers(1, 365 * 86_400, n))
+    time = np.sort(now - rng.integers(1, 365 * SECONDS_PER_DAY, n))
     return Events(time, draw(model, rng, "history", n))
 
 

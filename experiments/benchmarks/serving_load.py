@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from stca_jax.schema import SECONDS_PER_DAY
 from stca_jax.serving import ServingModel
 from stca_jax.serving.server.upstream import Upstream
 
@@ -55,7 +56,7 @@ class Traffic:
 
     def events(self, rng: np.random.Generator, n: int) -> bytes:
         """The body of an append."""
-        times = np.sort(self.now - rng.integers(1, 365 * 86_400, n))
+        times = np.sort(self.now - rng.integers(1, 365 * SECONDS_PER_DAY, n))
         return _json({"time": times, "features": draw(self.model, rng, "history", n)})
 
     def score(self, rng: np.random.Generator, num_targets: int | None = None) -> bytes:

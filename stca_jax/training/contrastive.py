@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from stca_jax.batch import RequestBatch
+from stca_jax.ranges import Ranges
 from stca_jax.training.loss import Loss, LossInputs
 
 _TINY = 1e-6
@@ -126,15 +127,8 @@ def users_of_tokens(batch: RequestBatch) -> Int[Array, "R L"]:
     Ranges that overlap are of one user; windows of a user that do not overlap have two numbers.
     """
     mask = batch.target_mask & (batch.history_end > batch.history_start)
-    start, end = (jnp.where(mask, x, 0) for x in batch.ranges)
-    row = jnp.arange(batch.num_rows)[:, None]
-
-    def number_of_ranges(begin: Int[Array, "R M"]) -> Int[Array, "R L"]:
-        """That hold each token, if they began there."""
-        steps = jnp.zeros((batch.num_rows, batch.row_length + 1), jnp.int32)
-        steps = steps.at[row, begin].add(mask.astype(jnp.int32))
-        return jnp.cumsum(steps.at[row, end].add(-mask.astype(jnp.int32)), 1)[:, :-1]
-
-    is_covered = number_of_ranges(start) > 0
-    goes_on = number_of_ranges(start + mask) > 0  # its range holds the token before it as well
+    ranges = Ranges(*(jnp.where(mask, x, 0) for x in batch.ranges))
+    is_covered = ranges.covered(batch.row_length)
+    # Where a range holds the token before as well, its user goes on.
+    goes_on = ranges._replace(start=ranges.start + mask).covered(batch.row_length)
     return jnp.where(is_covered, jnp.cumsum(is_covered & ~goes_on, 1), 0)
