@@ -27,9 +27,11 @@ def count_targets(
     found: Counts = collections.Counter()
     for task, column in enumerate(label.T):
         known = ~np.isnan(column)
-        rows = np.stack([split[known], column[known].astype(np.int64), count[known]])
-        distinct, number = np.unique(rows, axis=1, return_counts=True)
-        for (s, y, c), n in zip(distinct.T.tolist(), number.tolist(), strict=True):
+        # One number for the three: NumPy takes ten times as long to find equal columns.
+        keys = (count[known] * 2 + column[known].astype(np.int64)) * len(SPLITS) + split[known]
+        distinct, number = np.unique(keys, return_counts=True)
+        pairs, splits = np.divmod(distinct, len(SPLITS))
+        for s, y, c, n in np.stack([splits, pairs % 2, pairs // 2, number], axis=1).tolist():
             found[s, task, y, c] += n
     return found
 

@@ -4,12 +4,16 @@ import functools
 import importlib.metadata
 import os
 import pathlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+# Each of the many processes that tests start would compile every library's source again.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    sys.dont_write_bytecode = False
 # The compile-only plugins of other platforms, where installed, are for the tests that name them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # compiling needs no cuDNN

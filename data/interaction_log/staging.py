@@ -4,7 +4,7 @@
       parts/00003/       shard-00017.parquet …   events of one part of the log, by shard
                          rejected.csv summary.json
       shards/            00017.parquet           events of one shard, sorted, each once
-                         00017.json              its statistics: it is whole
+                         00017.sorted            its statistics: it is whole
                          00017.counts            its requests; values that occur in training
                          00017.targets           of some shards: how popular targets are
       stream/            time.npy …              all events by time, and by item: `event_stream`
@@ -55,9 +55,10 @@ from stca_jax.data.interaction_log.statistics import (
 from stca_jax.data.popularity import Counts, count_targets, describe
 from stca_jax.data.running import Runner
 from stca_jax.errors import UserError
-from stca_jax.files import write_json
+from stca_jax.files import replacing, write_json
 
 _SAMPLED_SHARDS = 8
+_VERSION = 2  # of these files: change it where a restart must not go on with those of before
 _BUFFERED_BYTES = 256 << 20  # of events of a part, before they go to their shards
 
 
@@ -90,7 +91,7 @@ class Staging:
           UserError: a file is damaged, no row can be used or too many are odd, or a split has no
             requests.
         """
-        self.source, self.folder = source, folder / source.fingerprint[:16]
+        self.source, self.folder = source, folder / f"{source.fingerprint[:16]}-{_VERSION}"
         self._rejected = folder.parent / "rejected_rows.csv"
         for other in folder.glob("*"):  # of the log as it was, or was described, before
             if other != self.folder:
@@ -113,12 +114,10 @@ class Staging:
         check_values(source, self.read.reasons)
         check_rows(source, self.read, self._rejected)
         run("Sorting by user", self.sort_shard, num_shards)
-        described = [_read_json(self._shard_file(i, "json")) for i in range(num_shards)]
-        self.statistics = [
-            d["statistics"] and ShardStatistics.from_dict(d["statistics"]) for d in described
-        ]
+        shards = [_unpickle(self._shard_file(i, "sorted")) for i in range(num_shards)]
+        self.statistics: list[ShardStatistics | None] = [statistics for _, statistics in shards]
         self.total = add_up([s for s in self.statistics if s is not None])
-        duplicates = sum(d["duplicates"] for d in described)
+        duplicates = sum(number for number, _ in shards)
         self.reasons = self.read.reasons + collections.Counter({DUPLICATE: duplicates})
         check_events(source, duplicates, self.total.log_length)
         self.times = split_times(source, self.total)
@@ -216,7 +215,7 @@ class Staging:
 
     def sort_shard(self, index: int) -> None:
         """Gathers a shard's events from all parts, and counts them."""
-        done = self._shard_file(index, "json")
+        done = self._shard_file(index, "sorted")
         pieces = sorted((self.folder / "parts").glob(f"*/shard-{index:05d}-*.parquet"))
         if not done.exists():
             duplicates, statistics = 0, None
@@ -227,8 +226,8 @@ class Staging:
                 shutil.rmtree(temporary, ignore_errors=True)
                 pq.write_table(events, self._shard_file(index, "parquet"))
                 duplicates = sum(map(len, tables)) - len(events)
-                statistics = ShardStatistics.of(Shard(events, self.source.config)).to_dict()
-            write_json(done, {"duplicates": duplicates, "statistics": statistics})
+                statistics = ShardStatistics.of(Shard(events, self.source.config))
+            _pickle(done, (duplicates, statistics))
         for piece in pieces:  # its events are in the shard now
             piece.unlink()
 
@@ -236,10 +235,8 @@ class Staging:
         """Counts a shard's requests, and the values of its training events."""
         path, statistics = self._shard_file(index, "counts"), self.statistics[index]
         if statistics is not None and not path.exists():
-            unfinished, shard = path.with_suffix(".unfinished"), self.shard(index)
-            counted = ValueCounts.of(shard, self.times), statistics.with_requests(shard)
-            unfinished.write_bytes(pickle.dumps(counted))
-            unfinished.rename(path)
+            shard = self.shard(index)
+            _pickle(path, (ValueCounts.of(shard, self.times), statistics.with_requests(shard)))
 
     def order_events(self, step: int) -> None:
         """Puts the events of all shards in another order."""
@@ -292,7 +289,7 @@ class Staging:
         """Of all shards; keeps the statistics that were counted with them."""
         total: ValueCounts | None = None
         for i in (i for i, s in enumerate(self.statistics) if s is not None):
-            counts, self.statistics[i] = pickle.loads(self._shard_file(i, "counts").read_bytes())
+            counts, self.statistics[i] = _unpickle(self._shard_file(i, "counts"))
             total = counts if total is None else total + counts
         assert total is not None
         return total
@@ -352,3 +349,13 @@ class _ShardBuffer:
 
 def _read_json(path: pathlib.Path) -> Any:
     return json.loads(path.read_text())
+
+
+def _pickle(path: pathlib.Path, value: Any) -> None:
+    """Writes a file of this preparation's own, which may be large, whole or not at all."""
+    with replacing(path) as file:
+        pickle.dump(value, file)
+
+
+def _unpickle(path: pathlib.Path) -> Any:
+    return pickle.loads(path.read_bytes())

@@ -247,7 +247,9 @@ def test_killed_restarted_and_shared_jobs_score_every_row_once(tmp_path, data_di
         directory = kept if step == deleted else workdir
         for row in offline_rows(directory, tiny_dataset, step):
             if (step, row["length"]) in found:
-                assert row.items() <= found[step, row["length"]].items()
+                # The jobs' programs are compiled otherwise than this process's: see conftest.py.
+                close = {k: pytest.approx(v, rel=1e-5) if v == v else v for k, v in row.items()}
+                assert close.items() <= found[step, row["length"]].items()
 
     existing = {s: found[s, LENGTHS[-1]]["auc"] for s in STEPS if s != deleted}
     assert read_best(workdir)["step"] == max(existing, key=existing.__getitem__)

@@ -96,7 +96,9 @@ def everything_run(long_users, tmp_path_factory):
 def shared_folder(tmp_path_factory):
     """One folder for all workers of this session."""
     own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
