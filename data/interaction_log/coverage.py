@@ -9,11 +9,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stca_jax.data.interaction_log.encoders import fit_scale
-from stca_jax.data.interaction_log.events import LogSource
+from stca_jax.data.interaction_log.events import LogSource, SideTable
 from stca_jax.data.interaction_log.id_matching import distinct_ids, find_mending
 from stca_jax.data.interaction_log.log_config import SCALINGS, Column
 from stca_jax.data.interaction_log.moments import Moments
 from stca_jax.data.interaction_log.number_texts import describe_mending
+from stca_jax.data.interaction_log.odd_rows import allow
 from stca_jax.data.interaction_log.source import Table
 from stca_jax.data.interaction_log.statistics import ValueCounts, sum_counts
 from stca_jax.data.interaction_log.suggestions import flag, name_of
@@ -50,7 +51,7 @@ def check_features(source: LogSource, counts: ValueCounts) -> Lines:
 
 
 def check_side_tables(
-    source: LogSource, counts: ValueCounts, tables: Mapping[str, pa.Table]
+    source: LogSource, counts: ValueCounts, tables: Mapping[str, SideTable]
 ) -> tuple[Lines, list[str]]:
     """Checks that the item and user tables have the log's ids, and that their features say much.
 
@@ -63,23 +64,39 @@ def check_side_tables(
       Lines of the profile, and warnings.
 
     Raises:
-      UserError: a table has no id of the log, or nothing is left of a feature.
+      UserError: a table has no id of the log, or many ids twice, or nothing is left of a feature.
     """
     lines: Lines = []
     warnings: list[str] = []
-    for what, side in tables.items():
+    for what, (side, num_repeated) in tables.items():
         known = counts.columns["item"] if what == "items" else counts.users
         ids = known["value"].combine_chunks()
         row = pc.index_in(ids, side["id"].combine_chunks(), skip_nulls=True)
         has = np.asarray(row.is_valid())
         found = f"{has.sum():,} of {len(ids):,} {what} of the log are in the table"
         shares = _shares(known.filter(pa.array(has)), _num_events(known))
-        lines.append((f"table of {what}", f"{found} ({has.mean():.1%}), {_of_events(shares)}"))
+        repeated = _check_repeated(source, what, len(side), num_repeated)
+        line = f"{found} ({has.mean():.1%}), {_of_events(shares)}{repeated}"
+        lines.append((f"table of {what}", line))
         warnings += _check_ids(source, what, ids.filter(pa.array(~has)), found, has.mean())
         for column in source.config.feature_columns[what[:-1]]:
             values = side[f"feature_{column.name}"].combine_chunks().take(row)
             lines.append(_check_side_feature(source, what, column, values, known))
     return lines, warnings
+
+
+def _check_repeated(source: LogSource, what: str, num_ids: int, num_repeated: int) -> str:
+    """What to say of rows whose id came before, such as those of a table of changes."""
+    if not num_repeated:
+        return ""
+    share = num_repeated / (num_ids + num_repeated)
+    text = f"{num_repeated:,} of {num_ids + num_repeated:,} rows ({share:.1%}) repeat an id"
+    if share > source.config.allow_odd:
+        raise UserError(
+            f"{what}: {text}, and only the first of each is read; give a table with one row for "
+            f"each id{allow(share)}"
+        )
+    return f"; {text} and are left out"
 
 
 def _check_ids(

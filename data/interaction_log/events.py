@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import duckdb
 import numpy as np
@@ -200,10 +201,15 @@ def connect(temporary: str | os.PathLike[str] | None = None) -> Iterator[duckdb.
         yield connection
 
 
-def read_side_table(source: LogSource, what: str) -> pa.Table:
-    """The item or user table: "id", typed as in the log, and the features; one row per id.
+class SideTable(NamedTuple):
+    """The item or user table: "id", typed as in the log, and features; of each id the first row."""
 
-    Of rows with the same id, the first is kept.
+    rows: pa.Table
+    num_repeated: int  # rows left out because their id came before
+
+
+def read_side_table(source: LogSource, what: str) -> SideTable:
+    """Reads the item or user table.
 
     Args:
       source: The log.
@@ -242,9 +248,11 @@ def read_side_table(source: LogSource, what: str) -> pa.Table:
             first_row += last + 1
         if not pieces:
             raise UserError(f"{what}: no rows in {', '.join(table.files)}; leave them out")
-        connection.register("rows", _with_safe_names(pa.concat_tables(pieces)))
+        everything = pa.concat_tables(pieces)
+        connection.register("rows", _with_safe_names(everything))
         found = connection.sql(event_sql.FIRST_OF_EACH_ID).to_arrow_table()
-    return found.combine_chunks().rename_columns(names[:-1])
+    rows = found.combine_chunks().rename_columns(names[:-1])
+    return SideTable(rows, len(everything) - len(rows))
 
 
 def id_keys(ids: pa.Array) -> np.ndarray:

@@ -150,7 +150,8 @@ class LogConfig:
         in files with tabs whose header has none.
       null_words: Texts that stand for a missing value, as an empty one does.
       allow_odd: Largest share of rows that may be rejected, be equal to another row, or lie within
-        another row's quotes; and of events of one user, if more than a third.
+        another row's quotes; of rows of a side table that may repeat an id; and of events of one
+        user, if more than a third.
     """
 
     log: tuple[str, ...]

@@ -120,7 +120,7 @@ def check_rows(source: LogSource, read: PartSummary, file: pathlib.Path) -> None
         share = rejected / read.num_rows
         raise UserError(
             f"{rejected:,} of {read.num_rows:,} rows of the log ({share:.1%}) cannot be used{why}. "
-            f"{_ways_out(reasons, source)}{_allow(share)}"
+            f"{_ways_out(reasons, source)}{allow(share)}"
         )
     swallowed = read.num_lines - read.num_rows
     if swallowed > config.allow_odd * read.num_lines:
@@ -128,7 +128,7 @@ def check_rows(source: LogSource, read: PartSummary, file: pathlib.Path) -> None
         raise UserError(
             f"{', '.join(source.log.files)}: {read.num_lines:,} lines gave {read.num_rows:,} rows; "
             f"the others are empty or within quote marks. If a quote mark opens and never closes, "
-            f"give --quote=none{_allow(share)}"
+            f"give --quote=none{allow(share)}"
         )
     _check_span(read.times)
 
@@ -153,7 +153,7 @@ def check_events(source: LogSource, duplicates: int, log_length: collections.Cou
             f"{duplicates:,} of {rows:,} rows ({duplicates / rows:.1%}) are {DUPLICATE} in all "
             "columns that are used, and would be one event. If each is an event, give "
             "a column that tells them apart, such as a finer time, or one more of "
-            f"--history_features{_allow(duplicates / rows)}"
+            f"--history_features{allow(duplicates / rows)}"
         )
     share = most_of_a_user / max(num_events, 1)
     if share > max(_ONE_USER, allowed, 3 / num_users):
@@ -162,7 +162,7 @@ def check_events(source: LogSource, duplicates: int, log_length: collections.Cou
         raise UserError(
             f"one user has {most_of_a_user:,} of {num_events:,} events ({share:.1%}). If its id "
             f"stands for unknown users, name it in --null_words, or leave it out by SQL: {known}"
-            f"{_allow(share)}"
+            f"{allow(share)}"
         )
 
 
@@ -230,7 +230,8 @@ def _ways_out(reasons: Mapping[str, int], source: LogSource) -> str:
     return "NAME=SQL in place of a column can mend values"
 
 
-def _allow(share: float) -> str:
+def allow(share: float) -> str:
+    """How to go on with a share of odd rows that is too large otherwise."""
     return f". If it is meant, allow it: --allow_odd={np.ceil(share * 100) / 100:.2f}"
 
 

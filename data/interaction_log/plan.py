@@ -19,7 +19,7 @@ from stca_jax.data.interaction_log.encoders import (
     positions,
 )
 from stca_jax.data.interaction_log.event_stream import EventStream
-from stca_jax.data.interaction_log.events import LogSource, id_keys
+from stca_jax.data.interaction_log.events import LogSource, SideTable, id_keys
 from stca_jax.data.interaction_log.log_config import Column, LogConfig
 from stca_jax.data.interaction_log.moments import Moments
 from stca_jax.data.interaction_log.statistics import ShardStatistics, ValueCounts
@@ -106,7 +106,7 @@ def make_plan(
     source: LogSource,
     statistics: Sequence[ShardStatistics | None],
     counts: ValueCounts,
-    side_tables: Mapping[str, pa.Table],
+    side_tables: Mapping[str, SideTable],
     first_time: int,
     times: Sequence[int],
     stream: EventStream | None,
@@ -139,11 +139,12 @@ def make_plan(
         encoders[name] = fit_scale(moments, config.scalings.get(name, ""))
     encoders |= {c.name: LABELS for c in config.feature_columns["label"]}
     encoders["item"] = fit_vocabulary(items, item_count, *fit_on)
+    side = {what: table.rows for what, table in side_tables.items()}
     items, item_count, item_columns, fitted = _fit_items(
-        config, side_tables.get("items"), items, item_count, encoders["item"]
+        config, side.get("items"), items, item_count, encoders["item"]
     )
     encoders |= fitted
-    users, user_columns, fitted = _fit_users(config, side_tables.get("users"), counts.users)
+    users, user_columns, fitted = _fit_users(config, side.get("users"), counts.users)
     encoders |= fitted
     if numbers := [n for n in config.trends_of if not encoders[n].size]:
         raise UserError(f"trends_of has {numbers[0]}, a number; give categorical features")

@@ -232,8 +232,9 @@ def with_items(tmp_path, *files):
 
 def test_of_rows_with_one_id_in_several_files_the_first_is_kept(tmp_path):
     opened = with_items(tmp_path, b"1,red\n2,green\n", b"2,late\n3,blue\n")
-    colours = read_side_table(opened, "items")["feature_colour"].to_pylist()
-    assert colours == ["red", "green", "blue"]
+    table = read_side_table(opened, "items")
+    assert table.rows["feature_colour"].to_pylist() == ["red", "green", "blue"]
+    assert table.num_repeated == 1
 
 
 @pytest.mark.parametrize(

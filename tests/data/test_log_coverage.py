@@ -75,6 +75,18 @@ def test_no_item_with_an_id_of_its_own(tmp_path):
     assert "item: 20 of 20 values have ids of their own, in 100.0%" in stage(tmp_path).profile()
 
 
+def test_ids_that_a_table_repeats_are_counted_and_many_are_an_error(tmp_path):
+    profile = stage(tmp_path, [*range(100, 120), 100, 101]).profile()
+    assert "; 2 of 22 rows (9.1%) repeat an id and are left out" in profile
+    ids = [*range(100, 120), *range(100, 105)]  # as in a table of changes
+    with pytest.raises(UserError, match=r"items: 5 of 25 rows \(20.0%\) repeat an id.*odd=0.20$"):
+        stage(tmp_path, ids)
+    assert (
+        "20 of 20 items of the log are in the table"
+        in stage(tmp_path, ids, allow_odd=0.2).profile()
+    )
+
+
 def with_tables(tmp_path, log_ids, table_ids, *, what="item", log_format="csv", **options):
     """A log of 100 events in which each id occurs, and a table of ids, as text of CSV or typed."""
     many = [log_ids[k % len(log_ids)] for k in range(100)]
