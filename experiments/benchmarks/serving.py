@@ -17,8 +17,9 @@ appends among the scores, for shares (--loads) of the load that saturates it, so
 
 With --output, the tables are written there as CSV, and latency against load as a figure.
 
-With --requests, so many test requests are replayed in time order, their users' events appended in
-between, and every logit is compared with the evaluation's, for both exact caches.
+With --requests, so many test requests are replayed over HTTP in time order, their users' events
+appended in between, and every probability is compared with the evaluation's, for both exact caches:
+`serving_replay`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from stca_jax.evaluation.tables import format_table, write_table
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments import launch
 from stca_jax.experiments.benchmarks.serving_load import LoadTest, draw, run_load_test
+from stca_jax.experiments.benchmarks.serving_replay import replay_over_http
 from stca_jax.experiments.benchmarks.timing import time_interleaved
 from stca_jax.export.folder import ExportOptions, export_checkpoint
 from stca_jax.export.replay import replay
@@ -84,7 +86,8 @@ def main() -> None:
         if _LOAD_SECONDS.value:
             print_load_test(folders["cached"], pathlib.Path(directory))
         if _REQUESTS.value:
-            print_differences(config, dataset, workdir, step, folders["cached"])
+            path = pathlib.Path(directory)
+            print_differences(config, dataset, workdir, step, folders["cached"], path)
 
 
 def print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -242,26 +245,24 @@ def print_differences(
     workdir: pathlib.Path,
     step: int,
     folder: pathlib.Path,
+    directory: pathlib.Path,
 ) -> None:
-    """Replays requests against both exact caches."""
+    """Replays requests over HTTP, with both exact caches."""
     program, state = restore_for_evaluation(config, dataset, workdir, step)
     limits = {"length": _MAX_HISTORY.value, "max_requests": _REQUESTS.value}
-    found = request_logits(program, state, dataset, config.input, split="test", **limits)
-    expected = dict(found)
+    expected = dict(request_logits(program, state, dataset, config.input, split="test", **limits))
+    replayed = list(replay(dataset, expected))
+    options = [f"--compilation_cache={directory / 'compiled'}", f"--cache_bytes={_BYTES // 8}",
+               "--deadline=60"]  # fmt: skip
     for cache in ("keys_values", "tokens"):
-        model = ServingModel.load(folder, cache=cache)
-        scorer = Scorer(model, max_bytes=_BYTES, encoded=True)
-        largest, logits, appended = 0.0, 0, 0
-        for replayed in replay(dataset, expected):
-            appended += scorer.append(replayed.request.user, replayed.new)
-            scored = scorer.logits(replayed.request)
-            difference = np.abs(scored - expected[replayed.request_id])
-            largest, logits = max(largest, float(difference.max())), logits + difference.size
-        counts = scorer.counts
+        histories = directory / f"{cache}.sqlite"
+        of_cache = [f"--cache={cache}", *options]
+        found = replay_over_http(folder, histories, of_cache, replayed, expected)
+        counts = ", ".join(f"{number:,} {name}" for name, number in sorted(found.counts.items()))
         print(
-            f"{cache}: {len(expected):,} requests, {logits:,} logits within {largest:.1e} of the "
-            f"evaluation's; {appended:,} events appended, {counts.hits:,} hits, "
-            f"{counts.misses:,} misses, {counts.evictions:,} evictions"
+            f"{cache}: {len(replayed):,} requests over HTTP, {found.num_targets:,} probabilities "
+            f"within {found.probability:.1e} of the evaluation's, logits within "
+            f"{found.logit:.1e}; {found.appended:,} events appended; {counts}"
         )
 
 

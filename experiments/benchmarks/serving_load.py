@@ -120,9 +120,13 @@ class ServerProcess:
         found = re.search(r"VmRSS:\s+(\d+) kB", status)
         return int(found[1]) / 1e3 if found else float("nan")
 
-    def end(self) -> None:
-        """Drains it."""
-        self._process.send_signal(signal.SIGTERM)
+    def send_signal(self, number: int) -> None:
+        """Sends it a signal."""
+        self._process.send_signal(number)
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        """Drains it, or kills it."""
+        self.send_signal(number)
         self._process.communicate()
 
 
