@@ -6,7 +6,7 @@
       field_0/key.npy …           every event by a field's value and then by time; labels likewise
       00000.json …                a step is whole
 
-DuckDB sorts, on disk where memory does not do; what reads the files maps them into memory.
+What reads the files maps them into memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
@@ -23,11 +22,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stca_jax.data.interaction_log.events import connect
+from stca_jax.data.external_sort import Rows, sort_rows
+from stca_jax.data.interaction_log.encoders import positions
 from stca_jax.files import write_json
 from stca_jax.input.trends import ValueEvents, cumulative
 
-_ROWS = 1 << 20
+_ROWS = 1 << 22  # read at once: looking up items costs as much for a few
+_HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,20 +70,9 @@ class EventStream:
         folder = self._field_folder(field)
         folder.mkdir(parents=True, exist_ok=True)
         values = np.arange(len(items)) if field in ("", "item") else columns[field][: len(items)]
-        table = pa.table({"id": items, "value": pa.array(values, pa.uint64())})
-        by = "time, value" if not step else "value, time"
-        labels = [f"label_{k}" for k in range(len(self.labels))]
-        with connect(folder / "temporary") as connection:
-            connection.register("items", table)
-            connection.register("events", _read_in_turn(shards, self.labels))
-            read = ["e.time::UBIGINT AS time", "i.value AS value", *labels]
-            found = connection.sql(
-                f"SELECT {', '.join(read)} FROM events e JOIN items i ON e.item = i.id "
-                f"ORDER BY {', '.join([by, *labels])}"
-            )
-            batches = found.to_arrow_reader(_ROWS)
-            self._write_arrays(folder, bool(step), batches)
-        shutil.rmtree(folder / "temporary", ignore_errors=True)
+        blocks = functools.partial(self._blocks, shards, items, values, bool(step))
+        rows = sort_rows(blocks, self.num_events, folder / "temporary")
+        self._write_arrays(folder, bool(step), rows)
         write_json(done, {"events": self.num_events})
 
     @functools.cached_property
@@ -113,7 +103,39 @@ class EventStream:
     def _load(self, field: str, name: str) -> np.ndarray:
         return np.load(self._field_folder(field) / f"{name}.npy", mmap_mode="r")
 
-    def _write_arrays(self, folder: pathlib.Path, by_value: bool, batches: Any) -> None:
+    def _blocks(
+        self,
+        shards: Sequence[pathlib.Path],
+        items: pa.Array,
+        values: np.ndarray,
+        by_value: bool,
+        every: int,
+    ) -> Iterator[Rows]:
+        """Time and value, or value and time, as one number, and labels as another."""
+        columns = ["time", "item", *(f"label_{name}" for name in self.labels)]
+        for shard in shards:
+            with pq.ParquetFile(shard) as file:
+                for batch in file.iter_batches(_ROWS, columns=columns):
+                    some = batch.take(pa.array(np.arange(0, batch.num_rows, every)))
+                    time = some["time"].to_numpy().astype(np.uint64)
+                    item = positions(some["item"], items)
+                    if (item < 0).any():
+                        raise ValueError(f"{shard} has an item that is none of the log")
+                    value = values[item].astype(np.uint64)
+                    first, second = (value, time) if by_value else (time, value)
+                    yield first << _HALF | second, self._code(some)
+
+    def _code(self, events: pa.RecordBatch) -> np.ndarray:
+        """The labels of each event, two bits for each task."""
+        code = np.zeros(events.num_rows, np.uint64)
+        for k, name in enumerate(self.labels):
+            label = events[f"label_{name}"].fill_null(-1).to_numpy(zero_copy_only=False)
+            code |= (label + 1).astype(np.uint64) << np.uint64(2 * k)
+        return code
+
+    def _write_arrays(
+        self, folder: pathlib.Path, by_value: bool, sorted_rows: Iterator[Rows]
+    ) -> None:
         size, tasks = self.num_events, range(len(self.labels))
         arrays = {"key": np.uint64} if by_value else {"time": np.uint32, "item": np.int32}
         counts = {f"{what}_{k}": 0 for what in ("positive", "known") for k in tasks}
@@ -128,22 +150,24 @@ class EventStream:
             for name in counts:
                 files[name].write(np.zeros(1, np.int32).data)
             rows = 0
-            for batch in batches:
-                time, value = batch["time"].to_numpy(), batch["value"].to_numpy()
+            for key, code in sorted_rows:
                 found = (
-                    {"key": value << np.uint64(32) | time}
+                    {"key": key}
                     if by_value
-                    else {"time": time.astype(np.uint32), "item": value.astype(np.int32)}
+                    else {
+                        "time": (key >> _HALF).astype(np.uint32),
+                        "item": (key & _LOW).astype(np.int32),
+                    }
                 )
                 for k in tasks:
-                    label = batch[f"label_{k}"].fill_null(-1).to_numpy(zero_copy_only=False)
-                    for what, flags in (("positive", label == 1), ("known", label >= 0)):
+                    label = code >> np.uint64(2 * k) & np.uint64(3)
+                    for what, flags in (("positive", label == 2), ("known", label > 0)):
                         name = f"{what}_{k}"
                         found[name] = cumulative(flags)[1:] + np.int32(counts[name])
                         counts[name] += int(np.count_nonzero(flags))
                 for name, values in found.items():
                     files[name].write(values.data)
-                rows += batch.num_rows
+                rows += len(key)
         if rows != size:
             raise ValueError(f"{folder}: {rows} events in the order wanted, {size} in the log")
 
@@ -154,21 +178,3 @@ def _array_file(path: pathlib.Path, dtype: Any, length: int) -> IO[bytes]:
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)
     return file
-
-
-def _read_in_turn(shards: Sequence[pathlib.Path], labels: Sequence[str]) -> pa.RecordBatchReader:
-    """The events' time, item and label_0 …; DuckDB would open as many files as it has threads."""
-    columns = ["time", "item", *(f"label_{name}" for name in labels)]
-    types = pq.read_schema(shards[0])
-    names = ["time", "item", *(f"label_{k}" for k in range(len(labels)))]
-    schema = pa.schema([(n, types.field(c).type) for n, c in zip(names, columns, strict=True)])
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for shard in shards:
-            with pq.ParquetFile(shard) as file:
-                for batch in file.iter_batches(_ROWS, columns=columns):
-                    yield pa.RecordBatch.from_arrays(
-                        [batch[column] for column in columns], schema=schema
-                    )
-
-    return pa.RecordBatchReader.from_batches(schema, batches())

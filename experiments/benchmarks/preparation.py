@@ -149,7 +149,7 @@ def attempt(
 
 def progress(data_dir: pathlib.Path) -> dict[str, int]:
     """How many steps of each kind are whole."""
-    kinds = {"parts": "parts/[0-9]*", "shards": "shards/*.json", "counts": "shards/*.counts",
+    kinds = {"parts": "parts/[0-9]*", "shards": "shards/*.sorted", "counts": "shards/*.counts",
              "orders": "stream/*.json", "records": "records/*.json"}  # fmt: skip
     return {
         kind: len(list(data_dir.glob(f"interaction_log/benchmark/staging/*/{pattern}")))
