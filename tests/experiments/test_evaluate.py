@@ -248,7 +248,7 @@ def test_killed_restarted_and_shared_jobs_score_every_row_once(tmp_path, data_di
         for row in offline_rows(directory, tiny_dataset, step):
             if (step, row["length"]) in found:
                 # The jobs' programs are compiled otherwise than this process's: see conftest.py.
-                close = {k: pytest.approx(v, rel=1e-5) if v == v else v for k, v in row.items()}
+                close = {k: pytest.approx(v, rel=1e-4) if v == v else v for k, v in row.items()}
                 assert close.items() <= found[step, row["length"]].items()
 
     existing = {s: found[s, LENGTHS[-1]]["auc"] for s in STEPS if s != deleted}

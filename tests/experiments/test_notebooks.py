@@ -1,5 +1,6 @@
 """The notebooks: both files of a pair agree, and every cell runs in a real kernel."""
 
+import os
 import pathlib
 
 import jupytext
@@ -9,7 +10,6 @@ from nbclient import NotebookClient
 from processes import REPOSITORY
 
 FOLDER = REPOSITORY / "experiments" / "notebooks"
-QUICK = "--xla_backend_optimization_level=0"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
@@ -49,12 +49,6 @@ def execute(name: str, folder: pathlib.Path, **parameters) -> str:
     return "".join(output.get("text", "") for output in outputs)
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation(monkeypatch):
-    """Each program runs for seconds here, and takes longer to compile."""
-    monkeypatch.setenv("XLA_FLAGS", QUICK)
-
-
 @pytest.mark.exhaustive
 def test_ten_minutes_with_stca(tmp_path):
     output = execute(
@@ -89,7 +83,9 @@ def test_your_own_log(tmp_path):
 
 @pytest.mark.exhaustive
 def test_pods(tmp_path, data_dir, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", f"{QUICK} --xla_force_host_platform_device_count=8")
+    monkeypatch.setenv(
+        "XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    )
     output = execute(
         "pods", tmp_path, DATA_DIR=str(data_dir), WORKDIR=str(tmp_path / "run"), NUM_LAYERS=1
     )
