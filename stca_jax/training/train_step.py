@@ -21,6 +21,7 @@ from stca_jax.models.ranker import Ranker, RankerConfig
 from stca_jax.schema import Schema
 from stca_jax.training import table_rows
 from stca_jax.training.averaging import with_average
+from stca_jax.training.compiling import jit_once
 from stca_jax.training.loss import LabelLoss, Loss, LossInputs, LossWeighting
 from stca_jax.training.optimizer import (
     OptimizerConfig,
@@ -306,7 +307,7 @@ class Program:
     @functools.cached_property
     def initialize(self) -> Callable[[], TrainState]:
         """() -> TrainState, created sharded on the devices."""
-        return jax.jit(self.initial_state, out_shardings=self._state_shardings)
+        return jit_once(self.initial_state, self._state_shardings)
 
     @functools.cached_property
     def train_step(self) -> Callable[[TrainState, RequestBatch], tuple[TrainState, StepMetrics]]:
