@@ -35,6 +35,7 @@ from stca_jax.data.preparation import prepare
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments.configs import tiny
 from stca_jax.input.dataset import RequestDataset
+from stca_jax.training import compiling
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,6 +71,8 @@ def shared_programs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "Program", shared)
+        # Compiled in a sixth of the time; steps are few here.
+        patch.setitem(compiling.OPTIONS, "xla_backend_optimization_level", 0)
         yield
 
 

@@ -60,6 +60,7 @@ class Builder(LogDatasetBuilder):
             history_features=("event_type", "played_ratio_pct:numeric"),
             items=(artists,),
             item_features=("artist=artist_id",),
+            allow_odd=0.5,  # a track has a row for each of its artists, of whom the first is read
             # The last of the 26,000,000 seconds' days is the authors' test, the day before theirs
             # for validation; a number of seconds reads as that time after 1970-01-01.
             validation_start="1970-10-26 22:13",

@@ -21,7 +21,7 @@ from stca_jax.models.ranker import Ranker, RankerConfig
 from stca_jax.schema import Schema
 from stca_jax.training import table_rows
 from stca_jax.training.averaging import with_average
-from stca_jax.training.compiling import jit_once
+from stca_jax.training.compiling import jit, jit_once
 from stca_jax.training.loss import LabelLoss, Loss, LossInputs, LossWeighting
 from stca_jax.training.optimizer import (
     OptimizerConfig,
@@ -314,7 +314,7 @@ class Program:
         """(state, batch) -> (state, metrics); the state is donated."""
         shardings = (self._state_shardings, self.batch_shardings)
         out = (self._state_shardings, NamedSharding(self.mesh, PartitionSpec()))
-        step = jax.jit(self.step, donate_argnums=0, in_shardings=shardings, out_shardings=out)
+        step = jit(self.step, donate_argnums=0, in_shardings=shardings, out_shardings=out)
         return with_mesh(self.mesh, step)
 
     @functools.cached_property
@@ -323,7 +323,7 @@ class Program:
         shardings = (self._state_shardings, self.prediction_shardings)
         out = NamedSharding(self.mesh, PartitionSpec())
         return with_mesh(
-            self.mesh, jax.jit(self.predictions, in_shardings=shardings, out_shardings=out)
+            self.mesh, jit(self.predictions, in_shardings=shardings, out_shardings=out)
         )
 
     @functools.cached_property
