@@ -260,8 +260,8 @@ def print_differences(
         found = replay_over_http(folder, histories, of_cache, replayed, expected)
         counts = ", ".join(f"{number:,} {name}" for name, number in sorted(found.counts.items()))
         print(
-            f"{cache}: {len(replayed):,} requests over HTTP, {found.num_targets:,} probabilities "
-            f"within {found.probability:.1e} of the evaluation's, logits within "
+            f"{cache}: {len(replayed):,} requests over HTTP, {found.num_probabilities:,} "
+            f"probabilities within {found.probability:.1e} of the evaluation's, logits within "
             f"{found.logit:.1e}; {found.appended:,} events appended; {counts}"
         )
 

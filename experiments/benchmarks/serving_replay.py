@@ -29,14 +29,14 @@ class Differences:
     """What a replay has found.
 
     Attributes:
-      num_targets: Probabilities compared.
+      num_probabilities: Those compared.
       probability: The largest difference.
       logit: Of logits, where the probabilities resolve them.
       appended: Events.
       counts: Hits, misses and evictions of the caches.
     """
 
-    num_targets: int = 0
+    num_probabilities: int = 0
     probability: float = 0.0
     logit: float = 0.0
     appended: int = 0
@@ -47,7 +47,7 @@ class Differences:
         right = 1 / (1 + np.exp(-logit.astype(np.float64)))
         difference, slope = np.abs(found - right), right * (1 - right)
         is_resolved = slope > _RESOLVED
-        self.num_targets += difference.size
+        self.num_probabilities += difference.size
         self.probability = max(self.probability, float(difference.max()))
         self.logit = max(self.logit, float((difference / slope)[is_resolved].max(initial=0.0)))
 

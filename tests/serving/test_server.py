@@ -19,6 +19,7 @@ from server_process import (
     tensors,
 )
 
+from stca_jax.experiments.benchmarks.serving_replay import replay_over_http
 from stca_jax.export.replay import replay
 
 
@@ -57,6 +58,22 @@ def test_scores_are_the_evaluations_after_kills_and_ends(
         assert server.end() == 0
         assert not any(forgotten in line for line in server.log)
     assert not is_in_files(tmp_path, forgotten)
+
+
+@pytest.mark.exhaustive  # three servers compile; the test above replays as well
+def test_the_benchmark_replays_over_a_kill_a_reload_and_evictions(
+    export, everything_run, expected, tmp_path, compiled
+):
+    replayed = list(replay(everything_run.dataset, expected))
+    users = len({step.request.user for step in replayed})
+    options = (compiled, "--cache_bytes=500000", "--deadline=60")
+    found = replay_over_http(export, tmp_path / "users.sqlite", options, replayed, expected)
+    assert found.num_probabilities == sum(logit.size for logit in expected.values())
+    assert found.probability < 2e-6
+    assert found.logit < 1e-5
+    assert found.appended == sum(len(step.new) for step in replayed)
+    assert found.counts["evictions"] > 0
+    assert found.counts["misses"] > users  # each process and each export reads users again
 
 
 def is_in_files(folder, text):
