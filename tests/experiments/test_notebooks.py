@@ -1,5 +1,6 @@
-"""The notebooks: both files of a pair agree, and every cell runs in a real kernel."""
+"""The notebooks: both files of a pair agree and show pictures; every cell runs in a real kernel."""
 
+import base64
 import os
 import pathlib
 
@@ -14,8 +15,8 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pair_agrees_and_holds_no_outputs(name):
-    """After an edit: jupytext --sync experiments/notebooks/*.ipynb."""
+def test_pair_agrees_and_shows_what_a_whole_run_made(name):
+    """After an edit run CONTRIBUTING's command: jupytext drops what the changed cells had made."""
     text = jupytext.read(FOLDER / f"{name}.py")
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)
@@ -24,10 +25,14 @@ def test_pair_agrees_and_holds_no_outputs(name):
         return [(c.cell_type, c.source, c.metadata.get("tags", [])) for c in nb.cells]
 
     assert cells(notebook) == cells(text)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == []
-            assert cell.execution_count is None
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    pictures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    assert pictures
+    assert all(base64.b64decode(p).startswith(b"\x89PNG\r\n\x1a\n") for p in pictures)
+    assert (FOLDER / f"{name}.ipynb").stat().st_size < 500_000
     first = notebook.cells[0].source
     assert "https://colab.research.google.com/github/" in first
     assert f"/experiments/notebooks/{name}.ipynb)" in first
