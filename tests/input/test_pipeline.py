@@ -649,6 +649,13 @@ def test_a_position_of_an_older_version_goes_on_where_that_would_have():
     iterator.set_state(json.loads(OLD_POSITION))
     batch = next(iterator).batch
     assert set(batch.request_id[batch.target_mask].tolist()) == OLD_NEXT_REQUESTS
+    older = json.loads(OLD_POSITION)
+    defaults = {f.name: f.default for f in dataclasses.fields(InputConfig)}
+    absent = [k for k, v in older["config"].items() if v is not None and v == defaults[k]]
+    assert absent
+    for name in absent:  # as if they had come since
+        del older["config"][name]
+    make_input(dataset_of(), CONFIG).set_state(older)
     changed = make_input(dataset_of(), config_of(max_targets=50))
     with pytest.raises(UserError, match="max_targets: None -> 50"):
         changed.set_state(json.loads(OLD_POSITION))
