@@ -57,13 +57,13 @@ class Traffic:
     def events(self, rng: np.random.Generator, n: int) -> bytes:
         """The body of an append."""
         times = np.sort(self.now - rng.integers(1, 365 * SECONDS_PER_DAY, n))
-        return _json({"time": times, "features": draw(self.model, rng, "history", n)})
+        return to_json({"time": times, "features": draw(self.model, rng, "history", n)})
 
     def score(self, rng: np.random.Generator, num_targets: int | None = None) -> bytes:
         """The body of a score."""
         request = {n: v[0] for n, v in draw(self.model, rng, "request", 1).items()}
         targets = draw(self.model, rng, "target", num_targets or self.num_targets)
-        return _json({"targets": targets, "request": request, "time": self.now})
+        return to_json({"targets": targets, "request": request, "time": self.now})
 
     def user(self, rng: np.random.Generator) -> int:
         """The rank of a user, by Zipf's law."""
@@ -80,7 +80,8 @@ def draw(model: ServingModel, rng: np.random.Generator, level: str, n: int) -> d
     }
 
 
-def _json(value: Any) -> bytes:
+def to_json(value: Any) -> bytes:
+    """A body, of arrays too."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 

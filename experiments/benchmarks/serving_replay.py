@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import orjson
 
-from stca_jax.experiments.benchmarks.serving_load import ServerProcess
+from stca_jax.experiments.benchmarks.serving_load import ServerProcess, to_json
 from stca_jax.export.replay import Replayed
 from stca_jax.serving.server.upstream import Upstream
 
@@ -96,12 +96,12 @@ async def _ask(
         path, new = b"/v1/users/" + step.request.user.replace(" ", "-").encode(), step.new
         if len(new):
             events = {"time": new.time, "features": new.columns, "ids": new.ids}
-            answer = await upstream.ask("POST", path + b"/events", (), _json(events))
+            answer = await upstream.ask("POST", path + b"/events", (), to_json(events))
             assert answer.status == 200, answer.body
             differences.appended += orjson.loads(answer.body)["appended"]
         asked = step.request
         body = {"targets": asked.targets, "request": asked.request, "time": asked.time}
-        answer = await upstream.ask("POST", path + b"/score", (), _json(body))
+        answer = await upstream.ask("POST", path + b"/score", (), to_json(body))
         assert answer.status == 200, answer.body
         found = orjson.loads(answer.body)["probabilities"]
         differences.add(np.stack(list(found.values()), -1), expected[step.request_id])
@@ -119,7 +119,3 @@ async def _reload(process: ServerProcess) -> None:
         not in (await upstream.ask("GET", b"/metrics")).body
     ):
         await asyncio.sleep(0.1)
-
-
-def _json(value: object) -> bytes:
-    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
