@@ -14,9 +14,11 @@ from stca_jax.extras import require
 require("serving", "flatbuffers", "safetensors")
 
 from stca_jax.serving.events import Events
-from stca_jax.serving.histories import HistoryStore, SqliteHistories
+from stca_jax.serving.histories import HistoryStore
 from stca_jax.serving.model import ServingModel
-from stca_jax.serving.scorer import Scorer, ScoreRequest
+from stca_jax.serving.score_request import ScoreRequest
+from stca_jax.serving.scorer import Scorer
+from stca_jax.serving.sqlite_histories import SqliteHistories
 
 __all__ = [
     "Events",

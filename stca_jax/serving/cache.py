@@ -45,10 +45,12 @@ class CachedUser:
     Attributes:
       window: The user's events.
       pages: Of the pool, in order; empty if nothing is kept on the device.
+      revision: Of the events in the store that these are.
     """
 
     window: Window
     pages: list[int] = dataclasses.field(default_factory=list)
+    revision: int | None = None
 
 
 @dataclasses.dataclass

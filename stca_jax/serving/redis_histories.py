@@ -5,6 +5,7 @@
     stca:{USER}:ids       hash: an event's id -> its sequence number
     stca:{USER}:columns   names of the columns, and which are texts
     stca:{USER}:next      the next sequence number
+    stca:{USER}:revision  see `HistoryStore.revision`
 
 The braces put a user's keys into one slot of a cluster. Every method is one script, which Redis
 runs as a whole or not at all. What Redis acknowledges outlives its kill if it is run with
@@ -19,19 +20,20 @@ from typing import Any
 
 import numpy as np
 import redis
-from jaxtyping import Int
 
 from stca_jax.errors import UserError
 from stca_jax.serving.events import Events
+from stca_jax.serving.histories import Change, new_revision
 
-_KEYS = ("order", "rows", "ids", "columns", "next")
+_KEYS = ("order", "rows", "ids", "columns", "next", "revision")
 _COLUMNS_DIFFER = "other columns"
-# ARGV: columns, then time, id ("" for none) and row of each event.
+# ARGV: columns, the new revision, then time, id ("" for none) and row of each event.
 _APPEND = """
+local before = redis.call('GET', KEYS[6])
 local columns = redis.call('GET', KEYS[4])
 if columns and columns ~= ARGV[1] then return {err = 'other columns ' .. columns} end
-local sequence = {}
-for i = 2, #ARGV, 3 do
+local sequence, after = {}, before
+for i = 3, #ARGV, 3 do
   local id = ARGV[i + 1]
   if id ~= '' and redis.call('HEXISTS', KEYS[3], id) == 1 then
     sequence[#sequence + 1] = -1
@@ -42,16 +44,20 @@ for i = 2, #ARGV, 3 do
     redis.call('HSET', KEYS[2], name, ARGV[i + 2])
     if id ~= '' then redis.call('HSET', KEYS[3], id, name) end
     sequence[#sequence + 1] = number
+    after = ARGV[2]
   end
 end
 if #sequence > 0 and not columns then redis.call('SET', KEYS[4], ARGV[1]) end
-return sequence
+if after then redis.call('SET', KEYS[6], after) end
+return {sequence, before, after}
 """
-# ARGV: columns, then id and row of each event.  Looks at all ids before it changes anything.
+# ARGV: columns, the new revision, then id and row of each event. Looks at all ids before it
+# changes anything.
 _UPDATE = """
+local before = redis.call('GET', KEYS[6])
 local columns = redis.call('GET', KEYS[4])
 local names = {}
-for i = 2, #ARGV, 2 do
+for i = 3, #ARGV, 2 do
   local name = redis.call('HGET', KEYS[3], ARGV[i])
   if not name then return {err = 'no event ' .. ARGV[i]} end
   names[#names + 1] = name
@@ -59,10 +65,11 @@ end
 if columns ~= ARGV[1] then return {err = 'other columns ' .. tostring(columns)} end
 local sequence = {}
 for i, name in ipairs(names) do
-  redis.call('HSET', KEYS[2], name, ARGV[1 + 2 * i])
+  redis.call('HSET', KEYS[2], name, ARGV[2 + 2 * i])
   sequence[i] = tonumber(name)
 end
-return sequence
+redis.call('SET', KEYS[6], ARGV[2])
+return {sequence, before, ARGV[2]}
 """
 # ARGV: most events, and the time before which they are.
 _READ = """
@@ -122,22 +129,29 @@ class RedisHistories:
             np.array([int(n) for n in numbers]),
         )
 
-    def append(self, user: str, events: Events) -> Int[np.ndarray, " n"]:
+    def revision(self, user: str) -> int | None:
+        """See `HistoryStore`."""
+        try:
+            return _integer(self._redis.get(_keys(user)[-1]))
+        except redis.RedisError as error:
+            raise OSError(f"histories {self._name}: {error}") from error
+
+    def append(self, user: str, events: Events) -> Change:
         """See `HistoryStore`."""
         ids = [""] * len(events) if events.ids is None else [_checked(i) for i in events.ids]
-        arguments = [_columns(events)]
+        arguments = [_columns(events), str(new_revision())]
         for time, name, row in zip(events.time.tolist(), ids, _rows(events), strict=True):
             arguments += [str(time), name, row]
-        return np.array(self._call(self._append, user, arguments), np.int64)
+        return _change(self._call(self._append, user, arguments))
 
-    def update(self, user: str, events: Events) -> Int[np.ndarray, " n"]:
+    def update(self, user: str, events: Events) -> Change:
         """See `HistoryStore`."""
         if events.ids is None:
             raise UserError("events to update need ids, by which they were appended")
-        arguments = [_columns(events)]
+        arguments = [_columns(events), str(new_revision())]
         for name, row in zip(events.ids, _rows(events), strict=True):
             arguments += [name, row]
-        return np.array(self._call(self._update, user, arguments), np.int64)
+        return _change(self._call(self._update, user, arguments))
 
     def delete(self, user: str) -> bool:
         """See `HistoryStore`; Redis' own log forgets at its next rewrite, which this asks for."""
@@ -180,6 +194,15 @@ def _keys(user: str) -> list[str]:
     # A brace in the name would end the part that chooses the slot.
     tag = user.replace("%", "%25").replace("{", "%7B").replace("}", "%7D")
     return [f"stca:{{{tag}}}:{key}" for key in _KEYS]
+
+
+def _change(answer: tuple[list[int], bytes | None, bytes | None]) -> Change:
+    sequence, before, after = answer
+    return Change(np.array(sequence, np.int64), _integer(before), _integer(after))
+
+
+def _integer(text: bytes | str | None) -> int | None:
+    return None if text is None else int(text)
 
 
 def _checked(name: str) -> str:

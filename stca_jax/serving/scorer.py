@@ -25,34 +25,16 @@ from stca_jax.serving.encoding import (
 from stca_jax.serving.events import Events, as_array, as_times
 from stca_jax.serving.golden import check_golden
 from stca_jax.serving.golden import warm_up as compile_for
-from stca_jax.serving.histories import HistoryStore, SqliteHistories
+from stca_jax.serving.histories import HistoryStore
 from stca_jax.serving.model import BUCKETS, MAX_TARGETS, ServingModel, check_encoded
 from stca_jax.serving.paged_cache import PagedCache
 from stca_jax.serving.row_cache import RowCache
+from stca_jax.serving.score_request import ScoreRequest
+from stca_jax.serving.sqlite_histories import SqliteHistories
 
 DEFAULT_CACHE_BYTES = 1 << 30
 _USERS_AT_ONCE = 16  # of a call to an accelerator
 _INT32 = np.iinfo(np.int32).max
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ScoreRequest:
-    """One request.
-
-    Attributes:
-      user: Whose history; a user without events has an empty one.
-      targets: Features of m candidates by name, m values each. Where the export has an item table,
-        the item suffices.
-      request: Features of the request by name. Where the export has a user table and a clock, what
-        these know may be left out.
-      time: Unix second of the request; None is now, or after the user's latest event. Events at or
-        after it are not read.
-    """
-
-    user: str
-    targets: Mapping[str, Sequence[Any] | np.ndarray]
-    request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    time: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +49,8 @@ class Scorer:
     """Scores, appends, forgets; safe for several threads, which it serves one at a time.
 
     Probabilities are those of the evaluation. Whatever the cache has lost (room for other users, a
-    restart, a new model) is read from the store and encoded again, so that it changes no score.
+    restart, a new model), or another process has changed in the store, is read from there and
+    encoded again, so that it changes no score.
     """
 
     def __init__(
@@ -129,14 +112,15 @@ class Scorer:
         with self._lock:
             events = with_missing_texts(self.model, events)
             encoded = self._encode(events)
-            sequence = self.histories.append(user, events)
-            new = sequence >= 0
-            cached = self._pool.cache.find(user)
+            change = self.histories.append(user, events)
+            new = change.sequence >= 0
+            cached = self._find(user, change.before)
             if cached is not None and new.any():
                 with self._dropping(user):
                     columns = {name: column[new] for name, column in encoded.items()}
                     time = self._since_origin(events.time)[new]
-                    self._pool.cache.append(cached, columns, time, sequence[new], user)
+                    self._pool.cache.append(cached, columns, time, change.sequence[new], user)
+                cached.revision = change.after
             return int(new.sum())
 
     def update(self, user: str, events: Events) -> None:
@@ -152,11 +136,12 @@ class Scorer:
         with self._lock:
             events = with_missing_texts(self.model, events)
             encoded = self._encode(events)
-            sequence = self.histories.update(user, events)
-            cached = self._pool.cache.find(user)
+            change = self.histories.update(user, events)
+            cached = self._find(user, change.before)
             if cached is not None:
                 with self._dropping(user):
-                    self._pool.cache.rewrite(cached, encoded, sequence)
+                    self._pool.cache.rewrite(cached, encoded, change.sequence)
+                cached.revision = change.after
 
     def forget(self, user: str) -> bool:
         """Deletes all that is known of a user, on disk, in memory and on the device.
@@ -319,7 +304,8 @@ class Scorer:
     ) -> tuple[Hashable, CachedUser, Query]:
         """The user as the cache knows it, encoded if need be, and what is asked."""
         cache, most = self._pool.cache, self.model.info.max_history
-        user = cache.find(request.user)
+        revision = self.histories.revision(request.user)  # before what is read, lest it be newer
+        user = self._find(request.user, revision)
         name: Hashable = request.user
         if user is None:
             cache.counts.misses += 1
@@ -327,6 +313,7 @@ class Scorer:
             if not len(events):
                 name = object()  # nothing to keep
             user = self._put(name, events, kept)
+            user.revision = revision
         else:
             cache.counts.hits += 1
         latest = user.window.latest + self.model.info.time_origin if user.window.size else 0
@@ -337,6 +324,14 @@ class Scorer:
             events = self.histories.read(request.user, most, before=now)
             user = self._put(name, events, [*kept, request.user])
         return name, user, query
+
+    def _find(self, user: str, revision: int | None) -> CachedUser | None:
+        """The user, if the cache has what the store had at this revision."""
+        cached = self._pool.cache.find(user)
+        if cached is not None and cached.revision != revision:
+            self._pool.cache.drop(user)
+            return None
+        return cached
 
     def _put(self, name: Hashable, events: Events, kept: Sequence[Hashable]) -> CachedUser:
         with self._dropping(name):

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import redis
+from test_sqlite_histories import assert_revisions_follow_changes
 
 from stca_jax.errors import UserError
 from stca_jax.serving import Events, SqliteHistories
@@ -81,7 +82,9 @@ def batches(seed, count):
 def test_reads_what_the_sqlite_store_reads(store, seed):
     reference = SqliteHistories()
     for batch in batches(seed, 15):
-        np.testing.assert_array_equal(store.append("u", batch), reference.append("u", batch))
+        np.testing.assert_array_equal(
+            store.append("u", batch).sequence, reference.append("u", batch).sequence
+        )
     latest = int(reference.read("u", 1).time[0])
     for limit, before in ((10**6, None), (1, None), (500, latest // 2), (70, latest), (5, 0)):
         expected = reference.read("u", limit, before)
@@ -97,7 +100,7 @@ def test_an_update_rewrites_an_event_and_no_other(store):
     columns = {"item": times, "label": np.zeros(100)}
     store.append("u", Events(times, columns, [f"e{k}" for k in times]))
     changed = Events([0], {"item": [5], "label": [1.0]}, ["e30"])
-    assert store.update("u", changed).tolist() == [30]
+    assert store.update("u", changed).sequence.tolist() == [30]
     found = store.read("u", 100)
     assert np.flatnonzero(found.columns["label"]).tolist() == [30]
     assert found.time.tolist() == times.tolist()
@@ -105,6 +108,10 @@ def test_an_update_rewrites_an_event_and_no_other(store):
     with pytest.raises(UserError, match="no event with id 'z'"):
         store.update("u", Events([0, 0], {"item": [1, 1], "label": [2, 2]}, ["e1", "z"]))
     assert store.read("u", 100).columns["label"].tolist() == before
+
+
+def test_every_change_makes_another_revision(server, store):
+    assert_revisions_follow_changes([store, RedisHistories(server.url)])
 
 
 def test_other_columns_are_refused_and_change_nothing(store):

@@ -69,6 +69,34 @@ def test_evictions_restarts_and_reloads_change_no_score(export, everything_run, 
     assert scorer.cached[0] <= 3
 
 
+def test_servers_that_share_a_store_see_each_others_writes(
+    export, everything_run, expected, tmp_path
+):
+    """Whoever is asked, in whatever order they append: no score is of an old history."""
+    scorers = [scorer_of(export, histories=SqliteHistories(tmp_path / "u.sqlite")) for _ in "ab"]
+    first = list(replay(everything_run.dataset, expected))[:16]
+    for k, replayed in enumerate(first):
+        request = replayed.request
+        for part in np.array_split(np.arange(len(replayed.new)), 3):
+            scorers[(k + len(part)) % 2].append(request.user, replayed.new.select(part))
+            for scorer in scorers:  # so that both have the user in the cache
+                scorer.logits(request)
+        for scorer in scorers:
+            found = scorer.logits(request)
+            np.testing.assert_allclose(found, expected[replayed.request_id], atol=1e-5)
+    assert all(scorer.counts.hits > len(first) for scorer in scorers)
+    replayed = max(first, key=lambda replayed: len(replayed.new))
+    request = replayed.request
+    assert scorers[0].forget(request.user)
+    empty = {n: c[:0] for n, c in replayed.new.columns.items()}
+    nothing = scorers[1].score_once(
+        Events([], empty), request.targets, request.request, request.time
+    )
+    task = scorers[1].model.info.schema.tasks[0]
+    again = scorers[1].score(request.user, request.targets, request.request, request.time)
+    np.testing.assert_allclose(again[task], nothing[task], atol=1e-6)
+
+
 def test_late_events_late_labels_and_events_sent_twice(export, everything_run, expected):
     """The same history comes about in any order of arrival."""
     scorer = scorer_of(export)

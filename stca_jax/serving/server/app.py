@@ -34,7 +34,7 @@ from starlette.routing import Route
 from stca_jax.errors import UserError, first_line
 from stca_jax.serving.events import Events
 from stca_jax.serving.model import MAX_TARGETS
-from stca_jax.serving.scorer import ScoreRequest
+from stca_jax.serving.score_request import ScoreRequest
 from stca_jax.serving.server import protocol
 from stca_jax.serving.server.answers import RETRY, error_answer, json_answer, read_body
 from stca_jax.serving.server.telemetry import CONTENT_TYPE, Telemetry

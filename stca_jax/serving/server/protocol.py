@@ -18,7 +18,7 @@ import orjson
 
 from stca_jax.errors import UserError
 from stca_jax.serving.model import ServingModel
-from stca_jax.serving.scorer import ScoreRequest
+from stca_jax.serving.score_request import ScoreRequest
 
 HEADER_LENGTH = "inference-header-content-length"
 _DTYPES = {

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from stca_jax.serving.scorer import Scorer, ScoreRequest
+from stca_jax.serving.score_request import ScoreRequest
+from stca_jax.serving.scorer import Scorer
 
 _SCORES_AT_ONCE = 64
 Timed = Callable[[str, float], None]  # (stage, seconds)

@@ -1,5 +1,6 @@
 """The SQLite store against a plain list of events, and against kills."""
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -40,7 +41,7 @@ def test_reads_what_a_sorted_list_holds(tmp_path, seed):
         names = [f"e{rng.integers(0, 3_000)}" for _ in range(size)]
         labels = rng.normal(size=size)
         batch = Events(times, {"item": rng.integers(0, 99, size), "label": labels}, names)
-        sequence = store.append("u", batch)
+        sequence = store.append("u", batch).sequence
         for k, name in enumerate(names):
             is_new = name not in known
             assert (sequence[k] >= 0) == is_new
@@ -60,6 +61,32 @@ def test_reads_what_a_sorted_list_holds(tmp_path, seed):
     assert as_rows(SqliteHistories(tmp_path / "users.sqlite").read("u", 10**6)) == expected
 
 
+def assert_revisions_follow_changes(stores):
+    """Of two connections to one store."""
+    first, second = stores
+    assert first.revision("u") is None
+    seen = [None]
+
+    def check(change):
+        assert change.before == seen[-1]
+        assert change.after not in seen
+        assert first.revision("u") == second.revision("u") == change.after
+        seen.append(change.after)
+
+    check(first.append("u", events([1], "a-")))
+    check(second.append("u", events([2], "b-")))
+    check(second.update("u", Events([0], {"item": [5]}, ["a-0"])))
+    again = first.append("u", events([2], "b-"))
+    assert again.sequence.tolist() == [-1]
+    assert again.before == again.after == seen[-1]
+    assert first.revision("another") is None
+    assert second.delete("u")
+    assert first.revision("u") is None
+    change = first.append("u", events([1], "a-"))
+    assert change.before is None
+    assert change.after not in seen
+
+
 def test_texts_of_any_length_and_missing_values_come_back(tmp_path):
     store = SqliteHistories(tmp_path / "users.sqlite")
     store.append("u", Events([1, 2], {"brand": ["a", None], "price": [1.5, None]}))
@@ -73,14 +100,27 @@ def test_an_update_rewrites_an_event_and_no_other(tmp_path):
     store = SqliteHistories(tmp_path / "users.sqlite")
     times = np.arange(1_000)
     store.append("u", events(times, "e", label=np.zeros(1_000)))
-    sequence = store.update("u", Events([0], {"item": [5], "label": [1.0]}, ["e300"]))
-    assert sequence.tolist() == [300]
+    change = store.update("u", Events([0], {"item": [5], "label": [1.0]}, ["e300"]))
+    assert change.sequence.tolist() == [300]
     found = store.read("u", 1_000)
     assert np.flatnonzero(found.columns["label"]).tolist() == [300]
     assert found.time.tolist() == times.tolist()
     with pytest.raises(UserError, match="no event with id 'e1000'"):
         store.update("u", Events([0, 0], {"item": [5, 5], "label": [1, 1]}, ["e0", "e1000"]))
     assert store.read("u", 1).columns["label"][0] == 0
+
+
+def test_every_change_makes_another_revision(tmp_path):
+    stores = [SqliteHistories(tmp_path / "users.sqlite") for _ in range(2)]
+    assert_revisions_follow_changes(stores)
+
+
+def test_a_file_of_another_layout_is_named(tmp_path):
+    path = tmp_path / "users.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE users (user TEXT PRIMARY KEY, next_sequence INTEGER)")
+    with pytest.raises(UserError, match=r"users\.sqlite' cannot be opened: no such column: rev"):
+        SqliteHistories(path)
 
 
 def test_events_with_other_columns_are_refused_whole(tmp_path):
@@ -90,7 +130,7 @@ def test_events_with_other_columns_are_refused_whole(tmp_path):
         with pytest.raises(UserError, match="item"):
             store.append("u", wrong)
     assert len(store.read("u", 10)) == 2
-    assert store.append("u", events([3], "b")).tolist() == [2]  # the id was not kept
+    assert store.append("u", events([3], "b")).sequence.tolist() == [2]  # the id was not kept
 
 
 def test_nothing_of_a_deleted_user_is_left_in_the_files(tmp_path):
@@ -166,7 +206,7 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_there(tmp_path):
         store.append("u", events(range(300, 20_000), "b"))
     assert len(store.read("u", 10**6)) == 300
     store._db.execute("PRAGMA max_page_count=1000000")
-    assert (store.append("u", events([300], "b")) >= 0).all()
+    assert (store.append("u", events([300], "b")).sequence >= 0).all()
 
 
 def test_a_file_that_is_no_database_is_named(tmp_path):
