@@ -12,6 +12,7 @@ import dataclasses
 import pathlib
 import re
 import signal
+import urllib.parse
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -93,7 +94,8 @@ async def _ask(
 ) -> None:
     upstream = Upstream(process.connect)
     for step in replayed:
-        path, new = b"/v1/users/" + step.request.user.replace(" ", "-").encode(), step.new
+        name, new = urllib.parse.quote(step.request.user, safe=""), step.new
+        path = f"/v1/users/{name}".encode()
         if len(new):
             events = {"time": new.time, "features": new.columns, "ids": new.ids}
             answer = await upstream.ask("POST", path + b"/events", (), to_json(events))

@@ -250,7 +250,19 @@ def test_killed_restarted_and_shared_jobs_score_every_row_once(tmp_path, data_di
                 # The jobs' programs are compiled otherwise than this process's: see conftest.py.
                 close = {k: pytest.approx(v, rel=1e-4) if v == v else v for k, v in row.items()}
                 assert close.items() <= found[step, row["length"]].items()
+    # A job of its own that nothing disturbs finds the same to the last bit.
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(workdir, undisturbed, ignore=shutil.ignore_patterns("evaluation", "best.json"))
+    if not (undisturbed / "checkpoints" / str(deleted)).exists():
+        shutil.copytree(kept / "checkpoints", undisturbed / "checkpoints", dirs_exist_ok=True)
+    assert start_watching(undisturbed, data_dir, log).wait(300) == 0, log.read_text()[-3000:]
+    expected = read_rows(undisturbed / "evaluation" / "checkpoints.jsonl")
+    assert {(row["step"], row["length"]) for row in expected} == wanted
+    for row in expected:
+        assert found.get((row["step"], row["length"]), row) == row
 
     existing = {s: found[s, LENGTHS[-1]]["auc"] for s in STEPS if s != deleted}
     assert read_best(workdir)["step"] == max(existing, key=existing.__getitem__)
-    assert not list((workdir / "evaluation" / "checkpoints.claims").glob("validation-*"))
+    # A killed job's claim is taken over and removed, unless its checkpoint has been deleted since.
+    claims = (workdir / "evaluation" / "checkpoints.claims").glob("validation-*")
+    assert [claim for claim in claims if f"-{deleted}-" not in claim.name] == []
