@@ -100,7 +100,7 @@ def _serve(options: argparse.Namespace) -> int:
         max_waiting=options.max_waiting,
     )
     _allow_connections()
-    listening = _listen(options.host, options.port)  # a taken port is said before the model loads
+    listening = listen(options.host, options.port)  # a taken port is said before the model loads
     model = pathlib.Path(options.model)
     if options.workers < 1:
         raise UserError(f"--workers={options.workers}: give 1 or more")
@@ -199,14 +199,22 @@ def _histories(name: str, sync: bool) -> HistoryStore:
     return RedisHistories(name)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket.
+
+    Raises:
+      UserError: there is no such address, or it is taken.
+    """
     address: Any = (host, port)
+    # Only of a socket that names its protocol does asyncio send every write at once; else a body
+    # that follows its headers waits until the client has acknowledged these, up to 40 ms.
+    protocol = socket.IPPROTO_TCP
     try:
         if host.startswith("unix:"):
-            family, address = socket.AF_UNIX, host.removeprefix("unix:")
+            family, address, protocol = socket.AF_UNIX, host.removeprefix("unix:"), 0
         else:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family)
+        listening = socket.socket(family, socket.SOCK_STREAM, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
     except (OSError, OverflowError) as error:

@@ -1,7 +1,9 @@
 """The server as a process: scores over HTTP, restarts, drains, reloads, and what it refuses."""
 
+import asyncio
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +23,27 @@ from server_process import (
 
 from stca_jax.experiments.benchmarks.serving_replay import replay_over_http
 from stca_jax.export.replay import replay
+from stca_jax.serving.__main__ import listen
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_write_of_an_answer_waits_for_an_acknowledgement(host):
+    async def no_delay_of_a_connection():
+        accepted = asyncio.get_running_loop().create_future()
+        listening = listen(host, 0)
+        server = await asyncio.start_server(
+            lambda reader, writer: accepted.set_result(writer), sock=listening
+        )
+        async with server:
+            _, client = await asyncio.open_connection(*listening.getsockname()[:2])
+            writer = await accepted
+            connection = writer.get_extra_info("socket")
+            found = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for end in (client, writer):
+                end.close()
+            return found
+
+    assert asyncio.run(no_delay_of_a_connection())
 
 
 @pytest.mark.slow
