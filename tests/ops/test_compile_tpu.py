@@ -4,6 +4,7 @@ import itertools
 
 import jax.numpy as jnp
 import pytest
+from compiled_scorer import check_scorer
 from compiled_step import D, H, R, compiled_step, in_process_of_its_own, stores_scores
 
 from stca_jax.ops.tiles import BlockSizes
@@ -64,6 +65,10 @@ def check_vmem_error(generation: str) -> None:
         )  # fmt: skip
 
 
+def check_export(generation: str) -> None:
+    check_scorer(devices_of(generation)[0])
+
+
 def test_too_large_blocks_name_the_limit():
     in_process_of_its_own(MODULE, "check_vmem_error", "v5e")
 
@@ -83,3 +88,12 @@ def test_one_chip(generation, order, dtype):
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 def test_two_by_four_chips(generation):
     in_process_of_its_own(MODULE, "check_sharded", generation)
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [pytest.param("v5e", marks=pytest.mark.slow),
+     *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("v5p", "v6e"))],
+)  # fmt: skip
+def test_exported_scorer(generation):
+    in_process_of_its_own(MODULE, "check_export", generation)

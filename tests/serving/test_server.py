@@ -1,12 +1,17 @@
 """The server as a process: scores over HTTP, restarts, drains, reloads, and what it refuses."""
 
 import asyncio
+import json
+import re
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import urllib.parse
+from collections import Counter
 
 import httpx
 import numpy as np
@@ -101,6 +106,61 @@ def test_the_benchmark_replays_over_a_kill_a_reload_and_evictions(
 
 def is_in_files(folder, text):
     return any(text.encode() in file.read_bytes() for file in folder.glob("users.sqlite*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("--workers=2",), marks=pytest.mark.exhaustive)]
+)
+def test_ten_thousand_connections_at_once_get_scores_or_a_refusal(
+    export, everything_run, expected, compiled, tmp_path, options
+):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    number = min(10_000, hard - 1_000)
+    step = next(s for s in replay(everything_run.dataset, expected) if len(s.new))
+    right = 1 / (1 + np.exp(-expected[step.request_id].astype(np.float64)))
+    histories = f"--histories={tmp_path / 'users.sqlite'}"
+    try:
+        with serving(export, compiled, histories, *options) as server:
+            path = f"/v1/users/{urllib.parse.quote(step.request.user)}"
+            server.client.post(f"{path}/events", json=body_of(step.new)).raise_for_status()
+            body = json.dumps(score_body(step.request))
+            answers_of_all = asyncio.run(ask_at_once(server.port, f"{path}/score", body, number))
+            after = server.client.post(f"{path}/score", content=body)
+            assert server.process.poll() is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(answers_of_all) == number
+    scored = [content for status, _, content in answers_of_all if status == 200]
+    refused = [headers for status, headers, _ in answers_of_all if status == 503]
+    assert len(scored) + len(refused) == number, Counter(a[0] for a in answers_of_all)
+    assert len(scored) >= 50
+    assert all(b"retry-after: " in headers.lower() for headers in refused)
+    for content in {*scored, after.content}:
+        found = np.stack(list(json.loads(content)["probabilities"].values()), -1)
+        np.testing.assert_allclose(found, right, atol=2e-6)
+
+
+async def ask_at_once(port, path, body, number):
+    """Status, head and body of each answer; all connections are open before the first asks."""
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+    opened = []
+    while len(opened) < number:
+        some = range(min(500, number - len(opened)))
+        opened += await asyncio.gather(*(asyncio.open_connection("127.0.0.1", port) for _ in some))
+
+    async def ask(reader, writer):
+        writer.write((head + body).encode())
+        found = await reader.readuntil(b"\r\n\r\n")
+        size = int(re.search(rb"content-length: (\d+)", found, re.IGNORECASE)[1])
+        return int(found.split()[1]), found, await reader.readexactly(size)
+
+    try:
+        return await asyncio.gather(*(ask(*ends) for ends in opened))
+    finally:
+        for _, writer in opened:
+            writer.close()
 
 
 @pytest.mark.slow
