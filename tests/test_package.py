@@ -236,6 +236,14 @@ def check_registered_names(python, project, tmp_path):
         assert name in shown
 
 
+@pytest.mark.exhaustive  # installs JAX twice
+def test_an_installation_for_serving_is_small(tmp_path):
+    said = run(sys.executable, "-m", "experiments.benchmarks.install_size", cwd=REPOSITORY)
+    jax, beyond = re.search(r"jax (\d+) MB; \[serving\] (\d+) MB beyond it", said).groups()
+    assert int(jax) > 200
+    assert int(beyond) <= 120
+
+
 def test_messages_name_extras_that_there_are():
     """As `pip install -e ".[logs]"`, the one way that docs and messages tell."""
     known = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
