@@ -37,8 +37,10 @@ def plain_type(type_: pa.DataType, file: str, name: str) -> pa.DataType:
     """
     if pa.types.is_dictionary(type_):
         return plain_type(type_.value_type, file, name)
-    if _is_textual(type_):
+    if _is_textual(type_) or pa.types.is_decimal256(type_):
         return pa.string()
+    if pa.types.is_float16(type_):
+        return pa.float32()
     if pa.types.is_nested(type_):
         raise UserError(f"{file}: column {name!r} is a {type_}; flatten it to one value a row")
     return type_
@@ -55,19 +57,47 @@ def _is_textual(type_: pa.DataType) -> bool:
     )
 
 
-def common_type(a: pa.DataType | None, b: pa.DataType) -> pa.DataType:
-    """The type of a column that has two in different files: the wider number, or text."""
+def common_type(a: pa.DataType | None, b: pa.DataType) -> pa.DataType | None:
+    """The type of a column that has two in different files: the wider number, or text.
+
+    None if one is neither a number, a date, nor text, so that equal values would look different.
+    """
     if a is None or a == b or pa.types.is_null(a):
         return b
     if pa.types.is_null(b):
         return a
-    if pa.types.is_integer(a) and pa.types.is_integer(b):
+    both = {_kind(a), _kind(b)}
+    if None in both:
+        return None
+    if both == {"date"}:
+        return pa.timestamp("us")
+    if both <= {"integer", "boolean"}:
         wide = pa.types.is_uint64(a) or pa.types.is_uint64(b)
         return pa.string() if wide else pa.int64()
-    if pa.types.is_temporal(a) and pa.types.is_temporal(b):
-        return pa.timestamp("us")
-    numbers = [pa.types.is_integer(t) or pa.types.is_floating(t) for t in (a, b)]
-    return pa.float64() if all(numbers) else pa.string()
+    if both <= {"integer", "decimal"}:
+        scale = max(_digits(a)[1], _digits(b)[1])
+        precision = max(_digits(a)[0], _digits(b)[0]) + scale
+        return pa.decimal128(precision, scale) if precision <= 38 else pa.string()
+    return pa.float64() if both <= {"integer", "float", "decimal"} else pa.string()
+
+
+def _kind(type_: pa.DataType) -> str | None:
+    kinds = {
+        "text": pa.types.is_string,
+        "boolean": pa.types.is_boolean,
+        "integer": pa.types.is_integer,
+        "decimal": pa.types.is_decimal,
+        "float": pa.types.is_floating,
+        "date": lambda t: pa.types.is_date(t) or pa.types.is_timestamp(t),
+    }
+    return next((kind for kind, is_kind in kinds.items() if is_kind(type_)), None)
+
+
+def _digits(type_: pa.DataType) -> tuple[int, int]:
+    """Of an integer or decimal, before and after the point."""
+    if pa.types.is_integer(type_):
+        return 20 if pa.types.is_uint64(type_) else 19, 0
+    return type_.precision - type_.scale, type_.scale
 
 
 def unify(table: pa.Table, columns: dict[str, pa.DataType], null_words: Sequence[str]) -> pa.Table:
@@ -80,7 +110,10 @@ def unify(table: pa.Table, columns: dict[str, pa.DataType], null_words: Sequence
             if pc.any(is_null).as_py():
                 values = pc.if_else(is_null, None, values)
         if values.type != type_:
+            is_decimal = pa.types.is_decimal(values.type)
             values = values.cast(type_, safe=False)
+            if is_decimal and pa.types.is_string(type_):  # as other numbers are written
+                values = pc.replace_substring_regex(values, r"\.0+$", "")
         if values is not table[name]:
             table = _replace(table, name, values)
     return table

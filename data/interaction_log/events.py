@@ -339,19 +339,18 @@ def _evaluate(table: Table, sql: str, what: str) -> str:
       UserError: it is wrong, or looks at other rows than its own.
     """
     query = f"SELECT {sql} AS value FROM log"
-    with connect() as connection:
+    with connect() as connection, _explain_sql(what, sql):
         connection.register("log", table.empty())
-        with _explain_sql(what, sql):
-            found = connection.sql(query)
-            ((tree,),) = connection.execute("SELECT json_serialize_sql(?)", [query]).fetchall()
-            # Aggregates give a row where there is none.
-            if len(found) or _OTHER_ROWS.search(tree):
-                raise UserError(
-                    f"{what}: {sql} looks at other rows than its own, by an aggregate, a window "
-                    "or a query, but is evaluated on some rows at a time; write its values into "
-                    "a column of the log first"
-                )
-            return str(found.types[0])
+        found = connection.sql(query)
+        ((tree,),) = connection.execute("SELECT json_serialize_sql(?)", [query]).fetchall()
+        # Aggregates give a row where there is none.
+        if len(found) or _OTHER_ROWS.search(tree):
+            raise UserError(
+                f"{what}: {sql} looks at other rows than its own, by an aggregate, a window "
+                "or a query, but is evaluated on some rows at a time; write its values into "
+                "a column of the log first"
+            )
+        return str(found.types[0])
 
 
 @contextlib.contextmanager

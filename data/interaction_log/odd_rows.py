@@ -20,6 +20,7 @@ from stca_jax.errors import UserError
 _LONGEST = 2**31 - 1  # seconds that a record's times can span
 _ONE_USER = 1 / 3
 _SHOWN_REASONS = 5
+_NUMBERS = ("FLOAT", "DOUBLE", "DECIMAL")
 
 
 @dataclasses.dataclass
@@ -222,7 +223,9 @@ def _ways_out(reasons: Mapping[str, int], source: LogSource) -> str:
             f"{flag('timestamp', 'time', parsed)}"
         )
     if "missing" in reason:
-        return f"Empty values, and the words {words} (--null_words), stand for missing ones"
+        of_numbers = any(t.startswith(_NUMBERS) for t in source.id_sql_types.values())
+        whole = "; as numbers, ids are whole, and below 2^53 as floats" if of_numbers else ""
+        return f"Empty values, and the words {words} (--null_words), stand for missing ones{whole}"
     if "columns, not" in reason:
         return "--delimiter and --quote say how text files are written"
     if "UTF-8" in reason:

@@ -248,9 +248,14 @@ def open_table(what: str, paths: Sequence[str], columns: Sequence[Column], confi
         for name in dict.fromkeys([*named, *used]):
             if (count := schema.names.count(name)) != 1:
                 raise UserError(_wrong_count(what, file, name, count, schema.names))
-            types[name] = common_type(
-                types.get(name), plain_type(schema.field(name).type, file, name)
-            )
+            type_ = plain_type(schema.field(name).type, file, name)
+            common = common_type(types.get(name), type_)
+            if common is None:
+                raise UserError(
+                    f"{what}: column {name!r} is a {types[name]} in one file and a {type_} in "
+                    f"{file}; write both files with one type"
+                )
+            types[name] = common
     not_read += [file for file in found if file not in whole]
     return Table({file: found[file] for file in whole}, types, all_columns, tuple(not_read))
 

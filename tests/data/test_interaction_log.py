@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import collections
 import csv
+import decimal
 import json
 import pathlib
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 
 import log_oracle
 import numpy as np
@@ -20,7 +22,7 @@ import pytest
 
 from stca_jax.data import preparation
 from stca_jax.data.interaction_log import source
-from stca_jax.data.interaction_log.events import LogSource, read_side_table
+from stca_jax.data.interaction_log.events import LogSource, read_events, read_side_table
 from stca_jax.data.interaction_log.interaction_log_dataset_builder import make_builder
 from stca_jax.data.interaction_log.log_config import Column, LogConfig, split_list
 from stca_jax.errors import UserError
@@ -408,6 +410,59 @@ def test_columns_of_different_types_in_different_files(tmp_path):
     (tmp_path / "log" / "c.parquet").touch()  # an empty file is skipped
     folder = prepare(tmp_path, config(str(tmp_path / "log")))
     assert sorted(log_oracle.feature_ids(folder, "item")) == ["0", "1", "2", "3", "4"]
+
+
+DECIMALS = pa.array([decimal.Decimal(f"{i}.00") for i in range(20)])
+WIDE_DECIMALS = DECIMALS.cast(pa.decimal256(50, 2))
+UUIDS = [uuid.UUID(int=i + 2**127) for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (DECIMALS, list(range(20))),
+        (DECIMALS, pa.array(range(20), pa.uint64())),
+        (DECIMALS, [float(i) for i in range(20)]),
+        (DECIMALS, [str(i) for i in range(20)]),
+        (DECIMALS, DECIMALS.cast(pa.decimal128(12, 4))),
+        (WIDE_DECIMALS, list(range(20))),
+        (pa.array(np.arange(20), pa.float16()), list(range(20))),
+    ],
+)
+def test_equal_ids_of_different_types_are_one(tmp_path, first, second):
+    rows = [{"user": i % 4, "time": T0 + 60 * i} for i in range(40)]
+    write(tmp_path / "log" / "a.parquet", rows[:20], item=pa.array(first))
+    write(tmp_path / "log" / "b.parquet", rows[20:], item=pa.array(second))
+    opened = LogSource.open(config(str(tmp_path / "log")))
+    items = collections.Counter(
+        str(item)
+        for part in opened.log.parts
+        for events in read_events(opened, part)
+        for item in events.table["item"].to_pylist()
+    )
+    assert items == {str(i): 2 for i in range(20)}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (pa.array([u.bytes for u in UUIDS], pa.uuid()), [str(u) for u in UUIDS]),
+        (pa.array([u.bytes for u in UUIDS], pa.binary(16)), [u.hex for u in UUIDS]),
+        (pa.array([u.bytes for u in UUIDS], pa.binary(16)), list(range(20))),
+    ],
+)
+def test_types_that_cannot_be_compared_are_refused(tmp_path, first, second):
+    rows = [{"user": i % 4, "time": T0 + 60 * i} for i in range(40)]
+    write(tmp_path / "log" / "a.parquet", rows[:20], item=first)
+    write(tmp_path / "log" / "b.parquet", rows[20:], item=pa.array(second))
+    with pytest.raises(UserError, match=r"'item' is a .* in one file and a .*b\.parquet"):
+        LogSource.open(config(str(tmp_path / "log")))
+
+
+def test_floats_that_are_no_ids_are_explained(tmp_path):
+    rows = [{"user": i % 4 + 2.0**60, "item": i % 5, "time": T0 + 60 * i} for i in range(40)]
+    with pytest.raises(UserError, match=r"40: user is missing or no id.*whole, and below 2\^53"):
+        prepare(tmp_path, config(write(tmp_path / "log.parquet", rows)))
 
 
 @pytest.mark.parametrize(
