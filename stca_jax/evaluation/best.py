@@ -1,12 +1,14 @@
 """Which checkpoint is the best: one rule for the training and for the jobs that follow it.
 
     WORKDIR/best.json   [{"step": 500, "value": 0.71, "metric": "auc", "split": "validation",
-                          "length": 1000, "last_step": 1500}, …]
+                          "length": 1000, "min_history": 0, "max_requests": null,
+                          "max_targets": 30000, "last_step": 1500}, …]
 
-A value is compared with values of the same metric, split and history length only, so there is one
-mark for each: the training's own, at `evaluation.validation_length`, and a following job's, at its
-longest length. Of several marks the one counts that has compared the newest checkpoint, and of
-those the longest length: a job that follows to the end decides, one that was interrupted does not.
+A value is compared with values of the same metric, requests and history length only, so there is
+one mark for each: the training's own, at `evaluation.validation_length`, and a following job's, at
+its longest length. Of several marks the one counts that has compared the newest checkpoint, of
+those the longest length, and of those the largest sample: a job that follows to the end decides,
+one that was interrupted does not.
 """
 
 from __future__ import annotations
@@ -33,12 +35,18 @@ class Criterion(NamedTuple):
       split: Of the requests that were scored.
       length: History length they were scored at, in events.
       larger_is_better: Whether a larger value is better.
+      min_history: Which requests of the split were scored, as in `InputConfig`.
+      max_requests: Likewise.
+      max_targets: Likewise.
     """
 
     metric: str
     split: str
     length: int
     larger_is_better: bool
+    min_history: int = 0
+    max_requests: int | None = None
+    max_targets: int | None = None
 
 
 def score(rows: Sequence[Mapping[str, Any]], metric: str) -> float | None:
@@ -81,7 +89,14 @@ def _columns(criterion: Criterion) -> dict[str, Any]:
 
 
 def _is_of(criterion: Criterion, mark: Mapping[str, Any]) -> bool:
-    return _columns(criterion).items() <= mark.items()
+    """Of an older version's mark, limits of requests are not known, and taken for the same."""
+    return all(mark.get(n, v) == v for n, v in _columns(criterion).items())
+
+
+def _rank(mark: Mapping[str, Any]) -> tuple[float, ...]:
+    """The mark that counts has the largest."""
+    limits = (mark.get("max_targets"), mark.get("max_requests"))
+    return mark["last_step"], mark["length"], *(limit or math.inf for limit in limits)
 
 
 def marked_steps(workdir: str | os.PathLike[str]) -> set[int]:
@@ -124,7 +139,7 @@ def mark_best(
         }
         if mark != before:
             marks = [mark, *(m for m in marks if m is not before)]
-            marks.sort(key=lambda m: (m["last_step"], m["length"]), reverse=True)
+            marks.sort(key=_rank, reverse=True)
             write_json(directory / BEST, marks)
         return step
 

@@ -101,7 +101,13 @@ class Validation:
     def _criterion(self) -> Criterion:
         config = self._config
         return Criterion(
-            config.metric, "validation", config.validation_length, config.larger_is_better
+            config.metric,
+            "validation",
+            config.validation_length,
+            config.larger_is_better,
+            min_history=config.min_history,
+            max_requests=config.validation_requests,
+            max_targets=config.validation_targets,
         )
 
     def has_run_out(self, step: int) -> bool:

@@ -34,8 +34,9 @@ def test_direction_and_the_first_of_equal_ones(workdir, larger, best):
     assert read_best(workdir)["step"] == best
 
 
-def test_values_of_different_lengths_splits_and_metrics_are_not_compared(workdir):
-    others = [{"length": 50}, {"split": "test"}, {"metric": "gauc_user"}]
+def test_values_of_different_lengths_requests_and_metrics_are_not_compared(workdir):
+    others = [{"length": 50}, {"split": "test"}, {"metric": "gauc_user"}, {"min_history": 5},
+              {"max_requests": 9}, {"max_targets": 9}]  # fmt: skip
     for other in others:
         mark_best(workdir, {10: 0.99}, AUC._replace(**other))
     assert mark_best(workdir, {20: 0.6}, AUC) == 20
@@ -54,6 +55,25 @@ def test_a_job_that_follows_decides_until_it_is_interrupted(workdir):
     mark_best(workdir, {10: 0.6, 20: 0.65}, following)
     assert (read_best(workdir)["length"], read_best(workdir)["step"]) == (10_000, 20)
     assert marked_steps(workdir) == {10, 20}
+
+
+def test_of_marks_of_one_length_and_step_the_largest_sample_counts(workdir):
+    sample = AUC._replace(max_targets=30_000)
+    for first, second in ((sample, AUC), (AUC, sample)):
+        mark_best(workdir, {10: 0.6, 20: 0.7}, first)
+        mark_best(workdir, {10: 0.8, 20: 0.7}, second)
+        assert read_best(workdir)["max_targets"] is None
+    mark_best(workdir, {30: 0.9}, sample)
+    assert read_best(workdir)["step"] == 30
+
+
+def test_a_mark_without_limits_of_requests_is_compared(workdir):
+    mark_best(workdir, {10: 0.9}, AUC)
+    marks = json.loads((workdir / "best.json").read_text())
+    for name in ("min_history", "max_requests", "max_targets"):
+        del marks[0][name]
+    (workdir / "best.json").write_text(json.dumps(marks))
+    assert mark_best(workdir, {20: 0.6}, AUC._replace(max_targets=9)) == 10
 
 
 @pytest.mark.parametrize("metric", ["auc", "auc@64"])

@@ -252,6 +252,9 @@ def test_marks_the_best_that_exists(run, larger, best):
         "metric": "auc",
         "split": "validation",
         "length": 64,
+        "min_history": 0,
+        "max_requests": None,
+        "max_targets": None,
         "last_step": 15,
     }
 

@@ -116,6 +116,9 @@ def test_watching_adds_each_row_once_and_marks_the_best(workdir, data_dir, tmp_p
         "metric": "auc",
         "split": "validation",
         "length": 300,
+        "min_history": 0,
+        "max_requests": None,
+        "max_targets": None,
         "last_step": 12,
     }
 
