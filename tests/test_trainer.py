@@ -1,5 +1,6 @@
 """The training loop in one process: resuming, refusing, stopping, and compiling once."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -202,9 +203,19 @@ def test_checkpoint_is_scored_though_the_run_ended_before_it_was(finished, tiny_
     assert read_best(unscored)["step"] == 25
 
 
-def test_what_cannot_run_leaves_the_workdir_free(tiny_config, tiny_dataset, tmp_path):
-    with pytest.raises(UserError, match="mesh"):
-        train(short(tiny_config, **{"mesh.model": 64}), tiny_dataset, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mesh.model", 64, "mesh"),
+        ("evaluation.min_history", 9_999, "split 'validation' has min_history=9999 or more"),
+        ("input.min_history", 9_999, "split 'train' has min_history=9999 or more"),
+    ],
+)
+def test_what_cannot_run_leaves_the_workdir_free(
+    tiny_config, tiny_dataset, tmp_path, name, value, message
+):
+    with pytest.raises(UserError, match=message):
+        train(short(tiny_config, **{name: value}), tiny_dataset, tmp_path)
     assert not (tmp_path / "config.json").exists()
 
 
@@ -312,6 +323,13 @@ def test_a_signal_in_the_last_step_interrupts_nothing(
     result = train(short(tiny_config), tiny_dataset, tmp_path)
     assert (result.step, result.num_steps, result.signal) == (25, 25, None)
     assert validated == [10, 20, 25]
+
+
+def test_a_thread_that_cannot_handle_signals_trains_too(tiny_config, tiny_dataset, tmp_path):
+    config = short(tiny_config, **{"training.max_steps": 1})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        result = pool.submit(train, config, tiny_dataset, tmp_path).result()
+    assert (result.step, Checkpointer(tmp_path).steps()) == (1, [1])
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])

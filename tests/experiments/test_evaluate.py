@@ -132,6 +132,34 @@ def test_watching_adds_each_row_once_and_marks_the_best(workdir, data_dir, tmp_p
     assert read_rows(path) == rows
 
 
+# References that fail, as those did that had no positive to be fitted on.
+FAILING = """
+import runpy, sys
+from stca_jax.experiments import reference_rows
+def fail(*args):
+    raise ZeroDivisionError("of a test")
+reference_rows.reference_rows = fail
+sys.orig_argv = ["python", *sys.argv]
+runpy.run_module("experiments.evaluate", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("extra", ["--split=test", "--watch"])
+def test_a_reference_that_fails_does_not_keep_the_model_from_being_scored(
+    workdir, data_dir, tmp_path, extra
+):
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    arguments = [f"--workdir={copy}", f"--data_dir={data_dir}", "--lengths=16", extra]
+    finished = subprocess.run(
+        [sys.executable, "-c", FAILING, *arguments],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 1, finished.stderr
+    assert "\n| stca " in finished.stdout
+    assert "not scored:\n  references: " in finished.stdout
+    assert "of a test" in finished.stdout
+
+
 def test_step_names_a_checkpoint(workdir, data_dir):
     best = read_best(workdir)["step"]
     assert best in Checkpointer(workdir).steps()

@@ -335,6 +335,14 @@ def test_close_ends_the_threads():
         next(iterator)
 
 
+def test_a_user_in_many_batches_is_decoded_once(monkeypatch):
+    dataset = dataset_of()
+    reads, record = [], dataset.record
+    monkeypatch.setattr(dataset, "record", lambda i: reads.append(i) or record(i))
+    assert len(list(make_input(dataset, config_of(epochs=2)))) > 2
+    assert sorted(reads) == sorted(set(reads)) != []
+
+
 def test_a_reader_thread_hands_its_error_to_the_caller():
     dataset = dataset_of()
 
