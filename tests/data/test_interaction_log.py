@@ -413,6 +413,7 @@ def test_columns_of_different_types_in_different_files(tmp_path):
 
 
 DECIMALS = pa.array([decimal.Decimal(f"{i}.00") for i in range(20)])
+LONG = pa.array([decimal.Decimal(f"{10**17 + i}.0") for i in range(20)])  # no floats hold them
 WIDE_DECIMALS = DECIMALS.cast(pa.decimal256(50, 2))
 UUIDS = [uuid.UUID(int=i + 2**127) for i in range(20)]
 
@@ -421,6 +422,7 @@ UUIDS = [uuid.UUID(int=i + 2**127) for i in range(20)]
     ("first", "second"),
     [
         (DECIMALS, list(range(20))),
+        (LONG, [10**17 + i for i in range(20)]),
         (DECIMALS, pa.array(range(20), pa.uint64())),
         (DECIMALS, [float(i) for i in range(20)]),
         (DECIMALS, [str(i) for i in range(20)]),
@@ -440,7 +442,7 @@ def test_equal_ids_of_different_types_are_one(tmp_path, first, second):
         for events in read_events(opened, part)
         for item in events.table["item"].to_pylist()
     )
-    assert items == {str(i): 2 for i in range(20)}
+    assert items == {str(int(i)): 2 for i in pa.array(second).to_pylist()}
 
 
 @pytest.mark.parametrize(
