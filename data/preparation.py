@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 
 from stca_jax.data.base import STAGING, UserDatasetBuilder
 from stca_jax.errors import UserError
-from stca_jax.files import cache_dir, refuse_scheme
+from stca_jax.files import cache_dir, local_path
 from stca_jax.imports import find_path, import_object
 
 OWN_LOGS = "interaction_log"  # the dataset whose configs are its users' own
@@ -39,8 +39,7 @@ def local_folder(what: str, path: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
       UserError: it is not on this machine, such as "gs://bucket".
     """
-    refuse_scheme(what, path)
-    return pathlib.Path(path).expanduser()
+    return local_path(what, path)
 
 
 def prepare(

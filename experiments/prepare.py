@@ -16,6 +16,7 @@ Exit status: 0 prepared, 1 an error.
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import re
 import shlex
@@ -160,7 +161,7 @@ def _paths(name: str, text: str) -> list[str]:
     Raises:
       UserError: one is empty, as where a variable of a shell is not set.
     """
-    if text and pathlib.Path(text).expanduser().exists():
+    if text and os.path.exists(os.path.expanduser(text)):  # without an error for unknown users
         return [text]
     paths = [path.strip() for path in text.split(",")]
     if not all(paths):

@@ -85,3 +85,23 @@ def refuse_scheme(what: str, path: str | os.PathLike[str]) -> None:
             f"{what} {os.fspath(path)!r} is not a local path, and {scheme[0]}/… is not read "
             "or written directly: mount the bucket or share as a folder, or copy it to a local disk"
         )
+
+
+def local_path(what: str, path: str | os.PathLike[str]) -> pathlib.Path:
+    """The file or folder that a user named, on this machine; ~ is a home folder.
+
+    Raises:
+      UserError: it is an address, empty, or in the home folder of a user who is not there.
+    """
+    text = os.fspath(path)
+    refuse_scheme(what, text)
+    if not text:
+        raise UserError(
+            f"{what} is empty, as where a variable of a shell is not set; . is the current folder"
+        )
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{what} {text!r}: no such user; write ./{text} if that is a name"
+        ) from None

@@ -30,7 +30,7 @@ from stca_jax.experiment import (
     experiment_program,
     initial_state,
 )
-from stca_jax.files import refuse_scheme, write_json
+from stca_jax.files import local_path, write_json
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.input.pipeline import RequestIterator
 from stca_jax.lock import WorkdirLock
@@ -51,11 +51,9 @@ def check_path(path: str | os.PathLike[str]) -> pathlib.Path:
     """The directory that a path names, if checkpoints can be written there and read again.
 
     Raises:
-      UserError: it has a scheme, is too long, or holds a character that does not work.
+      UserError: it has a scheme, is empty or too long, or holds a character that does not work.
     """
-    text = os.fspath(path)
-    refuse_scheme("work directory", text)
-    local = pathlib.Path(text).expanduser()
+    local = local_path("work directory", path)
     absolute = str(local.absolute())
     wrong = sorted(set(absolute) & set(_WILDCARDS))
     if wrong:

@@ -62,6 +62,8 @@ def test_config_of_an_older_version_is_read_and_said_so(tiny_config, tmp_path, c
     ("path", "message"),
     [
         ("gs://bucket/run", "not a local path"),
+        ("", "is empty"),
+        ("~no-such-user/run", "no such user; write ./~no-such-user/run"),
         ("s3:/bucket/run", "not a local path"),
         ("/tmp/run[1]", r"because of \[ \]"),
         ("/tmp/a*b", r"because of \*"),

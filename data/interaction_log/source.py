@@ -35,7 +35,7 @@ from stca_jax.data.interaction_log.columns import (
 from stca_jax.data.interaction_log.formats import CountedLines, Format
 from stca_jax.data.interaction_log.log_config import Column, LogConfig, quoted
 from stca_jax.errors import UserError
-from stca_jax.files import refuse_scheme
+from stca_jax.files import local_path
 
 _ROWS_PER_PART = 2_000_000
 _ROWS_PER_BLOCK = 500_000
@@ -283,8 +283,7 @@ def _find(what: str, paths: Sequence[str]) -> tuple[list[str], list[str]]:
     files: list[pathlib.Path] = []
     others: list[pathlib.Path] = []
     for text in paths:
-        refuse_scheme(what, text)
-        path = pathlib.Path(text).expanduser().absolute()
+        path = local_path(what, text).absolute()
         if path.is_dir():
             inside, beside = formats.tables_in(path)
             if not inside:

@@ -409,6 +409,11 @@ def test_what_fails_at_the_start_leaves_nothing(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
+def test_a_home_folder_of_no_user_is_refused():
+    with pytest.raises(UserError, match=r"log '~no-such-user/log\.csv': no such user"):
+        LogSource.open(config("~no-such-user/log.csv"))
+
+
 @pytest.mark.parametrize("address", ["gs://bucket/log.csv", "s3://b/log", "file:///tmp/log.csv"])
 def test_addresses_are_refused(address):
     with pytest.raises(UserError, match="copy it to a local disk"):
