@@ -110,10 +110,10 @@ def _serve(options: argparse.Namespace) -> int:
 
     from stca_jax.serving.server.running import Operation, run
 
-    scorer = _open(options, worker)
+    scorer = _open(options)
     scorer.warm_up(sizes)
     log.info("listening", extra={"fields": _address(listening)})
-    run(scorer, settings, Operation(model, sizes, options.drain), [listening])
+    run(scorer, settings, Operation(model, sizes, options.drain, _served_file()), [listening])
     return 0
 
 
@@ -129,16 +129,14 @@ def _serve_by_workers(
         )
     logging.getLogger("stca_jax.serving").info("listening", extra={"fields": _address(listening)})
     command = [sys.executable, "-m", "stca_jax.serving", *sys.argv[1:]]
-    model = pathlib.Path(options.model)
-    run_front(command, model, options.workers, settings, options.drain, listening)
+    run_front(command, options.workers, settings, options.drain, listening)
 
 
-def _open(options: argparse.Namespace, worker: str | None) -> Scorer:
+def _open(options: argparse.Namespace) -> Scorer:
     """The scorer of --model or, of a worker that is started again, of the export before."""
     import jax  # only now: the front process needs no device
 
     from stca_jax.serving import Scorer, ServingModel
-    from stca_jax.serving.server.supervision import FALLBACK
 
     if options.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", options.compilation_cache)
@@ -150,17 +148,25 @@ def _open(options: argparse.Namespace, worker: str | None) -> Scorer:
         encoded = options.encoded or None
         return Scorer(model, histories, max_bytes=options.cache_bytes, encoded=encoded)
 
-    fallback = os.environ.get(FALLBACK)
+    served = _served_file()
     try:
         return scorer_of(options.model)
     except UserError as error:
-        if worker is None or fallback is None:
+        if served is None or not served.exists():
             raise
         logging.getLogger("stca_jax.serving").error(
             "the export cannot serve; the one before does",
             extra={"fields": {"reason": first_line(error)}},
         )
-        return scorer_of(fallback)
+        return scorer_of(os.fsdecode(served.read_bytes()))
+
+
+def _served_file() -> pathlib.Path | None:
+    """Where this process, if it is a worker, notes the export that serves."""
+    from stca_jax.serving.server.supervision import SERVED
+
+    name = os.environ.get(SERVED)
+    return None if name is None else pathlib.Path(name)
 
 
 def _allow_connections() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -213,3 +214,37 @@ def test_a_killed_worker_costs_no_event_and_no_score(
         while any(map(is_alive, pids)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_started_again_serves_what_the_others_do(
+    export, everything_run, expected, tmp_path, compiled
+):
+    """Also after the server went on with another export, while --model names a bad one."""
+    first, second, bad = (tmp_path / name for name in ("first", "second", "bad"))
+    for folder in (first, second):
+        shutil.copytree(export, folder)
+    bad.mkdir()
+    link = tmp_path / "model"
+
+    def set_to(folder):
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder)
+
+    step = next(s for s in replay(everything_run.dataset, expected) if len(s.new))
+    own = worker_of(step.request.user, 2)
+    set_to(first)
+    histories = f"--histories={tmp_path / 'users.sqlite'}"
+    with serving(link, histories, compiled, "--workers=2") as server:
+        set_to(second)
+        server.process.send_signal(signal.SIGHUP)
+        for _ in range(2):
+            server.wait_for("goes on with a new export")
+        set_to(bad)
+        shutil.rmtree(first)
+        os.kill(server.started[str(own)], signal.SIGKILL)
+        reason = server.wait_for("the one before does")["reason"]
+        assert "is no exported model" in reason
+        while server.client.get("/v2/health/ready").status_code != 200:
+            time.sleep(0.05)
+        assert answers(server, [step], expected) < 2e-6

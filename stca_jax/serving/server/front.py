@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import pathlib
 import signal
 import socket
 import tempfile
@@ -51,7 +50,6 @@ def worker_of(user: str, num_workers: int) -> int:
 
 def run_front(
     command: Sequence[str],
-    model: pathlib.Path,
     num_workers: int,
     options: ServerOptions,
     drain_seconds: float,
@@ -61,7 +59,6 @@ def run_front(
 
     Args:
       command: That runs a worker, but for the address that it listens at.
-      model: Path of the export.
       num_workers: At least one.
       options: Those of the workers.
       drain_seconds: After SIGTERM, how long /v2/health/ready says no before the socket closes.
@@ -75,7 +72,7 @@ def run_front(
         for k in range(num_workers):
             path = f"{folder}/{k}"
             own = [*command, "--workers=1", f"--host=unix:{path}"]
-            workers.append(WorkerProcess(k, own, model.resolve(), path))
+            workers.append(WorkerProcess(k, own, path))
         front = Front(workers, options)
         asyncio.run(_serve(front, drain_seconds, listening))
     _log.info("ended")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import pathlib
 import signal
 import socket
@@ -16,6 +17,8 @@ from typing import Any
 import uvicorn
 
 from stca_jax.errors import UserError, first_line
+from stca_jax.files import replacing
+from stca_jax.serving.model import ServingModel
 from stca_jax.serving.scorer import Scorer
 from stca_jax.serving.server.app import Server, ServerOptions
 from stca_jax.serving.server.telemetry import Telemetry
@@ -59,11 +62,20 @@ class Operation:
       model: Path of the export, such as a link that is set to another before SIGHUP.
       warm_up: Numbers of candidates that another export is compiled for before it answers.
       drain_seconds: After SIGTERM, how long /v2/health/ready says no before the sockets close.
+      served_file: Names the export that serves, for a worker that is started again while `model` is
+        a bad one.
     """
 
     model: pathlib.Path
     warm_up: Sequence[int]
     drain_seconds: float
+    served_file: pathlib.Path | None = None
+
+    def note(self, model: ServingModel) -> None:
+        """Says which export serves."""
+        if self.served_file is not None:
+            with replacing(self.served_file) as file:
+                file.write(os.fsencode(model.directory))
 
 
 def run(
@@ -77,6 +89,7 @@ def run(
       operation: How it goes on and ends.
       sockets: Bound, to listen at.
     """
+    operation.note(scorer.model)
     telemetry = Telemetry()
     worker = Worker(scorer, max_waiting=options.max_waiting, timed=telemetry.stage)
     telemetry.watch(worker)
@@ -130,6 +143,7 @@ def _reload(server: Server, operation: Operation) -> None:
         fields = {"reason": first_line(error), "model_version": scorer.model.info.version}
         _log.error("the new export cannot serve; the old one goes on", extra={"fields": fields})
         return
+    operation.note(scorer.model)
     server.telemetry.reloaded("succeeded")
     fields = {"model_version": scorer.model.info.version}
     _log.info("goes on with a new export", extra={"fields": fields})

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import logging
 import os
-import pathlib
 import signal
 import threading
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from stca_jax.serving.server.upstream import Upstream
 
 _log = logging.getLogger("stca_jax.serving")
 WORKER = "STCA_SERVING_WORKER"  # its number, in the environment of a worker
-FALLBACK = "STCA_SERVING_FALLBACK"  # the export to serve if that of --model cannot be
+SERVED = "STCA_SERVING_SERVED"  # a file that names the export that the worker served last
 _POLL_SECONDS = 0.05
 _LONGEST_PAUSE = 30.0  # seconds before a worker is started again
 _LONGEST_END = 35.0  # seconds
@@ -31,7 +30,6 @@ class WorkerProcess:
     Attributes:
       number: From 0.
       command: That runs it.
-      fallback: Export that a worker serves that is started again while --model names a bad one.
       socket: Path of its Unix socket.
       upstream: Asks it.
       is_ready: Whether it answers.
@@ -40,7 +38,6 @@ class WorkerProcess:
 
     number: int
     command: Sequence[str]
-    fallback: pathlib.Path
     socket: str
     upstream: Upstream = dataclasses.field(init=False)
     is_ready: bool = False
@@ -84,13 +81,14 @@ class WorkerProcess:
         self._must_reload = False
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.socket)
-        environment = {**os.environ, WORKER: str(self.number)}
-        if self.starts > 1:
-            environment[FALLBACK] = str(self.fallback)
+        own = {WORKER: str(self.number), SERVED: f"{self.socket}.served"}
         # A session of its own, so that Ctrl-C reaches the front alone; the pipe, which nobody
         # writes to, ends when the front does.
         self._process = await asyncio.create_subprocess_exec(
-            *self.command, env=environment, stdin=asyncio.subprocess.PIPE, start_new_session=True
+            *self.command,
+            env={**os.environ, **own},
+            stdin=asyncio.subprocess.PIPE,
+            start_new_session=True,
         )
         fields = {"worker": str(self.number), "pid": self._process.pid}
         _log.info("a worker starts", extra={"fields": fields})
