@@ -21,7 +21,8 @@ pytest.importorskip(
 
 MODULE = "test_compile_gpu"
 # From the data sheets: compute capability, multiprocessors, shared memory per multiprocessor,
-# memory bandwidth, L2 cache and memory size in bytes.
+# memory bandwidth, L2 cache and memory size in bytes.  JAX knows the capability by the name alone.
+NAMES = {"A100": "NVIDIA A100-SXM4-80GB", "H100": "NVIDIA H100 80GB HBM3"}
 DATA_SHEETS = {
     "A100": ("8.0", 108, 167_936, 2_039_000_000_000, 41_943_040, 85_899_345_920),
     "H100": ("9.0", 132, 233_472, 3_352_000_000_000, 52_428_800, 84_929_347_584),
@@ -42,7 +43,7 @@ def description(gpu: str) -> str:
         memory_bandwidth: {bandwidth} l2_cache_size: {cache} device_memory_size: {memory}
         block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
       }}
-      platform_name: "CUDA" device_description_str: "{gpu}"
+      platform_name: "CUDA" device_description_str: "{NAMES[gpu]}"
       dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 9 }}
     """
 
