@@ -279,6 +279,7 @@ def describe_features(plan: Plan, user_ids: pa.Array) -> Features:
         null_words=config.null_words,
         definitions=_definitions(config.feature_columns, config.key_columns["item"]),
         trends=plan.trends and plan.trends.tail(sizes),
+        user_windows=config.user_windows,
         facts={"log": dataclasses.asdict(config)},
     )
 

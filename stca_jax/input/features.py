@@ -116,6 +116,7 @@ class Features:
       users: Every user, with the request's features that they alone decide; user u of the records
         is row u.
       trends: Features of targets as of a request, with the events at the end of the log.
+      user_windows: Features of requests that count the user's events before them: seconds by name.
       clock: Of the request's features "hour" and "weekday".
       null_words: Texts that stand for a missing value.
       definitions: What people should know of a feature, by name: "from" and, of a column, "column"
@@ -127,6 +128,7 @@ class Features:
     items: FeatureTable = dataclasses.field(default_factory=empty_table)
     users: FeatureTable = dataclasses.field(default_factory=empty_table)
     trends: Trends | None = None
+    user_windows: Mapping[str, int] = dataclasses.field(default_factory=dict)
     clock: Clock = dataclasses.field(default_factory=Clock)
     null_words: tuple[str, ...] = ()
     definitions: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -245,6 +247,7 @@ class Features:
                     "label_delay": self.trends.label_delay,
                     "fields": list(self.trends.fields),
                 },
+                "user_windows": dict(self.user_windows),
                 "facts": dict(self.facts),
                 "tables": described_tables,
                 "sha256": {f"{name}.npz": _digest(folder / f"{name}.npz") for name in tables},
@@ -290,6 +293,7 @@ class Features:
         return cls(
             encoders=encoders,
             trends=trends,
+            user_windows=values.get("user_windows", {}),
             clock=Clock(values["time_zone"]),
             null_words=tuple(values["null_words"]),
             definitions=definitions,

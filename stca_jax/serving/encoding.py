@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,18 @@ def encode_events(model: ServingModel, events: Events) -> dict[str, np.ndarray]:
     return _encode(model, "history", events.columns, len(events))
 
 
-def encode_targets(model: ServingModel, columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def encode_targets(
+    model: ServingModel, columns: Mapping[str, Any], now: int
+) -> dict[str, np.ndarray]:
     """Features of candidates; the item suffices where the item table has the others.
+
+    Trends that are left out count the log's events before `now`, which must be after its end: of
+    earlier moments the export does not know all of a window.
+
+    Args:
+      model: Whose features.
+      columns: Raw values by name.
+      now: Unix second of the request.
 
     Raises:
       UserError: see `encode_events`.
@@ -46,19 +56,36 @@ def encode_targets(model: ServingModel, columns: Mapping[str, Any]) -> dict[str,
         raise UserError(f"targets lack {item!r}; they have {', '.join(columns) or 'nothing'}")
     size = len(columns[item])
     given = {name: as_column(name, values, size) for name, values in columns.items()}
-    return _encode(model, "target", given, size)
+    trends = _features(model).trends
+    names = [n for n in trends.names if n in model.info.levels["target"].names] if trends else []
+    known: dict[str, np.ndarray] = {}
+    if trends is not None and not given.keys() >= set(names):
+        end = int(trends.time[-1]) if len(trends.time) else -1
+        if now <= end:
+            missing = next(name for name in names if name not in given)
+            raise UserError(
+                f"targets lack {missing!r}, and time {now} is not after the end of the log, {end}, "
+                "from which on the export knows it: give its values, or a later time"
+            )
+        known = _features(model).trend_features(_raw(given[item]), np.full(size, now))
+    return _encode(model, "target", given, size, known)
 
 
 def encode_request(
-    model: ServingModel, values: Mapping[str, Any], user: str, now: int
+    model: ServingModel,
+    values: Mapping[str, Any],
+    user: str,
+    now: int,
+    count_since: Callable[[int], int],
 ) -> dict[str, np.ndarray]:
-    """Features of a request; the user table's, the hour and the weekday may be left out.
+    """Features of a request; those of the user, the hour and the weekday may be left out.
 
     Args:
       model: Whose features.
       values: By name.
       user: Own id of the user.
       now: Unix second of the request.
+      count_since: How many events the user had from a Unix second on, before the request.
 
     Raises:
       UserError: see `encode_events`.
@@ -69,6 +96,9 @@ def encode_request(
     if len(features.users):
         known |= features.user_features([_own_id(user, features.users.is_text)])
     known |= features.clock.encode(np.array([now]))
+    for name, seconds in features.user_windows.items():
+        if name not in given:
+            known[name] = np.array([np.log1p(count_since(now - seconds)) / 2], np.float32)
     return _encode(model, "request", given, 1, known)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import threading
 import time as clock
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,25 +16,21 @@ from jaxtyping import Float
 
 from stca_jax.errors import UserError
 from stca_jax.serving.cache import CacheCounts, CachedUser, Query, UserCache
-from stca_jax.serving.encoding import (
-    encode_events,
-    encode_request,
-    encode_targets,
-    with_missing_texts,
-)
-from stca_jax.serving.events import Events, as_array, as_times
+from stca_jax.serving.encoding import with_missing_texts
+from stca_jax.serving.events import Events, as_times
 from stca_jax.serving.golden import check_golden
 from stca_jax.serving.golden import warm_up as compile_for
 from stca_jax.serving.histories import HistoryStore
-from stca_jax.serving.model import BUCKETS, MAX_TARGETS, ServingModel, check_encoded
+from stca_jax.serving.model import BUCKETS, ServingModel
 from stca_jax.serving.paged_cache import PagedCache
+from stca_jax.serving.request_encoder import RequestEncoder
 from stca_jax.serving.row_cache import RowCache
 from stca_jax.serving.score_request import ScoreRequest
 from stca_jax.serving.sqlite_histories import SqliteHistories
+from stca_jax.serving.window import Window
 
 DEFAULT_CACHE_BYTES = 1 << 30
 _USERS_AT_ONCE = 16  # of a call to an accelerator
-_INT32 = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +39,7 @@ class _Pool:
 
     model: ServingModel
     cache: UserCache
+    encoder: RequestEncoder
 
 
 class Scorer:
@@ -111,14 +108,14 @@ class Scorer:
         """
         with self._lock:
             events = with_missing_texts(self.model, events)
-            encoded = self._encode(events)
+            encoded = self._pool.encoder.events(events)
             change = self.histories.append(user, events)
             new = change.sequence >= 0
             cached = self._find(user, change.before)
             if cached is not None and new.any():
                 with self._dropping(user):
                     columns = {name: column[new] for name, column in encoded.items()}
-                    time = self._since_origin(events.time)[new]
+                    time = self._pool.encoder.since_origin(events.time)[new]
                     self._pool.cache.append(cached, columns, time, change.sequence[new], user)
                 cached.revision = change.after
             return int(new.sum())
@@ -135,7 +132,7 @@ class Scorer:
         """
         with self._lock:
             events = with_missing_texts(self.model, events)
-            encoded = self._encode(events)
+            encoded = self._pool.encoder.events(events)
             change = self.histories.update(user, events)
             cached = self._find(user, change.before)
             if cached is not None:
@@ -220,8 +217,11 @@ class Scorer:
         with self._lock:
             asked = ScoreRequest(user, targets, request or {}, time)
             latest = int(history.time.max()) if len(history) else 0
-            query, now = self._query(asked, latest)
+            now = self._time_of(asked, latest)
             known = history.select(history.time < now)
+            query = self._pool.encoder.query(
+                asked, now, lambda start: int((known.time >= start).sum())
+            )
             order = np.argsort(known.time, kind="stable")[-self.model.info.max_history :]
             name = object()
             try:
@@ -272,7 +272,7 @@ class Scorer:
         cache = kind(model, self._max_bytes)
         check_golden(cache)
         cache.counts = CacheCounts()
-        return _Pool(model, cache)
+        return _Pool(model, cache, RequestEncoder(model, self._encoded))
 
     def _score_group(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray | UserError]:
         """Logits of requests whose users fit into the cache at once."""
@@ -317,12 +317,20 @@ class Scorer:
         else:
             cache.counts.hits += 1
         latest = user.window.latest + self.model.info.time_origin if user.window.size else 0
-        query, now = self._query(request, latest)
-        if user.window.size and now <= latest:
-            # A request of the past reads another history, which is encoded for it alone.
-            name = object()
-            events = self.histories.read(request.user, most, before=now)
-            user = self._put(name, events, [*kept, request.user])
+        try:
+            now = self._time_of(request, latest)
+            if user.window.size and now <= latest:
+                # A request of the past reads another history, which is encoded for it alone.
+                name = object()
+                events = self.histories.read(request.user, most, before=now)
+                user = self._put(name, events, [*kept, request.user])
+            query = self._pool.encoder.query(
+                request, now, self._count_since(request.user, user.window, now)
+            )
+        except UserError:
+            if name != request.user:
+                cache.drop(name)
+            raise
         return name, user, query
 
     def _find(self, user: str, revision: int | None) -> CachedUser | None:
@@ -335,53 +343,26 @@ class Scorer:
 
     def _put(self, name: Hashable, events: Events, kept: Sequence[Hashable]) -> CachedUser:
         with self._dropping(name):
-            return self._pool.cache.put(name, *self._encoded_events(events), kept)
+            return self._pool.cache.put(name, *self._pool.encoder.history(events), kept)
 
-    def _query(self, request: ScoreRequest, latest: int) -> tuple[Query, int]:
-        """What the cache is asked, and the Unix second of the request."""
+    def _time_of(self, request: ScoreRequest, latest: int) -> int:
+        """Unix second of a request."""
         if request.time is None:
-            now = max(int(clock.time()), latest + 1)
-        else:
-            now = int(as_times("time", [request.time])[0])
-        model = self.model
-        if self._encoded:
-            targets = check_encoded(model, "target", request.targets)
-            of_request = {name: as_array(name, [v]) for name, v in request.request.items()}
-            features = check_encoded(model, "request", of_request, 1)
-        else:
-            targets = encode_targets(model, request.targets)
-            features = encode_request(model, request.request, request.user, now)
-        count = len(next(iter(targets.values())))
-        if not 1 <= count <= MAX_TARGETS:
-            raise UserError(f"there are {count:,} targets; give 1 to {MAX_TARGETS:,}")
-        return Query(targets, features, int(self._since_origin(np.array([now]))[0])), now
+            return max(int(clock.time()), latest + 1)
+        return int(as_times("time", [request.time])[0])
 
-    def _encode(self, events: Events) -> dict[str, np.ndarray]:
-        self._since_origin(events.time)
-        if self._encoded:
-            return check_encoded(self.model, "history", events.columns, len(events))
-        return encode_events(self.model, events)
+    def _count_since(self, user: str, window: Window, now: int) -> Callable[[int], int]:
+        """How many events a user had before `now`, from a Unix second on."""
+        most, origin = self.model.info.max_history, self.model.info.time_origin
 
-    def _encoded_events(
-        self, events: Events
-    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Encoded columns, times since the dataset's origin and sequence of stored events."""
-        sequence = np.arange(len(events)) if events.sequence is None else events.sequence
-        if not len(events):
-            empty = {n: np.empty(0, np.int32) for n in self.model.info.levels["history"].names}
-            return empty, np.empty(0, np.int64), sequence
-        return self._encode(events), self._since_origin(events.time), sequence
+        def count_since(start: int) -> int:
+            found = limit = int((window.time >= start - origin).sum())
+            while found == limit >= most:  # earlier ones, which the model does not read, count too
+                limit *= 2
+                found = int((self.histories.read(user, limit, before=now).time >= start).sum())
+            return found
 
-    def _since_origin(self, time: np.ndarray) -> np.ndarray:
-        origin = self.model.info.time_origin
-        since = time - origin
-        if len(since) and not (since.min() >= 0 and since.max() <= _INT32):
-            bad = time[(since < 0) | (since > _INT32)][0]
-            raise UserError(
-                f"time {bad} is not within {origin} to {origin + _INT32}: give Unix seconds, as in "
-                "the log that the model was trained on"
-            )
-        return since
+        return count_since
 
     @contextlib.contextmanager
     def _dropping(self, user: Hashable) -> Iterator[None]:
