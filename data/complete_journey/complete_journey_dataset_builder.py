@@ -184,7 +184,7 @@ class Builder(UserDatasetBuilder):
                 items=products.table,
                 users=households.table,
                 trends=trends and trends.tail(_trend_sizes(trends, products)),
-                user_windows=config.user_windows,
+                user_windows=self._config.user_windows,
                 clock=source.CLOCK,
                 definitions=source.DEFINITIONS,
             ),
