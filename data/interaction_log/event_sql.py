@@ -81,7 +81,10 @@ def events_query(
 def id_sql(sql: str, type_: str) -> str:
     """How an id of an SQL type is read: NULL where it is missing or no id."""
     if type_ == "VARCHAR":
-        return f"CASE WHEN trim({sql}) <> '' THEN {sql} END"
+        # Only what may begin with a blank is trimmed, which takes six times as long as comparing.
+        return (
+            f"CASE WHEN {sql} BETWEEN '!' AND '~' THEN {sql} WHEN trim({sql}) <> '' THEN {sql} END"
+        )
     if type_ in ("UBIGINT", "HUGEINT", "UHUGEINT", "UUID"):  # 2^63 and more fit no signed integer
         return f"CAST({sql} AS VARCHAR)"
     if type_ == "BLOB":

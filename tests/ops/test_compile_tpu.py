@@ -65,8 +65,8 @@ def check_vmem_error(generation: str) -> None:
         )  # fmt: skip
 
 
-def check_export(generation: str) -> None:
-    check_scorer(devices_of(generation)[0])
+def check_export(generation: str, many: str) -> None:
+    check_scorer(devices_of(generation)[0], many=many == "many")
 
 
 def test_too_large_blocks_name_the_limit():
@@ -90,10 +90,12 @@ def test_two_by_four_chips(generation):
     in_process_of_its_own(MODULE, "check_sharded", generation)
 
 
-@pytest.mark.parametrize(
-    "generation",
-    [pytest.param("v5e", marks=pytest.mark.slow),
-     *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("v5p", "v6e"))],
-)  # fmt: skip
+@pytest.mark.slow
+def test_exported_scorer_of_few_candidates():
+    in_process_of_its_own(MODULE, "check_export", "v5e", "few")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("generation", TOPOLOGIES)
 def test_exported_scorer(generation):
-    in_process_of_its_own(MODULE, "check_export", generation)
+    in_process_of_its_own(MODULE, "check_export", generation, "many")
