@@ -203,7 +203,7 @@ def update_steps(scorer: Scorer, event: Events, now: int) -> dict[str, Any]:
         return done()
 
     def encode() -> Any:
-        cache.put("user", history, times, numbers)
+        cache.put("user", history, times, numbers).revision = user.revision
         return done()
 
     return {"append": append, "encode": encode}
