@@ -191,7 +191,8 @@ def watch(workdir: pathlib.Path) -> int:
         score=score,
     )
 
-    criterion = _criterion(settings, split)
+    longest, limits = max(settings.lengths), selection_limits(settings)
+    criterion = Criterion(settings.metric, split, longest, settings.larger_is_better, **limits)
 
     def mark_best() -> None:
         if split == "validation":
@@ -216,18 +217,6 @@ def watch(workdir: pathlib.Path) -> int:
         print("not scored:", *failures, sep="\n  ")
     print(f"rows of all checkpoints are in {workdir}/evaluation/checkpoints.jsonl")
     return 1 if failures else 0
-
-
-def _criterion(settings: EvaluationConfig, split: str) -> Criterion:
-    return Criterion(
-        settings.metric,
-        split,
-        max(settings.lengths),
-        settings.larger_is_better,
-        settings.min_history,
-        settings.max_requests,
-        settings.max_targets,
-    )
 
 
 def _add_references(

@@ -206,10 +206,19 @@ def selection_columns(config: EvaluationConfig, split: str) -> dict[str, Any]:
     return {"split": split, **selection_limits(config)}
 
 
-def selection_limits(config: EvaluationConfig) -> dict[str, int | None]:
+def selection_limits(config: EvaluationConfig) -> dict[str, Any]:
     """Which requests of a split are scored, as `evaluate_split` and `for_evaluation` take it."""
     names = ("min_history", "max_requests", "max_targets")
     return {name: getattr(config, name) for name in names}
+
+
+def validation_limits(config: EvaluationConfig) -> dict[str, Any]:
+    """Likewise, of the validation at a training's checkpoints."""
+    return {
+        "min_history": config.min_history,
+        "max_requests": config.validation_requests,
+        "max_targets": config.validation_targets,
+    }
 
 
 def score_lengths(

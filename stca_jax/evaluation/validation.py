@@ -8,7 +8,12 @@ import pathlib
 from collections.abc import Sequence
 
 from stca_jax.evaluation.best import Criterion, mark_best, read_mark, score
-from stca_jax.evaluation.evaluator import EvaluationConfig, evaluate_split, metric_rows
+from stca_jax.evaluation.evaluator import (
+    EvaluationConfig,
+    evaluate_split,
+    metric_rows,
+    validation_limits,
+)
 from stca_jax.evaluation.tables import Row
 from stca_jax.files import read_json_lines
 from stca_jax.input.dataset import RequestDataset
@@ -74,9 +79,7 @@ class Validation:
             self._input,
             split="validation",
             length=config.validation_length,
-            min_history=config.min_history,
-            max_requests=config.validation_requests,
-            max_targets=config.validation_targets,
+            **validation_limits(config),
         )
         rows = metric_rows(predictions, self._dataset.schema.tasks, own=config.extra_metrics)
         for row in rows:
@@ -105,9 +108,7 @@ class Validation:
             "validation",
             config.validation_length,
             config.larger_is_better,
-            min_history=config.min_history,
-            max_requests=config.validation_requests,
-            max_targets=config.validation_targets,
+            **validation_limits(config),
         )
 
     def has_run_out(self, step: int) -> bool:
