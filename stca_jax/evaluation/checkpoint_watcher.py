@@ -86,6 +86,16 @@ class RowLog:
             finally:
                 path.unlink(missing_ok=True)
 
+    def discard_claims(self, pattern: str) -> None:
+        """Removes the claims that nobody holds: of killed jobs, on checkpoints deleted since.
+
+        Args:
+          pattern: Of their names. A job that asks for one of them right now may have to ask again.
+        """
+        for path in self._claims.glob(pattern):
+            with self.claim(path.name):
+                pass
+
 
 class _Loaded(NamedTuple, Generic[State]):
     step: int
@@ -166,6 +176,7 @@ class CheckpointWatcher(Generic[State]):
                 _log.info("no new checkpoint in %g seconds", timeout)
                 break
             time.sleep(poll_seconds)
+        self._rows.discard_claims(self._claim("[0-9]*", "[0-9]*"))
         return list(self._failed.values())
 
     def rows(self) -> list[dict[str, Any]]:
@@ -201,8 +212,7 @@ class CheckpointWatcher(Generic[State]):
 
     def _score_if_missing(self, step: int, length: int) -> bool:
         """Says whether a row was added."""
-        name = "-".join(map(str, [*self._columns.values(), step, length]))
-        with self._rows.claim(name) as is_mine:
+        with self._rows.claim(self._claim(step, length)) as is_mine:
             if not is_mine or (step, length) not in self._missing():
                 return False
             state = self._state(step)
@@ -219,6 +229,10 @@ class CheckpointWatcher(Generic[State]):
             seconds = time.perf_counter() - started
             _log.info("checkpoint %d at length %d: %.1f s", step, length, seconds)
             return True
+
+    def _claim(self, step: int | str, length: int | str) -> str:
+        """The name of a row's claim, or the pattern of some."""
+        return "-".join(map(str, [*self._columns.values(), step, length]))
 
     def _state(self, step: int) -> State | None:
         """The state of a checkpoint; None if it cannot be read, now or at all."""
