@@ -33,15 +33,6 @@ def dataset_names() -> list[str]:
     return sorted(path.parent.name for path in _FOLDER.glob("*/*_dataset_builder.py"))
 
 
-def local_folder(what: str, path: str | os.PathLike[str]) -> pathlib.Path:
-    """A folder that a user named.
-
-    Raises:
-      UserError: it is not on this machine, such as "gs://bucket".
-    """
-    return local_path(what, path)
-
-
 def prepare(
     name: str,
     data_dir: str | os.PathLike[str] | None = None,
@@ -66,7 +57,7 @@ def prepare(
       FileNotFoundError: the source files are not there; the message says how to get them.
       OSError: the disk is full or cannot be written.
     """
-    data_dir = local_folder("data_dir", data_dir or cache_dir())
+    data_dir = local_path("data_dir", data_dir or cache_dir())
     return prepare_builder(make_builder(name, data_dir), data_dir, manual_dir=manual_dir)
 
 
@@ -87,7 +78,7 @@ def prepare_builder(
                 shutil.rmtree(interrupted)
             _log.info("Preparing %s in %s", builder.name, folder)
             config = tfds.download.DownloadConfig(
-                manual_dir=manual_dir and os.fspath(local_folder("manual_dir", manual_dir))
+                manual_dir=manual_dir and os.fspath(local_path("manual_dir", manual_dir))
             )
             downloads = data_dir / "downloads"
             try:

@@ -33,7 +33,7 @@ from stca_jax.data.running import beam_runner
 from stca_jax.errors import UserError
 from stca_jax.experiments import launch
 from stca_jax.experiments.command_help import attribute_descriptions
-from stca_jax.files import cache_dir, replacing
+from stca_jax.files import cache_dir, local_path, replacing
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.recommended import recommended_config
 
@@ -56,7 +56,7 @@ _LOG_OPTIONS: dict[str, flags.FlagHolder] = {}
 
 def main() -> None:
     """Prints a log's profile, prepares the dataset, and says where it lies."""
-    data_dir = preparation.local_folder("data_dir", launch.DATA_DIR.value or cache_dir())
+    data_dir = local_path("data_dir", launch.DATA_DIR.value or cache_dir())
     builder = _builder(data_dir)
     if _BEAM.value:
         builder.run = beam_runner(_BEAM.value)
@@ -140,7 +140,7 @@ def _profile(builder: preparation.UserDatasetBuilder) -> str:
 
 def _manual_dir() -> pathlib.Path | None:
     given = _MANUAL_DIR.value
-    return preparation.local_folder("manual_dir", given) if given else None
+    return local_path("manual_dir", given) if given else None
 
 
 def _value(name: str) -> Any:

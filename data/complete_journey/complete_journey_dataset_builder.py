@@ -19,7 +19,7 @@ from stca_jax.input.encoding import Encoder
 from stca_jax.input.features import Features, FeatureTable
 from stca_jax.input.hashing import counter_hash, uniform
 from stca_jax.input.records import SPLITS
-from stca_jax.input.trends import Trends, ValueEvents, parse_window, trend_names
+from stca_jax.input.trends import Trends, ValueEvents, parse_window, trend_names, user_trend
 
 _SEED = 0
 _MAX_POSITIVES = 16
@@ -286,7 +286,7 @@ def household_trends(
     for name, seconds in config.user_windows.items():
         start = logs.request_time - seconds
         before = rb.history_end(purchases.user, purchases.time, user, start)
-        found[name] = (np.log1p(logs.history_end - before) / 2).astype(np.float32)
+        found[name] = user_trend(logs.history_end - before)
     return found
 
 

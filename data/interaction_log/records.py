@@ -10,6 +10,7 @@ from stca_jax.data.interaction_log.encoders import encode_column, positions
 from stca_jax.data.interaction_log.plan import LABELS, Plan
 from stca_jax.data.interaction_log.requests import Shard
 from stca_jax.input.arrays import offsets
+from stca_jax.input.trends import user_trend
 
 
 def build_user_logs(plan: Plan, shard: Shard, index: int) -> rb.UserLogs:
@@ -69,7 +70,7 @@ def _user_trends(shard: Shard) -> dict[str, np.ndarray]:
     for name, seconds in shard.config.user_windows.items():
         start = requests.time - seconds
         before = rb.history_end(shard.user[row], time, requests.user, start)
-        found[name] = (np.log1p(requests.history_end - before) / 2).astype(np.float32)
+        found[name] = user_trend(requests.history_end - before)
     return found
 
 

@@ -279,6 +279,11 @@ class Trends:
         return {field: np.sort(events.first_times()) for field, events in self.fields.items()}
 
 
+def user_trend(count: Int[np.ndarray, " q"]) -> Float[np.ndarray, " q"]:
+    """float32 feature of requests: half the log of 1 + the user's events in a window before."""
+    return (np.log1p(count) / 2).astype(np.float32)
+
+
 def trend_names(
     fields: Sequence[str], windows: Sequence[str], tasks: Sequence[str]
 ) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from stca_jax.errors import UserError
 from stca_jax.input.features import Features
+from stca_jax.input.trends import user_trend
 from stca_jax.serving.events import MISSING, Events, as_column
 from stca_jax.serving.model import ServingModel, check_encoded
 
@@ -98,7 +99,7 @@ def encode_request(
     known |= features.clock.encode(np.array([now]))
     for name, seconds in features.user_windows.items():
         if name not in given:
-            known[name] = np.array([np.log1p(count_since(now - seconds)) / 2], np.float32)
+            known[name] = user_trend(np.array([count_since(now - seconds)]))
     return _encode(model, "request", given, 1, known)
 
 

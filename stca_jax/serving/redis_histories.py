@@ -48,7 +48,7 @@ for i = 3, #ARGV, 3 do
   end
 end
 if #sequence > 0 and not columns then redis.call('SET', KEYS[4], ARGV[1]) end
-if after then redis.call('SET', KEYS[6], after) end
+if after ~= before then redis.call('SET', KEYS[6], after) end
 return {sequence, before, after}
 """
 # ARGV: columns, the new revision, then id and row of each event. Looks at all ids before it

@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS chunks (
 CREATE TABLE IF NOT EXISTS ids (
     user TEXT NOT NULL, id TEXT NOT NULL, sequence INTEGER NOT NULL,
     PRIMARY KEY (user, id)) WITHOUT ROWID;
-SELECT revision FROM users LIMIT 0;
+SELECT revision FROM users LIMIT 0;  -- an error if the file is of another layout
 """
 
 

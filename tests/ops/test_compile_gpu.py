@@ -14,6 +14,7 @@ from stca_jax.ops.match import match_statistics
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 from stca_jax.ops.tiles import BlockSizes
 from stca_jax.ranges import Ranges
+from stca_jax.training.flops import CHIPS
 
 pytest.importorskip(
     "jax_plugins.xla_cuda13", reason="pip install -e .[test] has the CUDA plugin on Linux"
@@ -21,8 +22,7 @@ pytest.importorskip(
 
 MODULE = "test_compile_gpu"
 # From the data sheets: compute capability, multiprocessors, shared memory per multiprocessor,
-# memory bandwidth, L2 cache and memory size in bytes.  JAX knows the capability by the name alone.
-NAMES = {"A100": "NVIDIA A100-SXM4-80GB", "H100": "NVIDIA H100 80GB HBM3"}
+# memory bandwidth, L2 cache and memory size in bytes.
 DATA_SHEETS = {
     "A100": ("8.0", 108, 167_936, 2_039_000_000_000, 41_943_040, 85_899_345_920),
     "H100": ("9.0", 132, 233_472, 3_352_000_000_000, 52_428_800, 84_929_347_584),
@@ -32,6 +32,7 @@ DATA_SHEETS = {
 def description(gpu: str) -> str:
     """What XLA has to know of a GPU to compile for it."""
     capability, cores, shared_memory, bandwidth, cache, memory = DATA_SHEETS[gpu]
+    name = CHIPS[gpu.lower()].device_kinds[0]  # by which alone JAX knows the capability
     return f"""
       gpu_device_info {{
         cuda_compute_capability {{ major: {capability[0]} }}
@@ -43,7 +44,7 @@ def description(gpu: str) -> str:
         memory_bandwidth: {bandwidth} l2_cache_size: {cache} device_memory_size: {memory}
         block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
       }}
-      platform_name: "CUDA" device_description_str: "{NAMES[gpu]}"
+      platform_name: "CUDA" device_description_str: "{name}"
       dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 9 }}
     """
 
