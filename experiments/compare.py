@@ -8,8 +8,11 @@ python -m stca_jax.experiments.compare --config=experiments/configs/compare.py -
 The config is what all share: data, features, sizes, evaluation. Each of --modules replaces its
 sequence module, "stca" by the config's own; a module of one's own is named by import path. "full"
 is the config as it is, "plain" without match channel, skip and linear paths, and tables that start
-from co-occurrence, so that no module is beaten by an addition that it was refused. Modules that let
-events interact train on rows of a request's own tokens.
+from co-occurrence, so that no module is beaten by an addition that it was refused. An ablation is
+--modules=stca with the variants no_match_channel, no_time_scales (of the match channel: the item's
+statistics alone), no_skip_paths, no_linear_path, no_cooccurrence, and paper, the published
+equations. Models of events that interact or depend on the request train on rows of a request's own
+tokens.
 
 The budget is of one training: --steps of the first module, of whose targets each then reads as
 many; --minutes of training steps, at the speed measured before; or --flops of matrix products.
@@ -63,7 +66,9 @@ _MODULES = flags.DEFINE_list(
     [name for name in MODULES if name != "sequence_o1"],  # it is for histories beyond 10,000
     "Sequence modules, by name or import path.",
 )
-_VARIANTS = flags.DEFINE_list("variants", [*VARIANTS], "With our additions, without, or both.")
+_VARIANTS = flags.DEFINE_list(
+    "variants", ["full", "plain"], f"Of each module: {', '.join(VARIANTS)}."
+)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each entry.", 1)
 _STEPS = flags.DEFINE_integer("steps", None, "Budget: steps of the first module.")
 _MINUTES = flags.DEFINE_float("minutes", None, "Budget: minutes of training steps.")

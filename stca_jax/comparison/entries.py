@@ -5,17 +5,31 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from stca_jax import config as config_lib
 from stca_jax.errors import UserError
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.imports import find_path
+from stca_jax.models.ranker import paper_config
 from stca_jax.models.stca import StcaConfig
 
 Overrides = dict[str, Any]
-Variant = Literal["full", "plain"]
-VARIANTS: tuple[Variant, ...] = ("full", "plain")
+
+# What each variant takes away; "paper" has the published equations instead.
+_WITHOUT: Mapping[str, Overrides] = {
+    "no_match_channel": {"model.match_channel": False},
+    "no_time_scales": {"model.match_time_scales_days": ()},
+    "no_skip_paths": {"model.sequence.skip_paths": False},
+    "no_linear_path": {"model.embedding.linear_path": False},
+    "no_cooccurrence": {"model.embedding.initialization": "random"},
+}
+VARIANTS: Mapping[str, Overrides] = {
+    "full": {},
+    "plain": {name: value for part in _WITHOUT.values() for name, value in part.items()},
+    "paper": {},
+    **_WITHOUT,
+}
 
 # The class of each module's config, and what tells it from another of the same class.
 MODULES: Mapping[str, tuple[str, Overrides]] = {
@@ -46,13 +60,14 @@ class Entry(NamedTuple):
     Attributes:
       name: Of its directory.
       module: A name of `MODULES`, or an import path.
-      variant: "full" is the config as it is; "plain" has none of our additions.
+      variant: A name of `VARIANTS`: "full" is the config as it is, "plain" has none of our
+        additions.
       config: What is trained, but for the budget, the seed and what the search chooses.
     """
 
     name: str
     module: str
-    variant: Variant
+    variant: str
     config: ExperimentConfig
 
 
@@ -62,26 +77,31 @@ def make_entries(
     """Every module in every variant, the variants of one side by side.
 
     Raises:
-      UserError: an unknown name, or a module that cannot be made of the base's sizes.
+      UserError: an unknown name, a module that cannot be made of the base's sizes, or a variant
+        that takes away what the module, or the base, does not have.
     """
-    for given, known in ((modules, tuple(MODULES)), (variants, VARIANTS)):
-        unknown = [n for n in given if n not in known and find_path(n) is None]
-        if unknown or (given is variants and not set(given) <= set(VARIANTS)):
+    for given, known in ((modules, MODULES), (variants, VARIANTS)):
+        unknown = [n for n in given if n not in known and (given is variants or not find_path(n))]
+        if unknown:
+            own = (
+                ""
+                if given is variants
+                else ", or name a module of your own as package.module:Config"
+            )
             raise UserError(
-                f"there is no {unknown[0] if unknown else given[0]!r} to compare; choose from "
-                f"{', '.join(known)}, or name a module of your own as package.module:Config"
+                f"there is no {unknown[0]!r} to compare; choose from {', '.join(known)}{own}"
             )
     entries = []
     for module, variant in itertools.product(modules, VARIANTS):
         if variant in variants:
-            config = _of_variant(_of_module(base, module), variant)
+            config = _in_own_rows(_of_variant(_of_module(base, module), variant, module))
             name = f"{module.rpartition(':')[2]}-{variant}"
             entries.append(Entry(name, module, variant, config))
     return entries
 
 
 def _of_module(base: ExperimentConfig, module: str) -> ExperimentConfig:
-    """The base with another sequence module of the same sizes, in rows that suit it."""
+    """The base with another sequence module of the same sizes."""
     name, fields = MODULES.get(module, (module, {}))
     sequence = base.model.sequence
     if type(sequence).__name__ != name:
@@ -94,26 +114,35 @@ def _of_module(base: ExperimentConfig, module: str) -> ExperimentConfig:
     elif fields:
         overrides = {f"model.sequence.{n}": value for n, value in fields.items()}
         base = config_lib.apply_overrides(base, overrides)
-    if not base.model.needs_exclusive_history or base.input.rows == "request":
-        return base
-    targets = max(1, base.input.targets_per_row // _TARGETS_OF_OWN_TOKENS)
-    own = dataclasses.replace(
-        base.input, rows="request", targets_per_row=targets, targets_per_chunk=None
-    )
-    return dataclasses.replace(base, input=own)
+    return base
 
 
-def _of_variant(config: ExperimentConfig, variant: Variant) -> ExperimentConfig:
-    """The config, or without match channel, skip and linear paths, and trained first tables."""
-    if variant == "full":
+def _in_own_rows(config: ExperimentConfig) -> ExperimentConfig:
+    """The config, in rows of a request's own tokens if its model needs them."""
+    if not config.model.needs_exclusive_history or config.input.rows == "request":
         return config
-    model = config.model
-    embedding = dataclasses.replace(model.embedding, initialization="random", linear_path=False)
-    sequence = model.sequence
-    if isinstance(sequence, StcaConfig):
-        sequence = dataclasses.replace(sequence, skip_paths=False)
-    plain = dataclasses.replace(model, match_channel=False, embedding=embedding, sequence=sequence)
-    return dataclasses.replace(config, model=plain)
+    targets = max(1, config.input.targets_per_row // _TARGETS_OF_OWN_TOKENS)
+    own = dataclasses.replace(
+        config.input, rows="request", targets_per_row=targets, targets_per_chunk=None
+    )
+    return dataclasses.replace(config, input=own)
+
+
+def _of_variant(config: ExperimentConfig, variant: str, module: str) -> ExperimentConfig:
+    """The config in a variant; what "plain" takes away and the module lacks is left out."""
+    if variant == "paper":
+        if not isinstance(config.model.sequence, StcaConfig):
+            raise UserError(f"variant paper is of module stca, and not of {module}: leave one out")
+        return dataclasses.replace(config, model=paper_config(config.model.sequence))
+    known = config_lib.flatten(config)
+    overrides = {name: value for name, value in VARIANTS[variant].items() if name in known}
+    changed = config_lib.apply_overrides(config, overrides)
+    if changed == config and variant in _WITHOUT:
+        raise UserError(
+            f"variant {variant} of {module} is what full is, for neither has "
+            f"{', '.join(VARIANTS[variant])}: leave it out"
+        )
+    return changed
 
 
 def make_settings(

@@ -15,6 +15,7 @@ from stca_jax.evaluation.report.drawing import draw, figure_html
 from stca_jax.evaluation.report.page import page_html
 from stca_jax.evaluation.tables import Row, write_table
 
+_WORDS = {"full": "with our additions", "plain": "without our additions"}
 _SHOWN = ("auc", "log_loss", "calibration")
 
 
@@ -50,7 +51,7 @@ def summary_rows(
         summary.append(
             {
                 "module": entry.module,
-                "additions": entry.variant == "full",
+                "variant": entry.variant,
                 "seeds": len(at_full),
                 f"validation_{metric}": _mean(validation),
                 **{k: v for n in _SHOWN for k, v in _spread(n, [r[n] for r in at_full]).items()},
@@ -86,7 +87,8 @@ def charts(
 ) -> list[Chart]:
     """Quality against length, training cost and latency; a variant each."""
     made = []
-    for variant, words in (("full", "with our additions"), ("plain", "without our additions")):
+    for variant in dict.fromkeys(entry.variant for entry in entries):
+        words = _WORDS.get(variant, variant.replace("_", " "))
         names = {e.name: e.module for e in entries if e.variant == variant}
         tested = [r for r in rows if r["split"] == "test" and r["point"] in names]
         if not tested:
@@ -105,7 +107,7 @@ def charts(
                 Chart(f"{metric}_{variant}", f"{label} by length, {words}", "", x_label, label,
                       [line for line in lines if line.x], lengths=True)
             )  # fmt: skip
-        own = [row for row in summary if row["additions"] == (variant == "full")]
+        own = [row for row in summary if row["variant"] == variant]
         for name, column, x_label in (
             ("training", "train_seconds", "training (seconds)"),
             ("latency", "ms_100_targets", "forward pass, 100 targets (ms)"),

@@ -7,10 +7,11 @@ import pytest
 from stca_jax.batch import validate_batch
 from stca_jax.comparison.costs import Budget, Costs, long_request
 from stca_jax.comparison.entries import MODULES, make_entries, make_settings
-from stca_jax.config import apply_overrides
+from stca_jax.config import apply_overrides, flatten
 from stca_jax.errors import UserError
 from stca_jax.experiments.configs import tiny
 from stca_jax.models.hstu import HstuConfig
+from stca_jax.models.ranker import paper_config, similarity_config
 from stca_jax.models.target_attention import TargetAttentionConfig
 
 
@@ -50,6 +51,47 @@ def test_full_is_the_base_and_plain_has_none_of_our_additions(base):
     assert not model.embedding.linear_path
     assert model.embedding.initialization == "random"
     assert dataclasses.replace(plain.config, model=base.model) == base
+
+
+@pytest.fixture(scope="module")
+def similarity(base):
+    return dataclasses.replace(base, model=similarity_config(base.model.sequence))
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "value"),
+    [
+        ("no_match_channel", "model.match_channel", False),
+        ("no_time_scales", "model.match_time_scales_days", ()),
+        ("no_skip_paths", "model.sequence.skip_paths", False),
+        ("no_linear_path", "model.embedding.linear_path", False),
+        ("no_cooccurrence", "model.embedding.initialization", "random"),
+    ],
+)
+def test_an_ablation_takes_one_thing_away(similarity, variant, name, value):
+    full, without = make_entries(similarity, ["stca"], [variant, "full"])
+    changed = {
+        key: after
+        for (key, before), after in zip(
+            flatten(full.config).items(), flatten(without.config).values(), strict=True
+        )
+        if before != after
+    }
+    assert changed == {name: value}
+    assert without.name == f"stca-{variant}"
+
+
+def test_paper_is_the_published_equations_in_rows_that_they_need(similarity):
+    (entry,) = make_entries(similarity, ["stca"], ["paper"])
+    assert entry.config.model == paper_config(similarity.model.sequence)
+    assert (entry.config.input.rows, similarity.input.rows) == ("request", "user")
+    with pytest.raises(UserError, match="variant paper is of module stca, and not of din"):
+        make_entries(similarity, ["din"], ["paper"])
+
+
+def test_taking_away_what_is_not_there_is_refused(similarity):
+    with pytest.raises(UserError, match="no_skip_paths of din is what full is, for neither has"):
+        make_entries(similarity, ["din"], ["full", "no_skip_paths"])
 
 
 def test_a_module_of_ones_own_is_named_by_import_path(base):

@@ -48,8 +48,8 @@ SEARCHED = [
 def test_summary_is_of_the_longest_history_over_seeds(entries, rows):
     costs = {entry.name: COSTS for entry in entries}
     stca, din = summary_rows(entries, rows, costs, SEARCHED, "auc")
-    assert (stca["module"], stca["additions"], stca["seeds"]) == ("stca", True, 2)
-    assert (din["module"], din["additions"], din["seeds"]) == ("din", False, 1)
+    assert (stca["module"], stca["variant"], stca["seeds"]) == ("stca", "full", 2)
+    assert (din["module"], din["variant"], din["seeds"]) == ("din", "plain", 1)
     assert stca["auc"] == pytest.approx(0.72)
     assert stca["auc_sd"] == pytest.approx(0.02 * 2**0.5)
     assert din["auc_sd"] is None
