@@ -71,9 +71,14 @@ class KeysAndValues:
     keys: Float[Array, "P H K S"]
     values: Float[Array, "P H S K"]
 
-    def of_head(self, page: Array, head: Array) -> tuple[Float[Array, "K S"], Float[Array, "S K"]]:
-        """Keys and values of one head of one page."""
-        return self.keys[page, head], self.values[page, head]
+    def of_heads(
+        self, page: Array, first: Array, count: int
+    ) -> tuple[Float[Array, "h K S"], Float[Array, "h S K"]]:
+        """Keys and values of some heads of one page."""
+        if count == self.keys.shape[1]:
+            return self.keys[page], self.values[page]
+        assert count == 1
+        return self.keys[page, first][None], self.values[page, first][None]
 
     def of_pages(self, pages: Array) -> tuple[Float[Array, "*n H K S"], Float[Array, "*n H S K"]]:
         """Keys and values of all heads of several pages."""
@@ -93,11 +98,12 @@ class EncodedTokens:
     tokens: Float[Array, "P S D"] | Int[Array, "P S D"]
     scale: Float[Array, "P S"] | None = None
 
-    def of_head(self, page: Array, head: Array) -> tuple[Float[Array, "D S"], Float[Array, "S D"]]:
+    def of_heads(
+        self, page: Array, first: Array, count: int
+    ) -> tuple[Float[Array, "1 D S"], Float[Array, "1 S D"]]:
         """Keys and values of one page; there is one head."""
-        del head
-        tokens = self.of_page(page)
-        return tokens.T, tokens
+        del first, count
+        return self.of_pages(page)
 
     def of_pages(self, pages: Array) -> tuple[Float[Array, "*n 1 D S"], Float[Array, "*n 1 S D"]]:
         """Keys and values of several pages."""
@@ -120,8 +126,9 @@ def paged_attention(
 ) -> tuple[Float[Array, "U M H K"], Float[Array, "U M H"]]:
     """Softmax attention of each user's targets to that user's history (E3, E4).
 
-    Lowered for a CPU, it reads a page for one head and `TARGET_TILE` targets at a time; for other
-    platforms several pages for all heads, targets and users.
+    Lowered for a CPU, it reads a page of one user at a time, for all heads of few targets, or for
+    one head of `TARGET_TILE` targets; for other platforms several pages for all heads, targets and
+    users.
 
     Args:
       query: Queries in the space of the keys, scaled; M is a multiple of `TARGET_TILE`, or any
@@ -203,32 +210,36 @@ def _by_tile(
     query: Array, cache: KeysAndValues | EncodedTokens, where: Pages, recency: Recency | None
 ) -> tuple[Array, Array]:
     U, M, H, K = query.shape
-    # A symbolic M is either the one or the other, which it says by its divisibility.
-    tile = TARGET_TILE if _is_tiled(M) else M
-    num_tiles = M // tile
-    tiles = query.reshape(U, num_tiles, tile, H, K).transpose(0, 3, 1, 2, 4)
-    tiles = tiles.reshape(U * H * num_tiles, tile, K)
-    rates = None if recency is None else recency.rate.reshape(H * num_tiles, tile)
+    # A symbolic M is either the one or the other, which it says by its divisibility. Scores of a
+    # tile for all heads would not stay in a core's cache.
+    is_tiled = _is_tiled(M)
+    tile, heads = (TARGET_TILE, 1) if is_tiled else (M, H)
+    num_tiles, groups = M // tile, H // heads
+    tiles = query.reshape(U, num_tiles, tile, groups, heads, K).transpose(0, 3, 1, 4, 2, 5)
+    tiles = tiles.reshape(U * groups * num_tiles, heads, tile, K)
+    rates = None
+    if recency is not None:
+        rates = recency.rate.reshape(groups, heads, num_tiles, tile).swapaxes(1, 2)
+        rates = rates.reshape(groups * num_tiles, heads, tile, 1)
 
     def attend(item: tuple[Array, Array]) -> tuple[Array, Array]:
         i, q = item
-        user, head = i // (H * num_tiles), i // num_tiles % H
+        user, group = i // (groups * num_tiles), i // num_tiles % groups
         pages, n = where.pages[user], where.num_events[user]
 
         def read(j: Array, state: _Softmax) -> _Softmax:
-            keys, values = cache.of_head(pages[j], head)
-            score = jnp.dot(q, keys, preferred_element_type=_FLOAT)
+            keys, values = cache.of_heads(pages[j], group, heads)
+            score = _products(q, keys)
             if recency is not None and rates is not None:
-                score += rates[i % (H * num_tiles)][:, None] * recency.days[user, j]
+                score += rates[i % (groups * num_tiles)] * recency.days[user, j]
             score = jnp.where(_filled(j, n), score, NO_SCORE)
-            peak = lax.optimization_barrier(jnp.maximum(state.peak, score.max(1)))
-            weight = jnp.exp(score - peak[:, None])
+            peak = lax.optimization_barrier(jnp.maximum(state.peak, score.max(-1)))
+            weight = jnp.exp(score - peak[..., None])
             rescale = jnp.exp(state.peak - peak)
-            gathered = jnp.dot(weight.astype(values.dtype), values, preferred_element_type=_FLOAT)
             return _Softmax(
                 peak,
-                state.total * rescale + weight.sum(1),
-                state.summed * rescale[:, None] + gathered,
+                state.total * rescale + weight.sum(-1),
+                state.summed * rescale[..., None] + _products(weight.astype(values.dtype), values),
             )
 
         return lax.fori_loop(0, -(-n // PAGE), read, _Softmax.start(q.shape)).result()
@@ -236,10 +247,17 @@ def _by_tile(
     output, log_sum_exp = lax.map(attend, (jnp.arange(tiles.shape[0]), tiles))
 
     def untile(x: Array) -> Array:
-        x = x.reshape(U, H, num_tiles, tile, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 3).reshape(U, M, H, *x.shape[4:])
+        x = x.reshape(U, groups, num_tiles, heads, tile, *x.shape[3:])
+        x = jnp.moveaxis(x, (1, 3), (3, 4))  # [U, num_tiles, tile, groups, heads, ...]
+        return x.reshape(U, M, H, *x.shape[5:])
 
     return untile(output), untile(log_sum_exp)
+
+
+def _products(left: Float[Array, "h a b"], right: Float[Array, "h b c"]) -> Float[Array, "h a c"]:
+    """A float32 product for each head."""
+    dimensions = (((2,), (1,)), ((0,), (0,)))
+    return lax.dot_general(left, right, dimensions, preferred_element_type=_FLOAT)
 
 
 def _is_tiled(num_targets: int) -> bool:
