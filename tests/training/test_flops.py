@@ -12,7 +12,7 @@ from strategies import SCHEMA
 from tiny_ranker import CONFIGS
 
 from stca_jax.batch import empty_batch
-from stca_jax.models import din, hstu, longer, mixformer, target_attention, transformer
+from stca_jax.models import din, hstu, sequence_o1
 from stca_jax.models.din import DinConfig
 from stca_jax.models.hstu import HstuConfig
 from stca_jax.models.longer import LongerConfig
@@ -21,13 +21,14 @@ from stca_jax.models.ranker import Ranker, RankerConfig, paper_config
 from stca_jax.models.sasrec import SasRecConfig
 from stca_jax.models.sdim import SdimConfig
 from stca_jax.models.sequence import SequenceInput
+from stca_jax.models.sequence_o1 import SequenceO1Config
 from stca_jax.models.stca import StcaConfig
 from stca_jax.models.target_attention import TargetAttentionConfig
 from stca_jax.models.top_k import TopKConfig
 from stca_jax.models.transact import TransActConfig
 from stca_jax.models.transformer import TransformerConfig
 from stca_jax.models.ultra_hstu import UltraHstuConfig
-from stca_jax.ops.attention import target_to_history_attention
+from stca_jax.ops import attention
 from stca_jax.ranges import Ranges
 from stca_jax.schema import Schema
 from stca_jax.training.flops import CHIPS, chip_of, model_flops, step_traffic
@@ -102,30 +103,36 @@ RIVALS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RIVALS)
-def test_counts_every_matrix_product_of_rivals(name, monkeypatch):
-    """Here every reader multiplies every token of its row: no range, and no order of events."""
-    config = RIVALS[name]
+@pytest.fixture
+def dense(monkeypatch):
+    """Every reader multiplies every token of its row: no range, and no order of events."""
 
-    def reference(*arguments, options):
-        options = options._replace(implementation="reference")
-        return target_to_history_attention(*arguments, options=options)
-
-    def dense_sum(contribution, weights, per_target, per_token, ranges):
+    def dense_sum(contribution, weights, per_target, per_token, ranges, block_sizes=None):
         of_row = functools.partial(contribution, weights)
         return jax.vmap(of_row)(per_target, per_token, ranges.contain(np.arange(ROW)))
 
-    for module in (longer, mixformer, target_attention, transformer):
-        monkeypatch.setattr(module, "target_to_history_attention", reference)
-    monkeypatch.setattr(hstu, "range_sum", dense_sum)
+    monkeypatch.setattr(attention, "best_implementation", lambda: "reference")
+    for module in (hstu, sequence_o1):
+        monkeypatch.setattr(module, "range_sum", dense_sum)
     monkeypatch.setattr(din, "_BLOCK", ROW)
+
+
+def count_forward(config, num_targets):
+    """FLOPs of a module's forward pass over R rows of ROW tokens, as JAX traces it."""
     inputs = SequenceInput(
         np.zeros((R, ROW, 8), np.float32),
-        np.zeros((R, M, 8), np.float32),
-        *(np.zeros(shape, np.int32) for shape in ((R, ROW), (R, M))),
-        Ranges(np.zeros((R, M), np.int32), np.zeros((R, M), np.int32)),
+        np.zeros((R, num_targets, 8), np.float32),
+        *(np.zeros(shape, np.int32) for shape in ((R, ROW), (R, num_targets))),
+        Ranges(*(np.zeros((R, num_targets), np.int32) for _ in range(2))),
     )
     module = config.make(remat=False, rngs=nnx.Rngs(0))
+    return count_dots(jax.make_jaxpr(module)(inputs).jaxpr)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.usefixtures("dense")
+def test_counts_every_matrix_product_of_rivals(name):
+    config = RIVALS[name]
     cost = config.cost(M)
     expected = cost.per_token * R * ROW + cost.per_target * R * M
     expected += cost.per_pair * R * M * ROW + cost.per_token_pair * R * ROW**2
@@ -135,7 +142,18 @@ def test_counts_every_matrix_product_of_rivals(name, monkeypatch):
         expected += (2 * d * d + 4 * d * ROW) * R * ROW
     if isinstance(config, UltraHstuConfig):  # of events alone: the second part of a semi-local mask
         expected += 4 * d * R * M * ROW
-    assert count_dots(jax.make_jaxpr(module)(inputs).jaxpr) == expected
+    assert count_forward(config, M) == expected
+
+
+@pytest.mark.usefixtures("dense")
+def test_counts_every_matrix_product_of_prototypes():
+    """With one target a row: a loop over windows is traced once."""
+    config = SequenceO1Config(
+        width=8, num_heads=2, num_prototypes=5, num_sketch_layers=3, recent_length=ROW
+    )
+    cost = config.cost(1)
+    expected = R * (cost.per_target + ROW * (cost.per_token + cost.per_pair))
+    assert count_forward(config, 1) == expected
 
 
 def test_history_costs_what_the_paper_says():
