@@ -1,61 +1,52 @@
-"""Sorts more rows than memory holds: first into ranges of keys, on disk, then range by range."""
+"""Sorts more numbers than memory holds: block by block, on disk, then range by range of all."""
 
 from __future__ import annotations
 
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from jaxtyping import UInt64
 
-Rows = tuple[UInt64[np.ndarray, " n"], UInt64[np.ndarray, " n"]]
-"""Keys, and what goes with each of them."""
-
-ROWS_AT_ONCE = 1 << 23  # of a range, more or less: 0.4 GB of memory while they are sorted
-_SAMPLES = 1 << 17
-_RECORD = np.dtype([("key", np.uint64), ("value", np.uint64)])
+NUMBERS_AT_ONCE = 1 << 23  # of a range, more or less: 0.2 GB of memory while they are sorted
+_SAMPLES = 1 << 17  # of a range
 
 
-def sort_rows(
-    blocks: Callable[[int], Iterable[Rows]], num_rows: int, folder: pathlib.Path
-) -> Iterator[Rows]:
-    """Yields all rows by key and then by value, some at a time.
+def sort_numbers(
+    blocks: Iterable[UInt64[np.ndarray, " _"]], size: int, folder: pathlib.Path
+) -> Iterator[UInt64[np.ndarray, " _"]]:
+    """Yields all numbers in ascending order, some at a time.
 
     Args:
-      blocks: Yields the rows, or every k-th of each block.
-      num_rows: How many there are.
-      folder: For 16 bytes a row; emptied first, and removed at the end.
+      blocks: The numbers, as many at a time as fit into memory.
+      size: How many there are.
+      folder: For 8 bytes each; emptied first, and removed at the end.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    bounds = _bounds(blocks, num_rows)
-    for key, value in blocks(1):
-        bucket = np.searchsorted(bounds, key, side="right").astype(np.uint16)
-        order = np.argsort(bucket, kind="stable")
-        rows = np.empty(len(key), _RECORD)
-        rows["key"], rows["value"], bucket = key[order], value[order], bucket[order]
-        begins = np.flatnonzero(np.diff(bucket, prepend=-1))
-        for begin, end in zip(begins, [*begins[1:], len(rows)], strict=True):
-            # Opened anew each time: there may be more ranges than files that can be open.
-            with open(folder / f"{bucket[begin]:05d}", "ab") as file:
-                rows[begin:end].tofile(file)
-    for path in sorted(folder.iterdir()):
-        rows = np.fromfile(path, _RECORD)
-        path.unlink()
-        order = np.argsort(rows["value"], kind="stable")
-        order = order[np.argsort(rows["key"][order], kind="stable")]
-        yield rows["key"][order], rows["value"][order]
-    folder.rmdir()
+    num_ranges = max(1, -(-size // NUMBERS_AT_ONCE))
+    every = max(1, size // (_SAMPLES * num_ranges))
+    files, samples = list[pathlib.Path](), list[np.ndarray]()
+    for block in blocks:
+        # Stable, which merges what is ascending already: events of users, blocks of a range.
+        numbers = np.sort(block, kind="stable")
+        files.append(folder / f"{len(files):05d}")
+        numbers.tofile(files[-1])
+        samples.append(numbers[::every].copy())
+    sample = np.sort(np.concatenate(samples)) if samples else np.empty(0, np.uint64)
+    starts = sample[np.arange(1, num_ranges) * len(sample) // num_ranges]
+    begins = [_places(file, starts) for file in files]
+    for k in range(num_ranges):
+        pieces = [
+            np.fromfile(file, np.uint64, begin[k + 1] - begin[k], offset=8 * begin[k])
+            for file, begin in zip(files, begins, strict=True)
+        ]
+        yield np.sort(np.concatenate(pieces), kind="stable")
+    shutil.rmtree(folder)
 
 
-def _bounds(
-    blocks: Callable[[int], Iterable[Rows]], num_rows: int
-) -> UInt64[np.ndarray, " ranges-1"]:
-    """Where ranges of about equally many rows begin, but for the first, from a sample of keys."""
-    num_ranges = -(-num_rows // ROWS_AT_ONCE)
-    if num_ranges <= 1:
-        return np.zeros(0, np.uint64)
-    every = max(1, num_rows // (_SAMPLES * num_ranges))
-    sample = np.sort(np.concatenate([key for key, _ in blocks(every)]))
-    return sample[np.arange(1, num_ranges) * len(sample) // num_ranges]
+def _places(file: pathlib.Path, starts: np.ndarray) -> list[int]:
+    """Where each range of a file's ascending numbers begins, and where the last one ends."""
+    numbers = np.memmap(file, np.uint64, mode="r")
+    return [0, *np.searchsorted(numbers, starts).tolist(), len(numbers)]

@@ -19,7 +19,14 @@ from stca_jax.input.encoding import Encoder
 from stca_jax.input.features import Features, FeatureTable
 from stca_jax.input.hashing import counter_hash, uniform
 from stca_jax.input.records import SPLITS
-from stca_jax.input.trends import Trends, ValueEvents, parse_window, trend_names, user_trend
+from stca_jax.input.trends import (
+    Trends,
+    ValueEvents,
+    count_seconds,
+    parse_window,
+    trend_names,
+    user_trend,
+)
 
 _SEED = 0
 _MAX_POSITIVES = 16
@@ -265,6 +272,7 @@ def purchase_trends(
     if not config.item_trends:
         return None
     time = purchases.origin + purchases.time
+    seconds, events = count_seconds(time)
     return Trends(
         windows={text: parse_window(text) for text in config.item_trends},
         tasks=(),
@@ -273,7 +281,8 @@ def purchase_trends(
             field: ValueEvents.of(_values(products, field, purchases.product), time)
             for field in config.trends_of
         },
-        time=source.by_time(purchases)[0],
+        time=seconds,
+        events=events,
     )
 
 

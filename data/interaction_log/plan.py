@@ -92,8 +92,7 @@ class Plan:
             stream.labels,
             config.label_seconds,
             {field: stream.by_value(field) for field in stream.fields},
-            stream.time,
-            *stream.label_counts(),
+            *stream.totals,
         )
 
     def trend_values(self, item: np.ndarray) -> dict[str, np.ndarray]:

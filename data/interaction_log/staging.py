@@ -7,7 +7,7 @@
                          00017.sorted            its statistics: it is whole
                          00017.counts            its requests; values that occur in training
                          00017.targets           of some shards: how popular targets are
-      stream/            time.npy …              all events by time, and by item: `event_stream`
+      stream/            time …                  all events by time, and by item: `event_stream`
       records/           00017.array_record      (written by data.base)
 
 A part or a shard that has its last file is whole.  Memory holds some blocks of rows, or a shard.
@@ -58,7 +58,7 @@ from stca_jax.errors import UserError
 from stca_jax.files import replacing, write_json
 
 _SAMPLED_SHARDS = 8
-_VERSION = 2  # of these files: change it where a restart must not go on with those of before
+_VERSION = 3  # of these files: change it where a restart must not go on with those of before
 _BUFFERED_BYTES = 256 << 20  # of events of a part, before they go to their shards
 
 
@@ -146,7 +146,8 @@ class Staging:
         """What targets are sampled by, and how they are distributed."""
         self.stream = self._make_stream()
         if self.stream is not None:
-            run("Ordering events", self.order_events, self.stream.num_steps)
+            run("Ordering events by time", self.order_events, 1)
+            run("Ordering events by value", self.order_by_value, len(self.stream.fields))
         run("Counting targets", self.count_targets, len(self._sampled))
 
     def discard(self) -> None:
@@ -238,12 +239,18 @@ class Staging:
             shard = self.shard(index)
             _pickle(path, (ValueCounts.of(shard, self.times), statistics.with_requests(shard)))
 
-    def order_events(self, step: int) -> None:
-        """Puts the events of all shards in another order."""
+    def order_events(self, _: int) -> None:
+        """Puts the events of all shards in the order of time."""
         assert self.stream is not None
-        plan = self.plan
         shards = [self._shard_file(i, "parquet") for i in self._shards]
-        self.stream.write(step, shards, plan.items, plan.item_columns)
+        self.stream.write_by_time(shards, self.plan.items)
+
+    def order_by_value(self, index: int) -> None:
+        """Puts them in the order of a field."""
+        assert self.stream is not None
+        items = np.arange(len(self.plan.items))
+        field = self.stream.fields[index]
+        self.stream.write_by_value(field, self.plan.trend_values(items)[field])
 
     def count_targets(self, index: int) -> None:
         """Counts some shard's targets by label and popularity."""

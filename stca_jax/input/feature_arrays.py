@@ -16,7 +16,7 @@ def pack_trends(trends: Trends | None) -> dict[str, np.ndarray]:
     if trends is None:
         return {}
     assert trends.first is not None
-    arrays = {"time": np.asarray(trends.time)}
+    arrays = {"time": np.asarray(trends.time), "events": np.asarray(trends.events)}
     counts = {"": trends} | dict(trends.fields)
     for field, events in counts.items():
         for what in ("positive", "known"):
@@ -29,6 +29,8 @@ def pack_trends(trends: Trends | None) -> dict[str, np.ndarray]:
 
 def unpack_trends(values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Trends:
     """The inverse, with what is no array."""
+    if "events" not in arrays:  # as written before: the time of each event, labels likewise
+        arrays = {**arrays, "events": np.arange(len(arrays["time"]) + 1, dtype=np.int32)}
 
     def counts(field: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
         tasks = range(len(values["tasks"]))
@@ -44,6 +46,7 @@ def unpack_trends(values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -
         values["label_delay"],
         {field: ValueEvents(arrays[f"key:{field}"], *counts(field)) for field in fields},
         arrays["time"],
+        arrays["events"],
         *counts(""),
         {field: arrays[f"first:{field}"] for field in fields},
     )

@@ -45,7 +45,8 @@ from stca_jax.input.trends import Trends
 from stca_jax.schema import Schema
 
 FOLDER = "features"
-_FORMAT = 1  # of the files
+_FORMAT = 2  # of the files
+_READ = (1, 2)  # before 2, trends had a number for each event where they have one for each second
 _JSON = "features.json"
 _VOCABULARIES = "vocabularies.npz"
 _TABLES = ("items", "users")
@@ -335,10 +336,10 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): prepare the dataset again") from error
-    if values.get("format") != _FORMAT:
+    if values.get("format") not in _READ:
         raise UserError(
-            f"{path} has format {values.get('format')}, and this version reads {_FORMAT}: prepare "
-            "the dataset again"
+            f"{path} has format {values.get('format')}, and this version reads "
+            f"{' and '.join(map(str, _READ))}: prepare the dataset again"
         )
     return values
 

@@ -137,6 +137,17 @@ def test_damage_is_named(prepared, tmp_path, name):
         Features.read(tmp_path)
 
 
+def test_formats_of_before_are_read_and_later_ones_named(prepared, tmp_path):
+    for file in (prepared / "features").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    written = (tmp_path / "features.json").read_text()
+    (tmp_path / "features.json").write_text(written.replace('"format": 2', '"format": 1'))
+    assert Features.read(tmp_path).encode("word", ["like", "rare"]).tolist() == [0, 3]
+    (tmp_path / "features.json").write_text(written.replace('"format": 2', '"format": 3'))
+    with pytest.raises(UserError, match="has format 3, and this version reads 1 and 2: prepare"):
+        Features.read(tmp_path)
+
+
 def test_complete_journey_writes_it(tmp_path):
     tables = make_tables()
     manual = write_tables(tables, tmp_path / "source")
