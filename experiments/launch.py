@@ -112,6 +112,11 @@ def load_config() -> Any:
     return config_lib.load_config(_config_path, _overrides)
 
 
+def has_config() -> bool:
+    """Whether --config was given."""
+    return _config_path is not None
+
+
 def config_path() -> str:
     """The file that --config names; call it after `load_config`, which says if there is none."""
     return str(_config_path)

@@ -2,24 +2,30 @@
 
     python -m stca_jax.experiments.benchmarks.attention --json=attention.jsonl
     python -m stca_jax.experiments.benchmarks.attention --autotune --implementation=mosaic_tpu
+    python -m stca_jax.experiments.benchmarks.attention --autotune --config=FILE [--data_dir=DIR]
 
 `--autotune` times the op for a grid of block sizes on the device at hand and prints the best, to be
-passed as `block_sizes`.  Sizes whose blocks do not fit the device are reported and skipped.
+passed as `block_sizes`.  Sizes whose blocks do not fit the device are reported and skipped.  With
+`--config`, rows, lengths and ranges are those of a batch of its training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from stca_jax.data.preparation import prepare
+from stca_jax.experiment import training_input
 from stca_jax.experiments import launch
 from stca_jax.experiments.benchmarks import timing
+from stca_jax.input.dataset import RequestDataset
 from stca_jax.ops.attention import AttentionOptions, cheaper_order, history_layer
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.tiles import BlockSizes
@@ -38,6 +44,43 @@ _AUTOTUNE = flags.DEFINE_bool("autotune", False, "Search block sizes.")
 _JSON = flags.DEFINE_string("json", None, "File for JSON lines.")
 
 
+_BATCH = 5  # of a training: the first ones may be of special users
+
+
+class _Rows(NamedTuple):
+    """Rows to attend over."""
+
+    length: int
+    ranges: Ranges
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """R, M."""
+        rows, num_targets = self.ranges.start.shape
+        return rows, num_targets
+
+
+def _full_rows(num_targets: int) -> _Rows:
+    """Rows whose targets all read all of the row."""
+    start = jnp.zeros((_ROWS.value, num_targets), jnp.int32)
+    return _Rows(_LENGTH.value, Ranges(start, start + _LENGTH.value))
+
+
+def _training_rows() -> _Rows:
+    """Rows of a batch of the config's training."""
+    config = launch.load_config()
+    dataset = RequestDataset(prepare(config.dataset, launch.DATA_DIR.value))
+    with contextlib.closing(training_input(config, dataset)) as batches:
+        batch = next(itertools.islice(batches, _BATCH, None)).batch
+    return _Rows(batch.history_time.shape[1], batch.ranges)
+
+
+def _rows() -> list[_Rows]:
+    if launch.has_config():
+        return [_training_rows()]
+    return [_full_rows(int(num_targets)) for num_targets in _TARGETS.value]
+
+
 def _candidates(implementation: str) -> list[BlockSizes]:
     """Kernels encode all tokens at once; "xla" needs large blocks on an accelerator."""
     if implementation != "xla":
@@ -49,10 +92,10 @@ def _candidates(implementation: str) -> list[BlockSizes]:
     return [BlockSizes(*s) for s in sizes if implementation != "xla" or s[1] <= s[0]]
 
 
-def _step(num_targets: int, implementation: Any, order: Any, sizes: BlockSizes | None) -> Any:
+def _step(over: _Rows, implementation: Any, order: Any, sizes: BlockSizes | None) -> Any:
     """The fused layer's gradients in everything, and temporary bytes."""
     rng = np.random.default_rng(0)
-    d, h, rows, length = _WIDTH.value, _HEADS.value, _ROWS.value, _LENGTH.value
+    d, h, (rows, num_targets) = _WIDTH.value, _HEADS.value, over.shape
 
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape) / np.sqrt(d), _DTYPE.value)
@@ -61,30 +104,30 @@ def _step(num_targets: int, implementation: Any, order: Any, sizes: BlockSizes |
         normal(d, 2 * d), normal(d, 2 * d), normal(2 * d, d), jnp.ones(d), jnp.zeros(d)
     )
     heads = (d, h, d // h)
-    arguments = (normal(rows, num_targets, h, d // h), normal(rows, length, d), encoder,
+    arguments = (normal(rows, num_targets, h, d // h), normal(rows, over.length, d), encoder,
                  normal(*heads), normal(*heads))  # fmt: skip
-    start = jnp.zeros((rows, num_targets), jnp.int32)
 
     def loss(*inputs: Any) -> jax.Array:
         out = history_layer(*inputs, options=AttentionOptions(order, implementation, sizes))
         return out.output.astype(jnp.float32).sum() + out.log_sum_exp.sum()
 
     gradient = jax.grad(loss, argnums=tuple(range(5)))
-    return timing.compiled_step(gradient, *arguments, Ranges(start, start + length))
+    return timing.compiled_step(gradient, *arguments, over.ranges)
 
 
 def _compare() -> list[dict[str, Any]]:
     clock = time.process_time if _CLOCK.value == "cpu" else time.perf_counter
     records = []
-    for num_targets in map(int, _TARGETS.value):
+    for over in _rows():
+        rows, num_targets = over.shape
         calls, memory = {}, {}
         for implementation, order in itertools.product(_IMPLEMENTATIONS.value, _ORDERS.value):
             key = f"{implementation} {order}"
-            calls[key], memory[key] = _step(num_targets, implementation, order, None)
+            calls[key], memory[key] = _step(over, implementation, order, None)
         chosen = cheaper_order(num_targets, _HEADS.value, _WIDTH.value)
         for key, measured in timing.time_interleaved(calls, seconds=1, clock=clock).items():
-            ms = 1e3 * measured.best / _ROWS.value
-            records.append({"step": key, "L": _LENGTH.value, "m": num_targets,
+            ms = 1e3 * measured.best / rows
+            records.append({"step": key, "L": over.length, "m": num_targets,
                             "ms_per_request": ms, "temp_mb": memory[key] / 1e6,
                             "chosen_order": chosen})  # fmt: skip
             print(f"m={num_targets:<5d} {key:22s} {ms:9.4g} ms/request  "
@@ -95,20 +138,20 @@ def _compare() -> list[dict[str, Any]]:
 def _autotune() -> list[dict[str, Any]]:
     clock = time.process_time if _CLOCK.value == "cpu" else time.perf_counter
     records = []
-    for implementation, num_targets in itertools.product(
-        _IMPLEMENTATIONS.value, map(int, _TARGETS.value)
-    ):
+    for implementation, over in itertools.product(_IMPLEMENTATIONS.value, _rows()):
+        rows, num_targets = over.shape
         calls: dict[str, Any] = {}
         for sizes in _candidates(implementation):
             try:
-                calls[repr(sizes)], _ = _step(num_targets, implementation, None, sizes)
+                calls[repr(sizes)], _ = _step(over, implementation, None, sizes)
             except (ValueError, jax.errors.JaxRuntimeError) as error:
                 print(f"{sizes}: {str(error).splitlines()[0]}", flush=True)
         timings = timing.time_interleaved(calls, seconds=0.3, clock=clock)
         best = min(timings, key=lambda name: timings[name].best)
-        print(f"{implementation} m={num_targets}: block_sizes={best}", flush=True)
+        of_best = 1e3 * timings[best].best / rows
+        print(f"{implementation} m={num_targets}: block_sizes={best}, {of_best:.4g} ms", flush=True)
         records += [{"step": implementation, "m": num_targets, "block_sizes": name,
-                     "ms_per_request": 1e3 * t.best / _ROWS.value}
+                     "ms_per_request": 1e3 * t.best / rows}
                     for name, t in timings.items()]  # fmt: skip
     return records
 
@@ -120,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, takes_config=True)

@@ -71,7 +71,8 @@ class Tiled(GroupedImplementation):
         length = tokens.value.shape[1]
         if weights.encoder is not None:
             weights = weights._replace(encoder=transpose_out(weights.encoder))
-        tiling = make_tiling(R, length, M, block_sizes or default_block_sizes(M, platform()))
+        sizes = block_sizes or default_block_sizes(length, M, platform())
+        tiling = make_tiling(R, length, M, sizes)
         tiled = _Ranges(
             covered=tile_tokens(ranges.covered(length), tiling),
             start=jnp.tile(tile_targets(ranges.start, tiling), A),

@@ -21,6 +21,8 @@ from jaxtyping import Array, Int
 
 from stca_jax.ranges import Ranges
 
+_TOKENS_OF_A_TARGET = 16  # of rows with many targets
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
@@ -43,19 +45,24 @@ class BlockSizes:
                 raise ValueError(f"BlockSizes.{name} is {getattr(self, name)}; at least 1")
 
 
-def default_block_sizes(num_targets: int, platform: str) -> BlockSizes:
+def default_block_sizes(length: int, num_targets: int, platform: str) -> BlockSizes:
     """Sizes measured best on a CPU core, where a block's FFN activations stay in its cache.
 
-    A GPU takes far larger ones: blocks follow one another, and each has to fill it.  Many targets
-    in a row belong to many requests, whose ranges differ: smaller tiles follow them more closely.
+    A GPU takes far larger ones: blocks follow one another, and each has to fill it.  A target tile
+    of 16 holds a typical request, whose targets have one range.  Where targets are many for the
+    tokens of a row, they belong to requests that share tokens, or have few of their own: history
+    tiles that follow such ranges more closely cost less, and hold for more targets at once.
 
     Args:
+      length: L, tokens per row.
       num_targets: M, targets per row.
       platform: As JAX names it.
     """
     if platform == "gpu":
         return BlockSizes(tokens=16_384, history=1024 if num_targets > 64 else 4096)
-    return BlockSizes(history=256 if num_targets > 64 else 512)
+    if num_targets > 64 and num_targets * _TOKENS_OF_A_TARGET >= length:
+        return BlockSizes(history=128, targets=32)
+    return BlockSizes()
 
 
 @dataclasses.dataclass(frozen=True)
