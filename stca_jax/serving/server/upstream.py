@@ -53,10 +53,7 @@ class Upstream:
         self.num_asked += 1
         connection = None
         try:
-            if self._idle:
-                connection = self._idle.pop()
-            else:
-                connection = await self._connect()
+            connection = self._take_idle() or await self._connect()
             answer = await _exchange(*connection, method, target, headers, body)
         except asyncio.IncompleteReadError as error:
             raise ConnectionError("the server ended the connection") from error
@@ -68,6 +65,15 @@ class Upstream:
             self.num_asked -= 1
             if connection is not None:
                 connection[1].close()
+
+    def _take_idle(self) -> _Connection | None:
+        """The connection used last that the server has not closed meanwhile, for it was idle."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return None
 
     def close(self) -> None:
         """Closes what is connected and not in use."""
