@@ -42,9 +42,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute
 _CLOCK = flags.DEFINE_enum("clock", "wall", ["wall", "cpu"], "See train_step.")
 _AUTOTUNE = flags.DEFINE_bool("autotune", False, "Search block sizes.")
 _JSON = flags.DEFINE_string("json", None, "File for JSON lines.")
-
-
-_BATCH = 5  # of a training: the first ones may be of special users
+_BATCH = 5  # of a training; any
 
 
 class _Rows(NamedTuple):
