@@ -270,6 +270,24 @@ async def offered(
             "requests": len(latencies), "errors": errors, **quantiles(latencies)}  # fmt: skip
 
 
+def ideal_queue(rate: float, saturating: float) -> dict[str, float]:
+    """Quantiles of latency if nothing disturbed the server: one queue, every score takes the same.
+
+    Args:
+      rate: Requests per second, of a Poisson process.
+      saturating: Requests per second that the server can answer; appends take none of the time.
+    """
+    rng = np.random.default_rng(6)
+    waited, latencies = 0.0, np.empty(200_000)
+    score_seconds = 1 / saturating / (1 - _APPENDS)
+    for i, between in enumerate(rng.exponential(1 / rate, len(latencies))):
+        waited = max(0.0, waited - between)
+        waited += score_seconds * (rng.random() >= _APPENDS)
+        latencies[i] = waited
+    found = quantiles(latencies.tolist())
+    return {f"ideal {name}": found[name] for name in _QUANTILES if name != "max (ms)"}
+
+
 async def cached(upstream: Upstream) -> tuple[float, float]:
     """Users in the server's caches, and the bytes that they take."""
     text = (await upstream.ask("GET", b"/metrics")).body.decode()
@@ -331,13 +349,14 @@ def run_load_test(
         tables["users"] = await first_and_second(upstream, traffics[0])
         for traffic in traffics:
             tables["overhead"].append(await overhead(upstream, traffic, 50))
-            saturating = await saturating_rate(upstream, traffic, min(test.seconds, 10))
+            saturating = await saturating_rate(upstream, traffic, min(test.seconds, 60))
             for share in test.shares:
                 before = process.resident_megabytes
                 row = await offered(upstream, traffic, share * saturating, test.seconds)
                 memory = {"server before (MB)": before, "after (MB)": process.resident_megabytes}
                 shape = {"candidates": traffic.num_targets, "load": share}
-                tables["loads"].append(shape | row | memory)
+                ideal = ideal_queue(share * saturating, saturating)
+                tables["loads"].append(shape | row | ideal | memory)
         users, num_bytes = await cached(upstream)
         for row in tables["users"]:
             row["MB of a user"] = num_bytes / users / 1e6
