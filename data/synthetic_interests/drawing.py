@@ -30,6 +30,7 @@ class LogConfig:
       targets_per_request: Distinct candidates of each; fewer if the catalogue is tiny.
       num_days: Period that all logs span.
       seed: Of everything. Equal seeds and catalogue sizes give equal catalogues.
+      counts_events: Requests have the number of the user's earlier events, as a feature.
     """
 
     num_users: int
@@ -39,12 +40,13 @@ class LogConfig:
     targets_per_request: int = 16
     num_days: int = 720
     seed: int = 0
+    counts_events: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes below 1 or no possible length."""
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 0 if field.name == "seed" else 1
-            if value < least:
+            if value < least and field.name != "counts_events":
                 raise ValueError(f"{field.name} is {value}; it must be at least {least}")
         if self.min_events > self.max_events:
             raise ValueError(f"min_events {self.min_events} is above max_events {self.max_events}")
@@ -53,6 +55,12 @@ class LogConfig:
     def num_seconds(self) -> int:
         """The period that all logs span."""
         return self.num_days * SECONDS_PER_DAY
+
+    @property
+    def user_windows(self) -> dict[str, int]:
+        """Features of requests that count the user's earlier events: seconds by name."""
+        name = f"user_events_{self.num_days}d"
+        return {name: self.num_seconds} if self.counts_events else {}
 
     @property
     def validation_start(self) -> int:

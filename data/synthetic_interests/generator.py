@@ -78,12 +78,23 @@ _TARGET_SHARES = 0.4, 0.2
 
 
 CONFIGS = {
-    "default": GeneratorConfig(num_users=640, min_events=512, max_events=10_240),
+    "default": GeneratorConfig(
+        num_users=640, min_events=512, max_events=10_240, counts_events=True
+    ),
     "long": GeneratorConfig(
-        num_users=200, min_events=4_096, max_events=16_384, events_per_request=128
+        num_users=200,
+        min_events=4_096,
+        max_events=16_384,
+        events_per_request=128,
+        counts_events=True,
     ),
     "topics": GeneratorConfig(
-        num_users=3_000, min_events=64, max_events=1_024, events_per_request=32, seed=1
+        num_users=3_000,
+        min_events=64,
+        max_events=1_024,
+        events_per_request=32,
+        seed=1,
+        counts_events=True,
     ),
     "tiny": GeneratorConfig(
         num_users=96,

@@ -8,6 +8,8 @@ proportional to exp(CHOICE * u . v_i):
     episodes   one vector at a time, for about six weeks
     sessions   one vector at a time, for half an hour
 
+A session has one interest of each scale, so that what is alike is met within minutes.
+
 The label of target i at time t is Bernoulli(sigmoid(logit)), with
 
     logit(i, t) = BIAS + sum over TERMS of weight * lift(decay)
@@ -61,13 +63,15 @@ class LatentConfig(LogConfig):
       num_dimensions: Of the latent space.
     """
 
-    num_items: int = 2_048
+    num_items: int = 1_024
     num_categories: int = 64
     num_dimensions: int = 64
 
 
 LATENT_CONFIGS = {
-    "latent": LatentConfig(num_users=2_500, min_events=64, max_events=1_024, events_per_request=32)
+    "latent": LatentConfig(
+        num_users=5_000, min_events=64, max_events=1_024, events_per_request=32, counts_events=True
+    )
 }
 
 
@@ -170,7 +174,8 @@ class _Directions:
     ) -> Int[np.ndarray, " n"]:
         """Items of a user's events, from interests of three time scales."""
         config, n = self.config, len(time)
-        lifelong = draw_below(_NUM_LIFELONG, n, rng)
+        # A session has one interest of each scale, and mixes the scales.
+        lifelong = draw_below(_NUM_LIFELONG, session.max(initial=0) + 1, rng)[session]
         moves = rng.random(_NUM_LIFELONG) * config.num_days
         lifelong += _NUM_LIFELONG * (time / SECONDS_PER_DAY > moves[lifelong])
         episode = draw_episodes(time, rng)

@@ -22,7 +22,7 @@ from stca_jax.data.synthetic_interests.latent import (
     generate_latent_users,
     make_latent_catalogue,
 )
-from stca_jax.data.synthetic_interests.users import FEATURES, make_schema
+from stca_jax.data.synthetic_interests.users import feature_names, make_schema
 from stca_jax.input.features import Features, FeatureTable
 
 
@@ -40,13 +40,17 @@ class SyntheticInterestsConfig(tfds.core.BuilderConfig):
 class Builder(UserDatasetBuilder):
     """Users with drifting interests; see README.md."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {  # noqa: RUF012
+        "1.0.0": "First version.",
+        "1.1.0": "Requests have the number of the user's earlier events, but for `tiny`.",
+    }
     BUILDER_CONFIGS = [  # noqa: RUF012
         SyntheticInterestsConfig(
             name=name,
             description=f"{config.num_users} users of up to {config.max_events:,} events.",
             generator=config,
+            version=None if config.counts_events else "1.0.0",
         )
         for name, config in (CONFIGS | LATENT_CONFIGS).items()
     ]
@@ -54,7 +58,7 @@ class Builder(UserDatasetBuilder):
     @property
     def feature_names(self) -> Mapping[str, tuple[str, ...]]:
         """Features by level."""
-        return FEATURES
+        return feature_names(self.builder_config.generator)
 
     def user_data(self, dl_manager: tfds.download.DownloadManager) -> UserData:
         """Generates the users while they are written; nothing is downloaded."""
@@ -82,6 +86,7 @@ class Builder(UserDatasetBuilder):
                     {"item": 0, "category": 0},  # there are no others
                 ),
                 users=FeatureTable(np.arange(config.num_users), {}, {}),
+                user_windows=config.user_windows,
             ),
             notes={kind: dataclasses.asdict(config)},
         )

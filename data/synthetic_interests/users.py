@@ -17,18 +17,16 @@ from stca_jax.data.synthetic_interests.drawing import (
     draw_sessions,
 )
 from stca_jax.input.records import UserRecord
+from stca_jax.input.trends import user_trend
 from stca_jax.schema import Schema
-
-FEATURES: dict[str, Any] = {
-    "history": ("item", "category"),
-    "target": ("item", "category"),
-    "request": (),
-    "tasks": ("click",),
-}
 
 
 class CatalogueConfig(Protocol):
     """What a schema needs of a configuration."""
+
+    @property
+    def user_windows(self) -> dict[str, int]:
+        """Features of requests."""
 
     @property
     def num_items(self) -> int:
@@ -60,10 +58,20 @@ class World(Protocol):
         """What the labels of a record are drawn from."""
 
 
-def make_schema(config: CatalogueConfig) -> Schema:
+def feature_names(config: CatalogueConfig) -> dict[str, Any]:
     """Item and category of events and targets; all else stays hidden."""
+    return {
+        "history": ("item", "category"),
+        "target": ("item", "category"),
+        "request": tuple(config.user_windows),
+        "tasks": ("click",),
+    }
+
+
+def make_schema(config: CatalogueConfig) -> Schema:
+    """`feature_names`, and how many items and categories there are."""
     vocabularies = {"item": config.num_items, "category": config.num_categories}
-    return Schema(**FEATURES, vocabularies=vocabularies)
+    return Schema(**feature_names(config), vocabularies=vocabularies)
 
 
 def make_users(config: LogConfig, world: World) -> Iterator[UserRecord]:
@@ -91,7 +99,7 @@ def _make_user(config: LogConfig, world: World, user_id: int, first_request_id: 
         request_split=time_split(request_time, config.validation_start, config.test_start),
         history_end=history_end.astype(np.int32),
         target_offset=np.cumsum([0, *map(len, targets)], dtype=np.int32),
-        request={},
+        request={name: user_trend(history_end) for name in config.user_windows},
         target={"item": target, "category": world.category_of_item[target]},
         label=np.zeros((len(target), 1), np.float32),
     )

@@ -6,23 +6,35 @@ of all splits), on one core of an AMD EPYC server (AVX-512), 2026-11-28. What a 
 python -m experiments.diagnose --workdir=DIR
 """
 
+import dataclasses
+
 from stca_jax.evaluation.evaluator import EvaluationConfig
 from stca_jax.experiment import ExperimentConfig
-from stca_jax.input.length import BetaLength
+from stca_jax.input.length import UniformLength
 from stca_jax.input.planning import InputConfig
+from stca_jax.models.ranker import similarity_config
+from stca_jax.models.stca import StcaConfig
+from stca_jax.training.optimizer import OptimizerConfig
+from stca_jax.training.train_step import TrainingConfig
 
 
 def get_config() -> ExperimentConfig:
     """Returns the experiment."""
+    model = similarity_config(StcaConfig(num_heads=1, initialization="scaled"))
     return ExperimentConfig(
         dataset="synthetic_interests/latent",
         input=InputConfig(
-            length=BetaLength(minimum=8, maximum=1_024, average=512, alpha=0.25),
+            length=UniformLength(minimum=8, maximum=1_024),
             row_length=2_048,
             targets_per_row=512,
             targets_per_chunk=256,
             rows_per_batch=1,
             rows="user",
         ),
+        model=dataclasses.replace(
+            model, embedding=dataclasses.replace(model.embedding, cooccurrence_share=0.85)
+        ),
+        optimizer=OptimizerConfig(table_learning_rate=0.003, base_width=32),
+        training=TrainingConfig(ema_decay=0.98),
         evaluation=EvaluationConfig(lengths=(64, 256, 1_024), validation_length=1_024),
     )

@@ -11,6 +11,7 @@ from stca_jax.evaluation.evaluator import EvaluationConfig
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.input.length import BetaLength
 from stca_jax.input.planning import InputConfig
+from stca_jax.models.ranker import RankerConfig
 from stca_jax.training.checkpointing import CheckpointConfig
 from stca_jax.training.train_step import TrainingConfig
 
@@ -27,6 +28,7 @@ def get_config() -> ExperimentConfig:
             rows_per_batch=1,
             rows="user",
         ),
+        model=RankerConfig(features=("category",)),
         training=TrainingConfig(num_epochs=3, log_every_steps=20),
         evaluation=EvaluationConfig(
             lengths=(256, 512, 1_024, 2_048, 5_120, 10_240),

@@ -63,6 +63,21 @@ def test_a_request_sees_exactly_the_events_before_it(records):
         np.testing.assert_array_equal(record.history_end, earlier.sum(1))
 
 
+def test_a_request_knows_how_many_events_came_before(records):
+    """Where the config says so; nothing else of the records changes."""
+    config = dataclasses.replace(TINY, counts_events=True)
+    assert make_schema(TINY).request == ()
+    assert make_schema(config).request == ("user_events_720d",)
+    for record, counting in zip(records[:20], generator.generate_users(config), strict=False):
+        earlier = [(record.event_time < t).sum() for t in record.request_time]
+        np.testing.assert_allclose(
+            counting.request["user_events_720d"], np.log1p(earlier) / 2, rtol=1e-6
+        )
+        np.testing.assert_array_equal(counting.label, record.label)
+        np.testing.assert_array_equal(counting.history["item"], record.history["item"])
+    assert "user_events_720d" not in records[0].request
+
+
 def test_candidates_of_a_request_are_distinct(records):
     for record in records:
         for start, end in itertools.pairwise(record.target_offset):
