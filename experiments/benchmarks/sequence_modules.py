@@ -80,6 +80,18 @@ def model_flops(length: int, num_targets: int, num_layers: int, width: int, num_
     return 3.0 * num_layers * (ffn + min(absorbed, projected) + targets)
 
 
+def model_exponentials(
+    length: int, num_targets: int, num_layers: int, width: int, num_heads: int, ratio: int
+) -> float:
+    """Exponentials of the forward pass for one request: of every score and every gate."""
+    return float(num_layers * length * (num_targets * num_heads + ratio * width))
+
+
+def model_bytes(length: int, num_layers: int, width: int, itemsize: int) -> float:
+    """Bytes of three passes over the tokens per layer: read, read again, gradient."""
+    return 3.0 * num_layers * length * width * itemsize
+
+
 def torch_steps(
     requests: int, length: int, num_targets: int, num_layers: int, width: int, num_heads: int,
     ratio: int, *, dtype: str, num_threads: int,

@@ -31,7 +31,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -45,7 +44,7 @@ from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments import launch
 from stca_jax.experiments.benchmarks.serving_load import LoadTest, draw, run_load_test
 from stca_jax.experiments.benchmarks.serving_replay import replay_over_http
-from stca_jax.experiments.benchmarks.timing import time_interleaved
+from stca_jax.experiments.benchmarks.timing import Rates, measure_rates, time_interleaved
 from stca_jax.export.folder import ExportOptions, export_checkpoint
 from stca_jax.export.replay import replay
 from stca_jax.input.dataset import RequestDataset
@@ -138,8 +137,9 @@ def draw_latency(num_targets: int, rows: Sequence[dict[str, Any]]) -> None:
 def times(config: ExperimentConfig, folders: dict[str, pathlib.Path]) -> list[dict[str, Any]]:
     """Times and bytes of each cache, and the floor."""
     rng = np.random.default_rng(0)
-    rates = measure_rates()
-    print(f"products {rates['flops'] / 1e9:.0f} GFLOP/s, exponentials {rates['exp'] * 1e9:.2f} ns")
+    rates = measure_rates(jnp.float32, config.model.sequence.width, clock=time.process_time)
+    each = 1e9 / rates.exponentials
+    print(f"products {rates.flops / 1e9:.0f} GFLOP/s, exponentials {each:.2f} ns")
     floors = {m: floor(config, m, rates) for m in _TARGETS}
     rows = []
     uncached: dict[int, float] = {}
@@ -209,23 +209,14 @@ def update_steps(scorer: Scorer, event: Events, now: int) -> dict[str, Any]:
     return {"append": append, "encode": encode}
 
 
-def measure_rates() -> dict[str, float]:
-    """FLOP/s of products, and seconds of an exponential, on these devices."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1_024, 1_024)), jnp.float32)
-    product, exponential = jax.jit(jnp.matmul), jax.jit(jnp.exp)
-    steps = {"product": lambda: product(x, x), "exp": lambda: exponential(x)}
-    timed = time_interleaved(steps, seconds=_SECONDS.value, clock=time.process_time)
-    return {"flops": 2 * 1_024**3 / timed["product"].best, "exp": timed["exp"].best / x.size}
-
-
-def floor(config: ExperimentConfig, num_targets: int, rates: dict[str, float]) -> float:
+def floor(config: ExperimentConfig, num_targets: int, rates: Rates) -> float:
     """Milliseconds that products and exponentials take at least."""
     sequence = config.model.sequence
     cost = sequence.cost(1_000_000)  # in the projected order
     pairs = num_targets * _MAX_HISTORY.value
     flops = cost.per_target * num_targets + cost.per_pair * pairs
     exponentials = pairs * getattr(sequence, "num_heads", 0) * cost.num_layers
-    return 1e3 * (flops / rates["flops"] + exponentials * rates["exp"])
+    return 1e3 * rates.floor(flops, exponentials)
 
 
 def one(model: ServingModel, rng: np.random.Generator) -> dict[str, Any]:

@@ -107,6 +107,53 @@ def peak_flops(dtype: Any, width: int, *, clock: Callable[[], float] = time.perf
     return max(10 * flops / timings[n].best for n, (_, flops) in steps.items())
 
 
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What this machine does at best, as measured.
+
+    Attributes:
+      flops: FLOP/s of matrix products.
+      exponentials: float32 exponentials per second.
+      bandwidth: Bytes per second that are read or written, of arrays that fit no cache.
+    """
+
+    flops: float
+    exponentials: float
+    bandwidth: float
+
+    def floor(self, flops: float, exponentials: float, num_bytes: float = 0.0) -> float:
+        """Seconds that so much work takes at least.
+
+        A CPU core computes products and exponentials with the same units, one after the other; an
+        accelerator has units for each. Both read memory meanwhile.
+        """
+        parts = [flops / self.flops, exponentials / self.exponentials]
+        arithmetic = sum(parts) if jax.default_backend() == "cpu" else max(parts)
+        return max(arithmetic, num_bytes / self.bandwidth)
+
+
+def measure_rates(
+    dtype: Any, width: int, *, clock: Callable[[], float] = time.perf_counter
+) -> Rates:
+    """`Rates` of this process's device; products are of `dtype`, see `peak_flops`."""
+    on_cpu = jax.default_backend() == "cpu"
+    few = jnp.ones((1024, 1024) if on_cpu else (8192, 8192), jnp.float32)
+    many = [jnp.ones((2**26 if on_cpu else 2**28,), jnp.float32)]
+    exponential, _ = compiled_step(jnp.exp, few)
+    increment = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no new pages
+
+    def copy() -> Any:
+        many[0] = increment(many[0])
+        return many[0]
+
+    timed = time_interleaved({"exp": exponential, "copy": copy}, seconds=0.3, clock=clock)
+    return Rates(
+        peak_flops(dtype, width, clock=clock),
+        few.size / timed["exp"].best,
+        2 * many[0].nbytes / timed["copy"].best,
+    )
+
+
 def environment() -> dict[str, Any]:
     """Hardware and versions, for every line of a report."""
     model = platform.processor()

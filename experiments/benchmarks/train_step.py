@@ -6,12 +6,14 @@ Steps: one history per impression · one per request, einsum · order by the cos
 fused · the device's kernels · ragged lengths packed into rows; with PyTorch installed
 (`pip install -e ".[bench]"`), its TransformerEncoder with the targets appended and STCA with SDPA
 beside it.  GFLOP/s count the
-model's FLOPs, never recomputation; the peak is the best matrix product of the same run.
+model's FLOPs, never recomputation; the peak is the best matrix product of the same run.  The floor
+is what the model's products, exponentials and bytes take at the best rates of the same run.
 Runs unchanged on GPU and TPU; `--dtype=bfloat16` there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -120,7 +122,19 @@ def _steps(length: int, num_targets: int, requests: int, only_fused: bool) -> di
     return {"per impression": (impressions, 1)} | middle | fused
 
 
-def _measure(length: int, num_targets: int, only_fused: bool) -> list[dict[str, Any]]:
+def _work(length: int, num_targets: int, rates: timing.Rates) -> tuple[float, float]:
+    """FLOPs of a request, and the seconds that it takes at least."""
+    shape = (length, num_targets, _LAYERS.value, _WIDTH.value, _HEADS.value, _RATIO.value)
+    flops = sequence_modules.model_flops(*shape)
+    exponentials = sequence_modules.model_exponentials(*shape)
+    itemsize = jnp.dtype(_DTYPE.value).itemsize
+    num_bytes = sequence_modules.model_bytes(length, _LAYERS.value, _WIDTH.value, itemsize)
+    return flops, rates.floor(flops, exponentials, num_bytes)
+
+
+def _measure(
+    length: int, num_targets: int, only_fused: bool, rates: timing.Rates
+) -> list[dict[str, Any]]:
     requests = max(1, min(_REQUESTS.value * max(1, 10_240 // length), 64))
     if length * requests > 10_240 * _REQUESTS.value:
         requests = max(1, 10_240 * _REQUESTS.value // length)
@@ -139,12 +153,9 @@ def _measure(length: int, num_targets: int, only_fused: bool) -> list[dict[str, 
             dtype=_DTYPE.value, num_threads=timing.environment()["cores"],
         ).items():  # fmt: skip
             calls[name], per_step[name] = call, count
-    before = timing.peak_flops(_DTYPE.value, _WIDTH.value, clock=_clock())
     timings = timing.time_interleaved(calls, seconds=_SECONDS.value, clock=_clock())
-    peak = max(before, timing.peak_flops(_DTYPE.value, _WIDTH.value, clock=_clock()))
-    flops = sequence_modules.model_flops(
-        length, num_targets, _LAYERS.value, _WIDTH.value, _HEADS.value, _RATIO.value
-    )
+    peak = max(rates.flops, timing.peak_flops(_DTYPE.value, _WIDTH.value, clock=_clock()))
+    flops, floor = _work(length, num_targets, dataclasses.replace(rates, flops=peak))
     slowest = timings["per impression"].best if not only_fused else None
     records = []
     for name, measured in timings.items():
@@ -156,6 +167,7 @@ def _measure(length: int, num_targets: int, only_fused: bool) -> list[dict[str, 
             "median_ms_per_request": 1e3 * measured.median / per_step[name],
             "gflops": flops / seconds / 1e9 if ours else None,
             "fraction_of_peak": flops / seconds / peak if ours else None,
+            "fraction_of_floor": floor / seconds if ours else None,
             "peak_gflops": peak / 1e9,
             "temp_mb": memory[name] / 1e6 if name in memory else None,
             "speed_up": slowest / seconds if slowest else None,
@@ -223,6 +235,7 @@ def _show(record: dict[str, Any]) -> None:
     fields = [f"{record['step']:46s} L={record['L']:<7d} m={record['m']:<5d}"]
     fields.append(f"{record['ms_per_request']:9.4g} ms/request")
     for name, text in (("gflops", "{:6.1f} GFLOP/s"), ("fraction_of_peak", "{:5.1%} of peak"),
+                       ("fraction_of_floor", "{:5.1%} of floor"),
                        ("temp_mb", "{:7.1f} MB"), ("speed_up", "{:6.1f}x"),
                        ("cost_over_padded", "{:6.3f} of the padded cost"),
                        ("real_over_padded_tokens", "{:6.3f} of its tokens")):  # fmt: skip
@@ -250,11 +263,15 @@ def _plot(records: list[dict[str, Any]], path: str) -> None:
 def main() -> None:
     """Measures, prints, and writes."""
     print(timing.environment())
-    records: list[dict[str, Any]] = []
+    rates = timing.measure_rates(_DTYPE.value, _WIDTH.value, clock=_clock())
+    print(f"products {rates.flops / 1e9:.4g} GFLOP/s ({_DTYPE.value}), exponentials "
+          f"{rates.exponentials / 1e9:.3g} G/s, memory {rates.bandwidth / 1e9:.4g} GB/s",
+          flush=True)  # fmt: skip
+    records: list[dict[str, Any]] = [{"step": "rates"} | dataclasses.asdict(rates)]
     points = [(int(x), int(m), False) for m in _TARGETS.value for x in _LENGTHS.value]
     points += [(int(x), 16, True) for x in _LONG.value]
     for length, num_targets, only_fused in points:
-        for record in _measure(length, num_targets, only_fused):
+        for record in _measure(length, num_targets, only_fused, rates):
             records.append(record)
             _show(record)
         jax.clear_caches()
