@@ -10,6 +10,7 @@ written. `history FFN` is E1 alone, `layer` E1, E3 and E4, each forward and back
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -187,20 +188,6 @@ def _compiled(device: jax.Device, options: Any, step: Any, *arguments: Any) -> A
         return jax.jit(step).lower(*placed).compile(**options)
 
 
-class _TritonAfterXla(TritonKernels):
-    """The encoder is XLA's, as it is for tokens that are too wide for the kernels."""
-
-    def can_encode(self, encoder: HistoryEncoder, dtype: Any) -> bool:
-        return False
-
-
-class _MosaicAfterXla(MosaicKernels):
-    """Likewise."""
-
-    def can_encode(self, encoder: HistoryEncoder, dtype: Any) -> bool:
-        return False
-
-
 def main() -> None:
     """Compiles, counts and prints."""
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a device, see experiments.plan
@@ -211,15 +198,17 @@ def main() -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
     _, (device, *_) = topology_devices(_TOPOLOGY.value)
-    kernels: tuple[Kernels, Kernels] = (_MosaicAfterXla(), MosaicKernels())
+    kernels: MosaicKernels | TritonKernels = MosaicKernels()
     if device.platform != "tpu":
-        gpu = GPUS[device.compute_capability]
-        kernels = (_TritonAfterXla(gpu), TritonKernels(gpu))
+        kernels = TritonKernels(GPUS[device.compute_capability])
     print(f"{'d':>5s} {'':12s} {'in XLA':>8s} {'kernels':>8s}")
     for width in map(int, _WIDTHS.value):
         size = Size(_ROWS.value, _LENGTH.value, _TARGETS.value, width, _DTYPE.value)
         for name, step in (("history FFN", encoder_step), ("layer", layer_step)):
-            found = [moved(step(size, k, device).as_text()) for k in kernels]
+            found = [
+                moved(step(size, dataclasses.replace(kernels, encodes=e), device).as_text())
+                for e in (False, True)
+            ]
             passes = " ".join(f"{sum(m.bytes for m in f) / size.bytes:8.1f}" for f in found)
             print(f"{width:5d} {name:12s} {passes}", flush=True)
             if _DETAILS.value:

@@ -32,9 +32,11 @@ class MosaicKernels(Kernels):
 
     Attributes:
       interpret: Run on the CPU, by JAX's interpreter of Pallas.
+      encodes: Encode the tokens too, where they can; without it, XLA does.
     """
 
     interpret: Any = False
+    encodes: bool = True
 
     @property
     def platform(self) -> str | None:
@@ -51,7 +53,7 @@ class MosaicKernels(Kernels):
 
     def can_encode(self, encoder: HistoryEncoder, dtype: Any) -> bool:
         """See `Kernels`."""
-        return encoder_tpu.can_encode(encoder, dtype)
+        return self.encodes and encoder_tpu.can_encode(encoder, dtype)
 
     def encode(self, encoder: HistoryEncoder, tokens: Array, covered: Array) -> Array:
         """See `Kernels`."""

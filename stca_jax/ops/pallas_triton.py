@@ -62,10 +62,12 @@ class TritonKernels(Kernels):
     Attributes:
       gpu: The GPU whose limits and block sizes hold; what fits an A100 fits an H100.
       interpret: Run on the CPU, by JAX's interpreter of Pallas.
+      encodes: Encode the tokens too, where they can; without it, XLA does.
     """
 
     gpu: Gpu = GPUS["8.0"]
     interpret: bool = False
+    encodes: bool = True
 
     @classmethod
     def here(cls) -> TritonKernels:
@@ -116,7 +118,7 @@ class TritonKernels(Kernels):
 
     def can_encode(self, encoder: HistoryEncoder, dtype: Any) -> bool:
         """See `Kernels`."""
-        return encoder_triton.cuts_for(len(encoder.up), dtype) is not None
+        return self.encodes and encoder_triton.cuts_for(len(encoder.up), dtype) is not None
 
     def encode(self, encoder: HistoryEncoder, tokens: Array, covered: Array) -> Array:
         """See `Kernels`."""

@@ -165,5 +165,6 @@ def test_wide_tokens_are_encoded_by_xla():
         assert kernels.can_encode(weights(256), jnp.bfloat16)
         assert not kernels.can_encode(weights(256), jnp.float16)
         assert not kernels.can_encode(weights(512), jnp.float32)
+        assert not dataclasses.replace(kernels, encodes=False).can_encode(weights(64), jnp.float32)
     assert not KERNELS["triton"].can_encode(weights(264), jnp.float32)
     assert_matches_oracle(case, implementation=KERNELS["triton"], block_sizes=SMALL)
