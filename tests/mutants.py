@@ -48,6 +48,7 @@ _SHORT = _TRAINER + "test_requests_of_short_histories_are_left_out_everywhere"
 _AVERAGE = _STEP + "test_predictions_are_of_the_average"
 _SKIPPED = _STEP + "test_skipped_step_changes_nothing"
 _IDS = "tests/data/test_log_coverage.py::"
+_ENCODER = "tests/ops/test_encoder_kernels.py::"
 
 MUTANTS = (
     Mutant("labels of the first task", "stca_jax/evaluation/evaluator.py",
@@ -178,6 +179,17 @@ MUTANTS = (
            "shutil.rmtree(other)", "pass",
            "tests/data/test_leftovers.py::"
            "test_of_a_killed_log_described_otherwise_nothing_is_left"),
+    Mutant("skip without a gradient on GPUs", "stca_jax/ops/encoder_triton.py",
+           "d_x = d if static.skip else [", "d_x = [", _ENCODER + "test_values_and_gradients"),
+    Mutant("skip without a gradient on TPUs", "stca_jax/ops/encoder_tpu.py",
+           "(d_x + d_y if skip else d_x)", "d_x", _ENCODER + "test_values_and_gradients"),
+    Mutant("padded columns normalised", "stca_jax/ops/encoder_kernels.py",
+           "if offset > width:", "if False:", _ENCODER + "test_values_and_gradients"),
+    Mutant("gradients of uncovered tokens", "stca_jax/ops/encoder_tpu.py",
+           "jnp.where(mask > 0, x, 0)", "x", _ENCODER + "test_values_and_gradients"),
+    Mutant("shares of tokens overlap", "stca_jax/ops/encoder_triton.py",
+           "begin = pl.program_id(1) * most", "begin = pl.program_id(1)",
+           _ENCODER + "test_shares_of_the_tokens"),
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ passed as `block_sizes`.  Sizes whose blocks do not fit the device are reported 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import time
 from typing import Any, NamedTuple
@@ -28,10 +29,15 @@ from stca_jax.experiments.benchmarks import timing
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.ops.attention import AttentionOptions, cheaper_order, history_layer
 from stca_jax.ops.encoder import HistoryEncoder
+from stca_jax.ops.pallas_tpu import MosaicKernels
+from stca_jax.ops.pallas_triton import TritonKernels
 from stca_jax.ops.tiles import BlockSizes
 from stca_jax.ranges import Ranges
 
-_IMPLEMENTATIONS = flags.DEFINE_list("implementation", ["reference", "xla"], "What to measure.")
+_IMPLEMENTATIONS = flags.DEFINE_list(
+    "implementation", ["reference", "xla"],
+    "What to measure; triton_alone and mosaic_tpu_alone leave the history FFN to XLA.",
+)  # fmt: skip
 _ORDERS = flags.DEFINE_list("order", ["absorbed", "projected"], "Orders to measure.")
 _ROWS = flags.DEFINE_integer("rows", 4, "R.")
 _LENGTH = flags.DEFINE_integer("length", 4096, "L.")
@@ -104,6 +110,11 @@ def _step(over: _Rows, implementation: Any, order: Any, sizes: BlockSizes | None
     heads = (d, h, d // h)
     arguments = (normal(rows, num_targets, h, d // h), normal(rows, over.length, d), encoder,
                  normal(*heads), normal(*heads))  # fmt: skip
+
+    if implementation == "triton_alone":
+        implementation = dataclasses.replace(TritonKernels.here(), encodes=False)
+    elif implementation == "mosaic_tpu_alone":
+        implementation = MosaicKernels(encodes=False)
 
     def loss(*inputs: Any) -> jax.Array:
         out = history_layer(*inputs, options=AttentionOptions(order, implementation, sizes))

@@ -36,7 +36,8 @@ def layer_norm(
 class HistoryEncoder:
     """Weights of a layer's history FFN (SwiGLU without biases) and LayerNorm.
 
-    Every implementation of the op encodes tokens by `encode_history` or `encode_transposed`.
+    Implementations of the op encode tokens by `encode_history` or `encode_transposed`; Pallas
+    kernels have their own (`stca_jax.ops.encoder_kernels`).
 
     Attributes:
       up: W_u.

@@ -24,7 +24,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jaxtyping import Array, Bool, Float, Int
 
-from stca_jax.ops.encoder import encode_history
+from stca_jax.ops.encoder import HistoryEncoder, encode_history
 from stca_jax.ops.implementation import GroupedImplementation, Tokens, TokenWeights
 from stca_jax.ops.tiled import NO_SCORE
 from stca_jax.ops.tiles import BlockSizes, Tiling, make_tiling, tile_targets, untile_targets
@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
     Attributes:
       query: Scaled queries by target tile.
       key: Keys by row, padded to whole history tiles.
-      value: Values.
+      value: Values; None if they are the keys.
       start: First token of each target's range, repeated for its heads.
       end: One past its last token.
       first: First history tile that some target of the tile needs.
@@ -48,11 +48,16 @@ class Inputs(NamedTuple):
 
     query: Float[Array, "J G E C"]
     key: Float[Array, "R G L E"]
-    value: Float[Array, "R G L E"]
+    value: Float[Array, "R G L E"] | None
     start: Int[Array, "J 1 C"]
     end: Int[Array, "J 1 C"]
     first: Int[Array, " J"]
     last: Int[Array, " J"]
+
+    @property
+    def history(self) -> tuple[Array, ...]:
+        """Keys and values, or the one array that is both."""
+        return (self.key,) if self.value is None else (self.key, self.value)
 
 
 class Kernels(GroupedImplementation):
@@ -98,8 +103,8 @@ class Kernels(GroupedImplementation):
     @abc.abstractmethod
     def backward(
         self, tiling: Tiling, inputs: Inputs, d_output: Array, log_sum_exp: Array, delta: Array
-    ) -> tuple[Array, Array, Array]:
-        """Gradients of the queries, keys and values.
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """Gradients of the queries, and of `Inputs.history`.
 
         Args:
           tiling: How the batch is cut.
@@ -109,7 +114,49 @@ class Kernels(GroupedImplementation):
           delta: float32 [J, G, 1, C], such that d(score) = weight * (d(weight) - delta).
 
         Returns:
-          Of the shapes of `inputs`: float32 for the queries, the keys' dtype for keys and values.
+          Of the shapes of `inputs`: float32 for the queries, the keys' dtype for the history.
+        """
+
+    @abc.abstractmethod
+    def can_encode(self, encoder: HistoryEncoder, dtype: Any) -> bool:
+        """Whether `encode` takes these weights and tokens of that dtype.
+
+        XLA's `encode_history` encodes the others, and stores hidden units of all tokens.
+        """
+
+    @abc.abstractmethod
+    def encode(
+        self,
+        encoder: HistoryEncoder,
+        tokens: Float[Array, "R n D"],
+        covered: Bool[Array, "R L 1"],
+    ) -> Float[Array, "R L D"]:
+        """E1 of all tokens, see `encode_history`, without storing hidden units.
+
+        Args:
+          encoder: Weights of any dtype.
+          tokens: What is not covered may hold anything.
+          covered: Padded with False to whole history tiles.
+
+        Returns:
+          In the tokens' dtype; any finite numbers where nothing is covered.
+        """
+
+    @abc.abstractmethod
+    def encode_backward(
+        self,
+        encoder: HistoryEncoder,
+        tokens: Float[Array, "R n D"],
+        covered: Bool[Array, "R L 1"],
+        d_encoded: Float[Array, "R L D"],
+    ) -> tuple[HistoryEncoder, Float[Array, "R n D"]]:
+        """Gradients of the weights, float32, and of the tokens; equal inputs give equal bits.
+
+        Args:
+          encoder: As for `encode`.
+          tokens: As for `encode`.
+          covered: As for `encode`.
+          d_encoded: Gradients of what `encode` returned; ignored where nothing is covered.
         """
 
     def attend_grouped(
@@ -129,17 +176,20 @@ class Kernels(GroupedImplementation):
         width, columns, tile = self.padded_sizes(width, A * tiling.targets, tiling.history)
         tiling = dataclasses.replace(tiling, history=tile, tiles_per_row=-(-length // tile))
         covered = ranges.covered(length)[..., None]
-        key, value = _keys_and_values(tokens.value, weights, covered, tiling)
+        key, value = self._keys_and_values(tokens.value, weights, covered, tiling)
         if tokens.score is not None:
             score = jnp.where(covered, tokens.score, 0).astype(jnp.float32)
-            score = _pad_to(score, R, key.shape[2], score.shape[-1])
+            score = pad_to(score, R, key.shape[2], score.shape[-1])
+            # Keys that are values too get columns whose weighted sums nobody reads.
             query, key = _with_score(query, key, score)
-        key, value = (_pad_to(x, *x.shape[:3], width) for x in (key, value))
+        key = pad_to(key, *key.shape[:3], width)
+        if value is not None:
+            value = pad_to(value, *value.shape[:3], width)
         stacked = tile_targets(query, tiling).transpose(0, 2, 4, 3, 1)  # [J, G, E, A, m]
         stacked = stacked.reshape(*stacked.shape[:3], -1)
-        stacked = _pad_to(stacked, *stacked.shape[:2], width, columns)
+        stacked = pad_to(stacked, *stacked.shape[:2], width, columns)
         start, end = (
-            _pad_to(jnp.tile(tile_targets(x, tiling), A)[:, None], len(stacked), 1, columns)
+            pad_to(jnp.tile(tile_targets(x, tiling), A)[:, None], len(stacked), 1, columns)
             for x in ranges
         )
         inputs = Inputs(stacked, key, value, start, end, *_bands(ranges, tiling))
@@ -152,25 +202,42 @@ class Kernels(GroupedImplementation):
 
         return unstack(output)[..., :E], unstack(log_sum_exp)[..., 0]
 
+    def _keys_and_values(
+        self,
+        tokens: Float[Array, "R n D"],
+        weights: TokenWeights,
+        covered: Bool[Array, "R n 1"],
+        tiling: Tiling,
+    ) -> tuple[Float[Array, "R G L E"], Float[Array, "R G L E"] | None]:
+        """Of whole rows, padded to whole history tiles; see `Inputs`."""
+        length = tiling.tiles_per_row * tiling.history
+        if weights.encoder is None:
+            x = jnp.where(covered, tokens, 0)
+            x = pad_to(x, len(x), length, x.shape[-1])
+        else:
+            covered = pad_to(covered, len(tokens), length, 1)
+            x = encode_tokens(self, weights.encoder, tokens, covered)
+        if weights.w_key is None or weights.w_value is None:
+            return x[:, None], None
+        key, value = (jnp.einsum("rld,dgk->rglk", x, w) for w in (weights.w_key, weights.w_value))
+        return key, value
 
-def _keys_and_values(
+
+def encode_tokens(
+    kernels: Kernels,
+    encoder: HistoryEncoder,
     tokens: Float[Array, "R n D"],
-    weights: TokenWeights,
-    covered: Bool[Array, "R n 1"],
-    tiling: Tiling,
-) -> tuple[Float[Array, "R G L E"], Float[Array, "R G L E"]]:
-    """Of whole rows, padded to whole history tiles."""
-    x = jnp.where(covered, tokens, 0)
-    if weights.encoder is not None:
-        x = encode_history(weights.encoder, x)
-    x = _pad_to(x, len(x), tiling.tiles_per_row * tiling.history, x.shape[-1])
-    if weights.w_key is None or weights.w_value is None:
-        return x[:, None], x[:, None]
-    key, value = (jnp.einsum("rld,dgk->rglk", x, w) for w in (weights.w_key, weights.w_value))
-    return key, value
+    covered: Bool[Array, "R L 1"],
+) -> Float[Array, "R L D"]:
+    """`Kernels.encode` where they can, and else XLA's `encode_history`; differentiable."""
+    if kernels.can_encode(encoder, tokens.dtype):
+        return _encode(kernels, encoder, tokens, covered)
+    x = encode_history(encoder, jnp.where(covered[:, : tokens.shape[1]], tokens, 0))
+    return pad_to(x, *covered.shape[:2], x.shape[-1])
 
 
-def _pad_to(x: Array, *shape: int) -> Array:
+def pad_to(x: Array, *shape: int) -> Array:
+    """With zeros behind each axis."""
     return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, shape, strict=True)])
 
 
@@ -259,19 +326,39 @@ def _backward(kernels: Kernels, tiling: Tiling, residuals: Any, cotangents: Any)
     # d(score) = weight * (d(weight) - delta), log-sum-exp included: its gradient is the weight.
     delta = (d_output * output).sum(2, keepdims=True) - d_log_sum_exp
     backward = functools.partial(kernels.backward, tiling)
-    d_query, d_key, d_value = _lowered_for(
+    d_query, d_history = _lowered_for(
         kernels, backward, inputs, d_output.astype(inputs.query.dtype), log_sum_exp, delta
     )
     gradients: dict[str, Any] = dict.fromkeys(Inputs._fields)  # None: integers have no gradient
-    gradients |= {
-        "query": d_query.astype(inputs.query.dtype),
-        "key": d_key.astype(inputs.key.dtype),
-        "value": d_value.astype(inputs.value.dtype),
-    }
-    return (Inputs(**gradients),)
+    gradients["query"] = d_query.astype(inputs.query.dtype)
+    return (Inputs(**gradients | dict(zip(("key", "value"), d_history, strict=False))),)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _encode(kernels: Kernels, encoder: HistoryEncoder, tokens: Array, covered: Array) -> Array:
+    return _encode_forward(kernels, encoder, tokens, covered)[0]
+
+
+def _encode_forward(
+    kernels: Kernels, encoder: HistoryEncoder, tokens: Array, covered: Array
+) -> tuple[Array, Any]:
+    return _lowered_for(kernels, kernels.encode, encoder, tokens, covered), (
+        encoder, tokens, covered,
+    )  # fmt: skip
+
+
+def _encode_backward(
+    kernels: Kernels, residuals: Any, d_encoded: Array
+) -> tuple[HistoryEncoder, Array, None]:
+    gradients, d_tokens = _lowered_for(kernels, kernels.encode_backward, *residuals, d_encoded)
+    gradients = jax.tree.map(lambda g, w: g.astype(w.dtype), gradients, residuals[0])
+    return gradients, d_tokens, None
+
+
+_encode.defvjp(_encode_forward, _encode_backward)
 
 
 def _lowered_for(kernels: Kernels, call: Callable[..., Any], *arguments: Any) -> Any:

@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from stca_jax.ops import encoder_tpu
+from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.kernels import Inputs, Kernels, dot, mask_scores, score_gradients, softmax_step
 from stca_jax.ops.tiled import LOWEST_PEAK
 from stca_jax.ops.tiles import BlockSizes, Tiling
@@ -30,9 +32,11 @@ class MosaicKernels(Kernels):
 
     Attributes:
       interpret: Run on the CPU, by JAX's interpreter of Pallas.
+      encodes: Encode the tokens too, where they can; without it, XLA does.
     """
 
     interpret: Any = False
+    encodes: bool = True
 
     @property
     def platform(self) -> str | None:
@@ -47,6 +51,20 @@ class MosaicKernels(Kernels):
         """See `Kernels`: a tile of tokens is whole registers."""
         return width, columns, -(-history // _SUBLANES) * _SUBLANES
 
+    def can_encode(self, encoder: HistoryEncoder, dtype: Any) -> bool:
+        """See `Kernels`."""
+        return self.encodes and encoder_tpu.can_encode(encoder, dtype)
+
+    def encode(self, encoder: HistoryEncoder, tokens: Array, covered: Array) -> Array:
+        """See `Kernels`."""
+        return encoder_tpu.encode(encoder, tokens, covered, self.interpret)
+
+    def encode_backward(
+        self, encoder: HistoryEncoder, tokens: Array, covered: Array, d_encoded: Array
+    ) -> tuple[HistoryEncoder, Array]:
+        """See `Kernels`."""
+        return encoder_tpu.encode_backward(encoder, tokens, covered, d_encoded, self.interpret)
+
     def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
         """See `Kernels`."""
         J, G, E, C = inputs.query.shape
@@ -57,7 +75,7 @@ class MosaicKernels(Kernels):
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=(J, G, tiling.tiles_per_row),
-                in_specs=[spec.row, spec.row, spec.wide, *_key_specs(tiling, E)],
+                in_specs=[spec.row, spec.row, spec.wide, *_key_specs(tiling, inputs)],
                 out_specs=[spec.wide, spec.head_row],
                 scratch_shapes=[
                     pltpu.VMEM((1, C), jnp.float32),
@@ -74,24 +92,23 @@ class MosaicKernels(Kernels):
             ),
             interpret=self.interpret,
             name="target_to_history_forward",
-        )(inputs.first, inputs.last, inputs.start, inputs.end, inputs.query, inputs.key,
-          inputs.value)  # fmt: skip
+        )(inputs.first, inputs.last, inputs.start, inputs.end, inputs.query, *inputs.history)
 
     def backward(
         self, tiling: Tiling, inputs: Inputs, d_output: Array, log_sum_exp: Array, delta: Array
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, tuple[Array, ...]]:
         """See `Kernels`."""
         J, G, E, C = inputs.query.shape
         spec = _target_specs(E, C)
         arguments = (inputs.first, inputs.last, inputs.start, inputs.end, log_sum_exp, delta,
-                     inputs.query, d_output, inputs.key, inputs.value)  # fmt: skip
+                     inputs.query, d_output)  # fmt: skip
         targets = [spec.row, spec.row, spec.head_row, spec.head_row, spec.wide, spec.wide]
         d_query = pl.pallas_call(
             functools.partial(_query_kernel, tile=tiling.history),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=(J, G, tiling.tiles_per_row),
-                in_specs=[*targets, *_key_specs(tiling, E)],
+                in_specs=[*targets, *_key_specs(tiling, inputs)],
                 out_specs=spec.wide,
                 scratch_shapes=[pltpu.VMEM((E, C), jnp.float32)],
             ),
@@ -101,36 +118,36 @@ class MosaicKernels(Kernels):
             ),
             interpret=self.interpret,
             name="target_to_history_backward_query",
-        )(*arguments)
-        d_key, d_value = self._key_gradients(tiling, arguments)
-        return d_query, d_key, d_value
+        )(*arguments, *inputs.history)
+        return d_query, self._history_gradients(tiling, arguments, inputs.history)
 
-    def _key_gradients(self, tiling: Tiling, arguments: tuple[Array, ...]) -> tuple[Array, Array]:
-        R, G, L, E = arguments[-1].shape
+    def _history_gradients(
+        self, tiling: Tiling, arguments: tuple[Array, ...], history: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
+        R, G, _, E = history[0].shape
         C = arguments[2].shape[-1]
         per_row = tiling.target_tiles_per_row
         spec = _target_specs(E, C, lambda r, g, i, j: (r * per_row + j, g))
         block = pl.BlockSpec((1, 1, tiling.history, E), lambda r, g, i, j, *_: (r, g, i, 0))
-        shape = jax.ShapeDtypeStruct((R, G, L, E), arguments[-1].dtype)
         accumulator = pltpu.VMEM((tiling.history, E), jnp.float32)
         targets = [spec.row, spec.row, spec.head_row, spec.head_row, spec.wide, spec.wide]
-        d_key, d_value = pl.pallas_call(
+        d_history = pl.pallas_call(
             functools.partial(_key_kernel, tile=tiling.history, tiles_per_row=per_row),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=(R, G, tiling.tiles_per_row, per_row),
-                in_specs=[*targets, block, block],
-                out_specs=[block, block],
-                scratch_shapes=[accumulator, accumulator],
+                in_specs=[*targets, *[block] * len(history)],
+                out_specs=[block] * len(history),
+                scratch_shapes=[accumulator] * len(history),
             ),
-            out_shape=[shape, shape],
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in history],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
             ),
             interpret=self.interpret,
             name="target_to_history_backward_key",
-        )(*arguments)
-        return d_key, d_value
+        )(*arguments, *history)
+        return tuple(d_history)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,14 +175,15 @@ def _target_specs(E: int, C: int, tile_of: Any = lambda j, g, *_: (j, g)) -> _Ta
     )
 
 
-def _key_specs(tiling: Tiling, E: int) -> list[pl.BlockSpec]:
+def _key_specs(tiling: Tiling, inputs: Inputs) -> list[pl.BlockSpec]:
     """Keys and values of the band; past its end the last block stays, and nothing is fetched."""
 
     def index(j: Any, g: Any, i: Any, first: Any, last: Any) -> tuple[Any, ...]:
         inside = jnp.clip(first[j] + i, 0, jnp.maximum(last[j] - 1, 0))
         return lax.div(j, jnp.int32(tiling.target_tiles_per_row)), g, inside, 0
 
-    return [pl.BlockSpec((1, 1, tiling.history, E), index)] * 2
+    block = (1, 1, tiling.history, inputs.key.shape[-1])
+    return [pl.BlockSpec(block, index)] * len(inputs.history)
 
 
 def _check_vmem(tiling: Tiling, inputs: Inputs) -> None:
@@ -184,8 +202,8 @@ def _check_vmem(tiling: Tiling, inputs: Inputs) -> None:
         )
 
 
-def _forward_kernel(first, last, start, end, query, key, value, output, log_sum_exp, peak, total,
-                    summed, *, tile):  # fmt: skip
+def _forward_kernel(first, last, start, end, query, *refs, tile):
+    *history, output, log_sum_exp, peak, total, summed = refs
     j, i = pl.program_id(0), pl.program_id(2)
 
     @pl.when(i == 0)
@@ -196,10 +214,10 @@ def _forward_kernel(first, last, start, end, query, key, value, output, log_sum_
 
     @pl.when(first[j] + i < last[j])
     def _():
-        score = dot(key[0, 0], query[0, 0], 1, 0)
+        score = dot(history[0][0, 0], query[0, 0], 1, 0)
         score = mask_scores(score, start[0], end[0], (first[j] + i) * tile)
         weight, rescale, peak[...], total[...] = softmax_step(score, peak[...], total[...])
-        block = value[0, 0]
+        block = history[-1][0, 0]
         summed[...] = summed[...] * rescale + dot(block, weight.astype(block.dtype), 0, 0)
 
     @pl.when(i == pl.num_programs(2) - 1)
@@ -210,17 +228,18 @@ def _forward_kernel(first, last, start, end, query, key, value, output, log_sum_
         log_sum_exp[0, 0] = jnp.where(nonempty, peak[...] + jnp.log(safe_total), 0)
 
 
-def _gradients(ranges, statistics, query, d_output, key, value, position):
+def _gradients(ranges, statistics, query, d_output, history, position):
     """[t, C] weights and gradients of the scores, in the dtype of the keys."""
     start, end = (x[0] for x in ranges)
-    score = mask_scores(dot(key[0, 0], query[0, 0], 1, 0), start, end, position)
-    d_weight = dot(value[0, 0], d_output[0, 0], 1, 0)
-    weight, d_score = score_gradients(score, d_weight, *(x[0, 0] for x in statistics))
-    return weight.astype(key.dtype), d_score.astype(key.dtype)
+    score = mask_scores(dot(history[0][0, 0], query[0, 0], 1, 0), start, end, position)
+    d_weight = dot(history[-1][0, 0], d_output[0, 0], 1, 0)
+    factors = score_gradients(score, d_weight, *(x[0, 0] for x in statistics))
+    weight, d_score = (x.astype(query.dtype) for x in factors)
+    return weight, d_score
 
 
-def _query_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, key, value,
-                  d_query, summed, *, tile):  # fmt: skip
+def _query_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, *refs, tile):
+    *history, d_query, summed = refs
     j, i = pl.program_id(0), pl.program_id(2)
 
     @pl.when(i == 0)
@@ -230,34 +249,37 @@ def _query_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, 
     @pl.when(first[j] + i < last[j])
     def _():
         _, d_score = _gradients(
-            (start, end), (log_sum_exp, delta), query, d_output, key, value, (first[j] + i) * tile
+            (start, end), (log_sum_exp, delta), query, d_output, history, (first[j] + i) * tile
         )
-        summed[...] += dot(key[0, 0], d_score, 0, 0)
+        summed[...] += dot(history[0][0, 0], d_score, 0, 0)
 
     @pl.when(i == pl.num_programs(2) - 1)
     def _():
         d_query[0, 0] = summed[...]
 
 
-def _key_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, key, value,
-                d_key, d_value, key_sum, value_sum, *, tile, tiles_per_row):  # fmt: skip
+def _key_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, *refs, tile,
+                tiles_per_row):  # fmt: skip
+    arrays = len(refs) // 3
+    history, d_history, sums = refs[:arrays], refs[arrays : 2 * arrays], refs[2 * arrays :]
     r, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     target_tile = r * tiles_per_row + j
 
     @pl.when(j == 0)
     def _():
-        key_sum[...] = jnp.zeros_like(key_sum)
-        value_sum[...] = jnp.zeros_like(value_sum)
+        for summed in sums:
+            summed[...] = jnp.zeros_like(summed)
 
     @pl.when((first[target_tile] <= i) & (i < last[target_tile]))
     def _():
         weight, d_score = _gradients(
-            (start, end), (log_sum_exp, delta), query, d_output, key, value, i * tile
+            (start, end), (log_sum_exp, delta), query, d_output, history, i * tile
         )
-        key_sum[...] += dot(d_score, query[0, 0], 1, 1)
-        value_sum[...] += dot(weight, d_output[0, 0], 1, 1)
+        # Where keys are the values, both gradients are of one array.
+        sums[0][...] += dot(d_score, query[0, 0], 1, 1)
+        sums[-1][...] += dot(weight, d_output[0, 0], 1, 1)
 
     @pl.when(j == tiles_per_row - 1)
     def _():
-        d_key[0, 0] = key_sum[...].astype(d_key.dtype)
-        d_value[0, 0] = value_sum[...].astype(d_value.dtype)
+        for d_ref, summed in zip(d_history, sums, strict=True):
+            d_ref[0, 0] = summed[...].astype(d_ref.dtype)

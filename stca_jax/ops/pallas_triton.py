@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
+from stca_jax.ops import encoder_triton
+from stca_jax.ops.encoder import HistoryEncoder
+from stca_jax.ops.encoder_triton import parts_of
 from stca_jax.ops.kernels import Inputs, Kernels, dot, mask_scores, score_gradients, softmax_step
 from stca_jax.ops.tiled import LOWEST_PEAK, NO_SCORE
 from stca_jax.ops.tiles import BlockSizes, Tiling
@@ -59,10 +62,12 @@ class TritonKernels(Kernels):
     Attributes:
       gpu: The GPU whose limits and block sizes hold; what fits an A100 fits an H100.
       interpret: Run on the CPU, by JAX's interpreter of Pallas.
+      encodes: Encode the tokens too, where they can; without it, XLA does.
     """
 
     gpu: Gpu = GPUS["8.0"]
     interpret: bool = False
+    encodes: bool = True
 
     @classmethod
     def here(cls) -> TritonKernels:
@@ -106,10 +111,27 @@ class TritonKernels(Kernels):
     def padded_sizes(self, width: int, columns: int, history: int) -> tuple[int, int, int]:
         """See `Kernels`: Triton loads powers of two."""
         return (
-            -(-width // _SMALLEST) * _SMALLEST,  # in parts, see `_parts`
+            -(-width // _SMALLEST) * _SMALLEST,  # in parts, see `parts_of`
             max(_SMALLEST, pl.next_power_of_2(columns)),
             max(_SMALLEST, pl.next_power_of_2(history)),
         )
+
+    def can_encode(self, encoder: HistoryEncoder, dtype: Any) -> bool:
+        """See `Kernels`."""
+        return self.encodes and encoder_triton.cuts_for(len(encoder.up), dtype) is not None
+
+    def encode(self, encoder: HistoryEncoder, tokens: Array, covered: Array) -> Array:
+        """See `Kernels`."""
+        return encoder_triton.encode(
+            encoder_triton.make_layer(encoder, tokens, covered, self.interpret)
+        )
+
+    def encode_backward(
+        self, encoder: HistoryEncoder, tokens: Array, covered: Array, d_encoded: Array
+    ) -> tuple[HistoryEncoder, Array]:
+        """See `Kernels`: two programs per multiprocessor share the weights' gradients."""
+        layer = encoder_triton.make_layer(encoder, tokens, covered, self.interpret)
+        return encoder_triton.encode_backward(layer, d_encoded, 2 * self.gpu.multiprocessors)
 
     def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
         """See `Kernels`."""
@@ -122,43 +144,43 @@ class TritonKernels(Kernels):
         output, log_sum_exp = self._call(
             functools.partial(_forward_kernel, tile=tiling.history),
             grid=(J, G, splits),
-            in_specs=[*specs.ranges, specs.wide, specs.key, specs.key],
+            in_specs=[*specs.ranges, specs.wide, *[specs.key] * len(inputs.history)],
             out_specs=[_share_spec(E, C), _share_spec(1, C)],
             out_shape=[_shares(splits, J, G, E, C), _shares(splits, J, G, 1, C)],
             name="target_to_history_forward",
-        )(inputs.first, inputs.last, inputs.start, inputs.end, inputs.query, inputs.key,
-          inputs.value)  # fmt: skip
+        )(inputs.first, inputs.last, inputs.start, inputs.end, inputs.query, *inputs.history)
         joined = jax.nn.logsumexp(log_sum_exp, axis=0)
         output = (output * jnp.exp(log_sum_exp - joined)).sum(0)
         return output, jnp.where(joined > LOWEST_PEAK, joined, 0)
 
     def backward(
         self, tiling: Tiling, inputs: Inputs, d_output: Array, log_sum_exp: Array, delta: Array
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, tuple[Array, ...]]:
         """See `Kernels`."""
         J, G, E, C = inputs.query.shape
         splits = self._splits(tiling, J * G)
         arguments = (inputs.start, inputs.end, log_sum_exp, delta, inputs.query, d_output,
-                     inputs.key, inputs.value)  # fmt: skip
+                     *inputs.history)  # fmt: skip
+        arrays = len(inputs.history)
         specs = _band_specs(tiling, E, C)
         d_query = self._call(
             functools.partial(_query_kernel, tile=tiling.history),
             grid=(J, G, splits),
-            in_specs=specs.backward,
+            in_specs=specs.backward(arrays),
             out_specs=_share_spec(E, C),
             out_shape=_shares(splits, J, G, E, C),
             name="target_to_history_backward_query",
         )(inputs.first, inputs.last, *arguments)
         specs = _history_specs(tiling, E, C)
-        d_key, d_value = self._call(
+        d_history = self._call(
             _key_kernel,
             grid=(tiling.tiles_per_row, G, tiling.rows),
-            in_specs=specs.backward,
-            out_specs=[specs.key, specs.key],
-            out_shape=[jax.ShapeDtypeStruct(inputs.key.shape, inputs.key.dtype)] * 2,
+            in_specs=specs.backward(arrays),
+            out_specs=[specs.key] * arrays,
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs.history],
             name="target_to_history_backward_key",
         )(*_target_bands(inputs.first, inputs.last, tiling), *arguments)
-        return d_query.sum(0), d_key, d_value
+        return d_query.sum(0), tuple(d_history)
 
     def _splits(self, tiling: Tiling, programs: int) -> int:
         """How many programs share a band: two per multiprocessor, or one per history tile."""
@@ -204,10 +226,9 @@ class _Specs:
     wide: pl.BlockSpec
     key: pl.BlockSpec
 
-    @property
-    def backward(self) -> list[pl.BlockSpec]:
-        """Of all inputs of a backward kernel."""
-        return [*self.ranges, self.row, self.row, self.wide, self.wide, self.key, self.key]
+    def backward(self, arrays: int) -> list[pl.BlockSpec]:
+        """Of all inputs of a backward kernel, of them one or two of keys and values."""
+        return [*self.ranges, self.row, self.row, self.wide, self.wide, *[self.key] * arrays]
 
 
 def _band_specs(tiling: Tiling, E: int, C: int) -> _Specs:
@@ -262,16 +283,6 @@ def _target_bands(
     )
 
 
-def _parts(width: int) -> list[slice]:
-    """Cuts a multiple of 16 into powers of two, the largest first."""
-    parts, offset = [], 0
-    while offset < width:
-        size = 1 << ((width - offset).bit_length() - 1)
-        parts.append(slice(offset, offset + size))
-        offset += size
-    return parts
-
-
 def _share(first: Any, last: Any) -> tuple[Array, Array]:
     """This program's tiles of the band."""
     most = pl.cdiv(jnp.maximum(last - first, 0), pl.num_programs(2))
@@ -279,28 +290,38 @@ def _share(first: Any, last: Any) -> tuple[Array, Array]:
     return begin, jnp.minimum(begin + most, last)
 
 
+def _keys_and_values(
+    history: Sequence[Any], tokens: Any, parts: list[slice]
+) -> tuple[list[Array], list[Array]]:
+    """A tile of each of `Inputs.history`, in parts."""
+    loaded = [[x[tokens, p] for p in parts] for x in history]
+    return loaded[0], loaded[-1]
+
+
 def _product(a: list[Array], b: list[Array]) -> Any:
     """[t, C] product of keys or values [t, E] with [E, C], both in parts of E."""
     return sum(dot(x, y, 1, 0) for x, y in zip(a, b, strict=True))
 
 
-def _forward_kernel(first, last, start, end, query, key, value, output, log_sum_exp, *, tile):
-    parts = _parts(query.shape[0])
+def _add_products(summed: list[Array], a: Array, b: list[Array]) -> list[Array]:
+    """Adds the [t, E] product of [t, C] with [E, C], in parts of E."""
+    return [x + dot(a, y, 1, 1) for x, y in zip(summed, b, strict=True)]
+
+
+def _forward_kernel(first, last, start, end, query, *refs, tile):
+    *history, output, log_sum_exp = refs
+    parts = parts_of(query.shape[0])
     queries = [query[p, :] for p in parts]
     ranges = start[...], end[...]
     C = query.shape[1]
 
     def step(i, carry):
         peak, total, *summed = carry
-        tokens = pl.ds(i * tile, tile)
-        score = _product([key[tokens, p] for p in parts], queries)
-        score = mask_scores(score, *ranges, i * tile)
+        keys, values = _keys_and_values(history, pl.ds(i * tile, tile), parts)
+        score = mask_scores(_product(keys, queries), *ranges, i * tile)
         weight, rescale, peak, total = softmax_step(score, peak, total)
-        weight = weight.astype(value.dtype)
-        summed = [
-            x * rescale + dot(value[tokens, p], weight, 0, 0)
-            for x, p in zip(summed, parts, strict=True)
-        ]
+        weight = weight.astype(query.dtype)
+        summed = [x * rescale + dot(v, weight, 0, 0) for x, v in zip(summed, values, strict=True)]
         return peak, total, *summed
 
     row = (1, C)
@@ -320,20 +341,18 @@ def _forward_kernel(first, last, start, end, query, key, value, output, log_sum_
     log_sum_exp[...] = jnp.where(nonempty, peak + jnp.log(safe_total), NO_SCORE)
 
 
-def _query_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, key, value,
-                  d_query, *, tile):  # fmt: skip
-    parts = _parts(query.shape[0])
+def _query_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, *refs, tile):
+    *history, d_query = refs
+    parts = parts_of(query.shape[0])
     queries = [query[p, :] for p in parts]
     d_outputs = [d_output[p, :] for p in parts]
     ranges, statistics = (start[...], end[...]), (log_sum_exp[...], delta[...])
 
     def step(i, summed):
-        tokens = pl.ds(i * tile, tile)
-        keys = [key[tokens, p] for p in parts]
+        keys, values = _keys_and_values(history, pl.ds(i * tile, tile), parts)
         score = mask_scores(_product(keys, queries), *ranges, i * tile)
-        d_weight = _product([value[tokens, p] for p in parts], d_outputs)
-        _, d_score = score_gradients(score, d_weight, *statistics)
-        d_score = d_score.astype(key.dtype)
+        _, d_score = score_gradients(score, _product(values, d_outputs), *statistics)
+        d_score = d_score.astype(query.dtype)
         return [x + dot(k, d_score, 0, 0) for x, k in zip(summed, keys, strict=True)]
 
     zeros = [jnp.zeros(q.shape, jnp.float32) for q in queries]
@@ -342,26 +361,24 @@ def _query_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, 
         d_query[p, :] = x
 
 
-def _key_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, key, value,
-                d_key, d_value):  # fmt: skip
-    parts = _parts(query.shape[1])
-    keys, values = ([x[:, p] for p in parts] for x in (key, value))
-    position = pl.program_id(0) * key.shape[0]
+def _key_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, *refs):
+    history, d_history = refs[: len(refs) // 2], refs[len(refs) // 2 :]
+    tile = history[0].shape[0]
+    parts = parts_of(query.shape[1])
+    keys, values = _keys_and_values(history, slice(None), parts)
+    position = pl.program_id(0) * tile
 
-    def step(j, carry):
-        key_sum, value_sum = carry
+    def step(j, sums):
         queries, d_outputs = ([x[j, p, :] for p in parts] for x in (query, d_output))
         score = mask_scores(_product(keys, queries), start[j], end[j], position)
-        weight, d_score = score_gradients(
-            score, _product(values, d_outputs), log_sum_exp[j], delta[j]
-        )
-        weight, d_score = (x.astype(key.dtype) for x in (weight, d_score))
-        key_sum = [x + dot(d_score, q, 1, 1) for x, q in zip(key_sum, queries, strict=True)]
-        value_sum = [x + dot(weight, d, 1, 1) for x, d in zip(value_sum, d_outputs, strict=True)]
-        return key_sum, value_sum
+        factors = score_gradients(score, _product(values, d_outputs), log_sum_exp[j], delta[j])
+        weight, d_score = (x.astype(query.dtype) for x in factors)
+        # Where keys are the values, both gradients are of one array.
+        sums = [_add_products(sums[0], d_score, queries), *sums[1:]]
+        return [*sums[:-1], _add_products(sums[-1], weight, d_outputs)]
 
     zeros = [jnp.zeros(k.shape, jnp.float32) for k in keys]
-    key_sum, value_sum = lax.fori_loop(first[0, 0], last[0, 0], step, (zeros, zeros))
-    for p, dk, dv in zip(parts, key_sum, value_sum, strict=True):
-        d_key[:, p] = dk.astype(d_key.dtype)
-        d_value[:, p] = dv.astype(d_value.dtype)
+    sums = lax.fori_loop(first[0, 0], last[0, 0], step, [zeros] * len(history))
+    for d_ref, summed in zip(d_history, sums, strict=True):
+        for p, x in zip(parts, summed, strict=True):
+            d_ref[:, p] = x.astype(d_ref.dtype)

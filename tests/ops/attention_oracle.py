@@ -85,7 +85,7 @@ def oracle(case: Case, problem: Problem | None = None) -> tuple[np.ndarray, np.n
         if not len(x):
             continue
         if p.encoder is not None:
-            x = _encode(p.encoder, x)
+            x = encode(p.encoder, x)
         for h in range(H):
             score = (x @ p.w_key[:, h]) @ p.query[r, m, h] / np.sqrt(K)
             if p.history_score is not None:
@@ -96,7 +96,7 @@ def oracle(case: Case, problem: Problem | None = None) -> tuple[np.ndarray, np.n
     return output, log_sum_exp
 
 
-def _encode(encoder: HistoryEncoder, x: np.ndarray) -> np.ndarray:
+def encode(encoder: HistoryEncoder, x: np.ndarray) -> np.ndarray:
     gate = x @ encoder.gate
     y = (x @ encoder.up * gate / (1 + np.exp(-gate))) @ encoder.out
     y = y + x if encoder.skip else y

@@ -10,6 +10,7 @@ import pytest
 from compiled_scorer import check_scorer
 from compiled_step import D, L, R, compiled_step, in_process_of_its_own, stores_scores
 
+from stca_jax.experiments.benchmarks import passes
 from stca_jax.ops.match import match_statistics
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 from stca_jax.ops.tiles import BlockSizes
@@ -75,6 +76,38 @@ def check_single(gpu: str, order: str, dtype: str, score: str = "") -> None:
     assert not stores_scores(text)
 
 
+def check_encoder(gpu: str, *dtypes: str) -> None:
+    """Its kernels spill no registers, fit shared memory, and store no hidden units."""
+    kernels = TritonKernels(GPUS[DATA_SHEETS[gpu][0]])
+    for dtype, width in itertools.product(dtypes, (64, 128, 256)):
+        size = passes.Size(R, 10_240, 16, width, dtype)
+        step = passes.encoder_step(
+            size, kernels, devices_of(gpu)[0],
+            compiler_options={
+                "xla_gpu_fail_ptx_compilation_on_register_spilling": True,
+                "xla_backend_optimization_level": 3,  # as it is unless tests are in a hurry
+            },
+        )  # fmt: skip
+        text = step.as_text()
+        for kernel in ("forward", "backward_tokens", "backward_weights"):
+            assert f"history_encoder_{kernel}/pallas_call" in text
+        assert number_of_passes(text, size) < 10, (width, dtype)
+
+
+def check_passes(gpu: str) -> None:
+    """Of a layer's forward and backward step."""
+    kernels = TritonKernels(GPUS[DATA_SHEETS[gpu][0]])
+    for width in (64, 256):
+        size = passes.Size(R, 10_240, 16, width, "bfloat16")
+        text = passes.layer_step(size, kernels, devices_of(gpu)[0]).as_text()
+        assert number_of_passes(text, size) < 16, width
+
+
+def number_of_passes(text: str, size: passes.Size) -> float:
+    """Bytes of the operands and results of all instructions over the bytes of the tokens."""
+    return sum(m.bytes for m in passes.moved(text)) / size.bytes
+
+
 def check_all(gpu: str) -> None:
     for order, dtype in itertools.product(("absorbed", "projected"), ("bfloat16", "float32")):
         check_single(gpu, order, dtype)
@@ -128,6 +161,25 @@ def check_export(gpu: str) -> None:
 
 def test_bfloat16_on_one_h100():
     in_process_of_its_own(MODULE, "check_single", "H100", "absorbed", "bfloat16")
+
+
+def test_encoder_in_bfloat16_on_an_h100():
+    in_process_of_its_own(MODULE, "check_encoder", "H100", "bfloat16")
+
+
+@pytest.mark.slow
+def test_encoder_in_bfloat16_on_an_a100():
+    in_process_of_its_own(MODULE, "check_encoder", "A100", "bfloat16")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("gpu", DATA_SHEETS)
+def test_encoder_in_float32(gpu):
+    in_process_of_its_own(MODULE, "check_encoder", gpu, "float32")
+
+
+def test_passes_over_the_tokens():
+    in_process_of_its_own(MODULE, "check_passes", "H100")
 
 
 def test_too_large_blocks_name_the_limit():

@@ -7,6 +7,8 @@ import pytest
 from compiled_scorer import check_scorer
 from compiled_step import D, H, R, compiled_step, in_process_of_its_own, stores_scores
 
+from stca_jax.experiments.benchmarks import passes
+from stca_jax.ops.pallas_tpu import MosaicKernels
 from stca_jax.ops.tiles import BlockSizes
 
 pytest.importorskip("libtpu", reason="pip install -e .[test] has libtpu on Linux")
@@ -65,6 +67,29 @@ def check_vmem_error(generation: str) -> None:
         )  # fmt: skip
 
 
+def check_encoder(generation: str, *dtypes: str) -> None:
+    """Its kernels fit VMEM, up to the widest tokens that they take, and store no hidden units."""
+    for dtype, width in itertools.product(dtypes, (64, 128, 256, 320, 384)):
+        if not MosaicKernels().can_encode(passes.weights(width), dtype):
+            assert (dtype, width) == ("float32", 384)
+            continue
+        size = passes.Size(R, 10_240, 16, width, dtype)
+        step = passes.encoder_step(size, MosaicKernels(), devices_of(generation)[0])
+        if width % 128:  # XLA arranges such tokens otherwise, and copies them
+            continue
+        assert step.memory_analysis().temp_size_in_bytes < 1.1 * size.bytes, width
+        text = compiled_text(generation, step)
+        if text is not None:
+            assert sum(m.bytes for m in passes.moved(text)) < 6 * size.bytes
+
+
+def check_layer(generation: str) -> None:
+    """Passes over the tokens of a layer's forward and backward step."""
+    size = passes.Size(R, 10_240, 16, 256, "float32")
+    step = passes.layer_step(size, MosaicKernels(), devices_of(generation)[0])
+    assert sum(m.bytes for m in passes.moved(step.as_text())) < 10 * size.bytes
+
+
 def check_export(generation: str, many: str) -> None:
     check_scorer(devices_of(generation)[0], many=many == "many")
 
@@ -82,6 +107,27 @@ CASES = list(itertools.product(TOPOLOGIES, ("absorbed", "projected"), ("bfloat16
 )
 def test_one_chip(generation, order, dtype):
     in_process_of_its_own(MODULE, "check_single", generation, order, dtype)
+
+
+def test_encoder_in_bfloat16_on_one_v5e():
+    in_process_of_its_own(MODULE, "check_encoder", "v5e", "bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", ["v6e", "v5p"])
+def test_encoder_in_bfloat16(generation):
+    in_process_of_its_own(MODULE, "check_encoder", generation, "bfloat16")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_encoder_in_float32(generation):
+    in_process_of_its_own(MODULE, "check_encoder", generation, "float32")
+
+
+@pytest.mark.exhaustive
+def test_passes_of_a_layer():
+    in_process_of_its_own(MODULE, "check_layer", "v5e")
 
 
 @pytest.mark.slow

@@ -1,0 +1,354 @@
+"""The history encoder on GPUs (Triton): a program has a tile of tokens, hidden units in chunks.
+
+The backward pass is two kernels.  In one, a program has a tile of tokens, and writes the gradients
+of the tokens and of y, in front of the LayerNorm.  In the other it has a chunk of hidden units and
+a share of all tokens, whose sums stay in registers; XLA adds the shares.  There are no atomics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Bool, Float
+
+from stca_jax.ops.encoder import HistoryEncoder
+from stca_jax.ops.encoder_kernels import (
+    Parts,
+    hidden_gradients,
+    hidden_units,
+    norm_gradients,
+    normalise,
+    products,
+)
+from stca_jax.ops.kernels import dot, pad_to
+
+_SMALLEST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How much a program works on at a time; it changes the speed, never the result.
+
+    Attributes:
+      tokens: Most tokens of a tile; a power of two.
+      hidden: Hidden units of a chunk; a power of two.
+      warps: Warps of a program.
+    """
+
+    tokens: int
+    hidden: int
+    warps: int
+
+
+class Cuts(NamedTuple):
+    """Of the three kernels."""
+
+    forward: Cut
+    tokens: Cut
+    weights: Cut
+
+
+# By the least power of two that D is not above: the largest that spill no register, on an A100 as
+# on an H100.  Wider tokens are left to XLA: their products take longer than their hidden units take
+# to be stored and read, and here every tile of tokens would read all of the weights again.
+CUTS = {
+    "bfloat16": {
+        64: Cuts(Cut(64, 32, 4), Cut(64, 32, 4), Cut(64, 32, 4)),
+        128: Cuts(Cut(64, 32, 8), Cut(64, 32, 8), Cut(64, 32, 8)),
+        256: Cuts(Cut(64, 32, 8), Cut(32, 32, 8), Cut(32, 32, 8)),
+    },
+    "float32": {
+        64: Cuts(Cut(32, 16, 8), Cut(32, 16, 4), Cut(32, 16, 4)),
+        128: Cuts(Cut(32, 16, 8), Cut(16, 16, 8), Cut(32, 16, 8)),
+        256: Cuts(Cut(32, 16, 8), Cut(16, 16, 8), Cut(16, 16, 8)),
+    },
+}
+
+
+def cuts_for(width: int, dtype: Any) -> Cuts | None:
+    """For tokens of that width and dtype; None if XLA encodes them."""
+    return CUTS.get(jnp.dtype(dtype).name, {}).get(max(64, pl.next_power_of_2(width)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What the kernels are given of a layer.
+
+    Attributes:
+      weights: W_u, W_v and W_o as [D, F] in the tokens' dtype; scale and bias as float32 [1, D].
+        With zeros up to a multiple of 16 columns, and to whole chunks of hidden units.
+      tokens: Tokens of the rows, padded to as many columns.
+      covered: See `Kernels.encode`.
+      shape: D and F without padding.
+      skip: See `HistoryEncoder`.
+      cuts: Of the kernels.
+      interpret: See `TritonKernels`.
+    """
+
+    weights: tuple[Float[Array, "D F"], ...]
+    tokens: Float[Array, "R n D"]
+    covered: Bool[Array, "R L 1"]
+    shape: tuple[int, int]
+    skip: bool
+    cuts: Cuts
+    interpret: bool
+
+    @property
+    def width(self) -> int:
+        """D without padding."""
+        return self.shape[0]
+
+    @property
+    def rows(self) -> list[pl.BlockSpec]:
+        """Blocks of `covered` and `tokens` in a grid whose first axis is rows."""
+        return [_row(x) for x in (self.covered, self.tokens)]
+
+    def call(self, kernel: Callable[..., None], cut: Cut, **options: Any) -> Callable[..., Any]:
+        """`pl.pallas_call` of a kernel with what is static."""
+        static = _Static(parts_of(self.tokens.shape[-1]), cut.hidden, self.width, self.skip)
+        params = plgpu.CompilerParams(num_warps=cut.warps, num_stages=2)
+        return pl.pallas_call(
+            functools.partial(kernel, static=static, tile=self.tile(cut)),
+            compiler_params=params,
+            interpret=self.interpret,
+            **options,
+        )
+
+    def tile(self, cut: Cut) -> int:
+        """Tokens of a tile, which divide a row: a row is whole history tiles of 16 at least."""
+        return math.gcd(cut.tokens, self.covered.shape[1])
+
+
+class _Static(NamedTuple):
+    """What is static in a kernel.
+
+    Attributes:
+      parts: Of the columns.
+      chunk: Hidden units of a chunk.
+      width: D without padding.
+      skip: See `HistoryEncoder`.
+    """
+
+    parts: list[slice]
+    chunk: int
+    width: int
+    skip: bool
+
+
+def make_layer(
+    encoder: HistoryEncoder,
+    tokens: Float[Array, "R n D"],
+    covered: Bool[Array, "R L 1"],
+    interpret: bool,
+) -> Layer:
+    """What the kernels take of such a layer; `cuts_for` must have cuts for it."""
+    width, hidden = encoder.up.shape
+    cuts = cuts_for(width, tokens.dtype)
+    assert cuts is not None, width
+    chunk = max(cut.hidden for cut in cuts)
+    columns, units = -(-width // _SMALLEST) * _SMALLEST, -(-hidden // chunk) * chunk
+    factors = (encoder.up, encoder.gate, encoder.out.T)
+    weights = (
+        *(pad_to(w.astype(tokens.dtype), columns, units) for w in factors),
+        *(pad_to(w[None].astype(jnp.float32), 1, columns) for w in (encoder.scale, encoder.bias)),
+    )
+    tokens = pad_to(tokens, *tokens.shape[:2], columns)
+    return Layer(weights, tokens, covered, (width, hidden), encoder.skip, cuts, interpret)
+
+
+def encode(layer: Layer) -> Float[Array, "R L D"]:
+    """See `Kernels.encode`."""
+    cut = layer.cuts.forward
+    shape = (*layer.covered.shape[:2], layer.tokens.shape[-1])
+    encoded = jax.ShapeDtypeStruct(shape, layer.tokens.dtype)
+    encoded = layer.call(
+        _forward_kernel,
+        cut,
+        grid=(shape[0], shape[1] // layer.tile(cut)),
+        in_specs=[*layer.rows, *map(_whole, layer.weights)],
+        out_specs=_row(encoded),
+        out_shape=encoded,
+        name="history_encoder_forward",
+    )(layer.covered, layer.tokens, *layer.weights)
+    return encoded[..., : layer.width]
+
+
+def encode_backward(
+    layer: Layer, d_encoded: Float[Array, "R L D"], programs: int
+) -> tuple[HistoryEncoder, Float[Array, "R n D"]]:
+    """See `Kernels.encode_backward`; about so many programs share the weights' gradients."""
+    d_tokens, d_y, d_norm = _token_gradients(layer, d_encoded)
+    (D, F), columns = layer.shape, d_norm.sum((0, 1))[:, : layer.width]
+    up, gate, out = (x[:D, :F] for x in _weight_gradients(layer, d_y, programs))
+    gradients = HistoryEncoder(up, gate, out.T, columns[0], columns[1], layer.skip)
+    return gradients, d_tokens[..., :D]
+
+
+def _token_gradients(layer: Layer, d_encoded: Float[Array, "R L D"]) -> tuple[Array, Array, Array]:
+    """Of the tokens, of y, and sums of those of the scale and the bias by tile."""
+    cut = layer.cuts.tokens
+    R, L, _ = layer.covered.shape
+    D = layer.tokens.shape[-1]
+    tiles, weights = L // layer.tile(cut), layer.weights[:4]
+    d_encoded = pad_to(d_encoded, R, L, D)
+    d_norm = jax.ShapeDtypeStruct((R, tiles, 2, D), jnp.float32)
+    return layer.call(
+        _token_kernel,
+        cut,
+        grid=(R, tiles),
+        in_specs=[*layer.rows, _row(d_encoded), *map(_whole, weights)],
+        out_specs=[
+            _row(layer.tokens),
+            _row(d_encoded),
+            pl.BlockSpec((None, None, 2, D), lambda r, i: (r, i, 0, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(layer.tokens.shape, layer.tokens.dtype),
+            jax.ShapeDtypeStruct(d_encoded.shape, layer.tokens.dtype),
+            d_norm,
+        ],
+        name="history_encoder_backward_tokens",
+    )(layer.covered, layer.tokens, d_encoded, *weights)
+
+
+def _weight_gradients(layer: Layer, d_y: Float[Array, "R L D"], programs: int) -> list[Array]:
+    """Of W_u, W_v and W_o."""
+    cut = layer.cuts.weights
+    arrays = (layer.covered, layer.tokens, d_y, *layer.weights[:3])
+    D, F = layer.weights[0].shape
+    chunks, tiles = F // cut.hidden, d_y.shape[0] * d_y.shape[1] // layer.tile(cut)
+    shares = min(tiles, -(-programs // chunks))
+    sums = layer.call(
+        _weight_kernel,
+        cut,
+        grid=(chunks, shares),
+        in_specs=[_whole(x) for x in arrays],
+        out_specs=[pl.BlockSpec((None, D, F), lambda c, s: (s, 0, 0))] * 3,
+        out_shape=[jax.ShapeDtypeStruct((shares, D, F), jnp.float32)] * 3,
+        name="history_encoder_backward_weights",
+    )(*arrays)
+    return [x.sum(0) for x in sums]
+
+
+def _row(x: Any) -> pl.BlockSpec:
+    """All of a row of an array [R, n, D], in a grid whose first axis is rows."""
+    return pl.BlockSpec((None, *x.shape[1:]), lambda r, i: (r, 0, 0))
+
+
+def _whole(x: Any) -> pl.BlockSpec:
+    return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
+
+
+def parts_of(width: int) -> list[slice]:
+    """Cuts a multiple of 16 into powers of two, the largest first: Triton loads nothing else."""
+    parts, offset = [], 0
+    while offset < width:
+        size = 1 << ((width - offset).bit_length() - 1)
+        parts.append(slice(offset, offset + size))
+        offset += size
+    return parts
+
+
+def _load(ref: Any, index: tuple[Any, ...], mask: Array, static: _Static) -> Parts:
+    """A tile of tokens, zero where nothing is covered: nothing is read there."""
+    return [
+        plgpu.load(
+            ref.at[(*index, p)],
+            mask=jnp.broadcast_to(mask, (mask.shape[0], p.stop - p.start)),
+            other=0.0,
+        )
+        for p in static.parts
+    ]
+
+
+def _chunk(weights: Any, c: Any, static: _Static) -> list[Parts]:
+    """A chunk of hidden units of each weight."""
+    chunk = pl.ds(c * static.chunk, static.chunk)
+    return [[w[p, chunk] for p in static.parts] for w in weights]
+
+
+def _ffn(x: Parts, weights: Any, static: _Static) -> Parts:
+    """float32 y of a tile."""
+
+    def step(c: Any, y: Parts) -> Parts:
+        up, gate, out = _chunk(weights, c, static)
+        hidden = hidden_units(products(x, up), products(x, gate)).astype(x[0].dtype)
+        return [a + dot(hidden, w, 1, 1) for a, w in zip(y, out, strict=True)]
+
+    y = [a.astype(jnp.float32) if static.skip else jnp.zeros(a.shape, jnp.float32) for a in x]
+    return lax.fori_loop(0, weights[0].shape[1] // static.chunk, step, y)
+
+
+def _forward_kernel(covered, tokens, up, gate, out, scale, bias, encoded, *, static, tile):
+    rows = pl.ds(pl.program_id(1) * tile, tile)
+    x = _load(tokens, (rows,), covered[rows], static)
+    normal, _ = normalise(_ffn(x, (up, gate, out), static), static.width)
+    for p, n in zip(static.parts, normal, strict=True):
+        encoded[rows, p] = (n * scale[:, p] + bias[:, p]).astype(encoded.dtype)
+
+
+def _token_kernel(covered, tokens, d_encoded, up, gate, out, scale, d_tokens, d_output, d_norm, *,
+                  static, tile):  # fmt: skip
+    parts, weights = static.parts, (up, gate, out)
+    rows = pl.ds(pl.program_id(1) * tile, tile)
+    x = _load(tokens, (rows,), covered[rows], static)
+    normal, inverse = normalise(_ffn(x, weights, static), static.width)
+    d = [a.astype(jnp.float32) for a in _load(d_encoded, (rows,), covered[rows], static)]
+    for p, n, a in zip(parts, normal, d, strict=True):
+        d_norm[0, p] = (n * a).sum(0)
+        d_norm[1, p] = a.sum(0)
+    d = [a * scale[:, p] for a, p in zip(d, parts, strict=True)]
+    d = norm_gradients(normal, inverse, d, static.width)
+    d_y = [a.astype(x[0].dtype) for a in d]
+    for p, a in zip(parts, d_y, strict=True):
+        d_output[rows, p] = a
+
+    def step(c, d_x):
+        up, gate, out = _chunk(weights, c, static)
+        d_hidden = products(d_y, out)
+        d_u, d_v = hidden_gradients(products(x, up), products(x, gate), d_hidden)
+        d_u, d_v = d_u.astype(x[0].dtype), d_v.astype(x[0].dtype)
+        return [
+            a + dot(d_u, w, 1, 1) + dot(d_v, z, 1, 1) for a, w, z in zip(d_x, up, gate, strict=True)
+        ]
+
+    d_x = d if static.skip else [jnp.zeros(a.shape, jnp.float32) for a in d]
+    d_x = lax.fori_loop(0, up.shape[1] // static.chunk, step, d_x)
+    for p, a in zip(parts, d_x, strict=True):
+        row = pl.program_id(1) * tile + lax.broadcasted_iota(jnp.int32, a.shape, 0)
+        plgpu.store(d_tokens.at[rows, p], a.astype(d_tokens.dtype), mask=row < d_tokens.shape[0])
+
+
+def _weight_kernel(covered, tokens, d_output, up, gate, out, d_up, d_gate, d_out, *, static, tile):
+    up, gate, out = _chunk((up, gate, out), pl.program_id(0), static)
+    tiles = jnp.int32(covered.shape[1] // tile)
+    most = pl.cdiv(covered.shape[0] * tiles, pl.num_programs(1))
+    begin = pl.program_id(1) * most
+
+    def step(n, sums):
+        r, rows = lax.div(n, tiles), pl.ds(lax.rem(n, tiles) * tile, tile)
+        x = _load(tokens, (r, rows), covered[r, rows], static)
+        d_y = [d_output[r, rows, p] for p in static.parts]
+        u, v = products(x, up), products(x, gate)
+        factors = (*hidden_gradients(u, v, products(d_y, out)), hidden_units(u, v))
+        return [
+            [a + dot(b, f.astype(b.dtype), 0, 0) for a, b in zip(s, y, strict=True)]
+            for s, y, f in zip(sums, (x, x, d_y), factors, strict=True)
+        ]
+
+    zeros = [jnp.zeros(w.shape, jnp.float32) for w in up]
+    end = jnp.minimum(begin + most, covered.shape[0] * tiles)
+    sums = lax.fori_loop(begin, end, step, [zeros] * 3)
+    chunk = pl.ds(pl.program_id(0) * static.chunk, static.chunk)
+    for ref, s in zip((d_up, d_gate, d_out), sums, strict=True):
+        for p, a in zip(static.parts, s, strict=True):
+            ref[p, chunk] = a
