@@ -2,8 +2,8 @@
 
 Command: python -m experiments.train --config=experiments/configs/interests.py --workdir=DIR
 Reaches: test AUC .868 at 10,240 events (the truth has .877), .780 at 1,024, calibration .99, .81,
-seed 0, python -m experiments.evaluate --workdir=DIR --step=last, version 1.0.0 of the dataset, whose
-requests did not know how many events the user has
+seed 0, python -m experiments.evaluate --workdir=DIR --step=last, of version 1.0.0 of the dataset,
+whose requests did not know how many events the user has
 Measured: 14 minutes of training, a core of a busy AMD EPYC server (AVX-512), 2026-11-28
 What the model has learned: python -m experiments.diagnose --workdir=DIR
 """
