@@ -37,7 +37,7 @@ from stca_jax.schema import SECONDS_PER_DAY
 
 # Log-sum-exps and log counts over 10,000 events are of order 10; the tokens they join, of order 1.
 _COUNT_SCALE = 0.25
-_SCORE_OF_EQUALS = 4.0  # of an event that equals the target, at step 0 of a "scaled" start
+_SCORE_OF_EQUALS = 8.0  # of an event that equals the target, at step 0 of a "scaled" start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class StcaConfig(SequenceConfig):
       num_heads: h; must divide `width`.
       initialization: "matched" starts target side and history side equal, so that at step 0 an
         event's score is the similarity of its item to the target; "scaled" is that, with sizes that
-        depend on neither width nor depth: the score of an event that equals the target starts at 4
+        depend on neither width nor depth: the score of an event that equals the target starts at 8
         for any head width (it is sqrt(d_h) otherwise), a layer after the first starts as no change,
         o^i = 0, and the model's head starts at zero; "independent" draws every weight on its own,
         as the paper presumably does.
