@@ -317,11 +317,15 @@ def _forward_kernel(first, last, start, end, query, *refs, tile):
 
     def step(i, carry):
         peak, total, *summed = carry
-        keys, values = _keys_and_values(history, pl.ds(i * tile, tile), parts)
-        score = mask_scores(_product(keys, queries), *ranges, i * tile)
+        tokens = pl.ds(i * tile, tile)
+        score = _product([history[0][tokens, p] for p in parts], queries)
+        score = mask_scores(score, *ranges, i * tile)
         weight, rescale, peak, total = softmax_step(score, peak, total)
         weight = weight.astype(query.dtype)
-        summed = [x * rescale + dot(v, weight, 0, 0) for x, v in zip(summed, values, strict=True)]
+        summed = [
+            x * rescale + dot(history[-1][tokens, p], weight, 0, 0)
+            for x, p in zip(summed, parts, strict=True)
+        ]
         return peak, total, *summed
 
     row = (1, C)
@@ -371,14 +375,19 @@ def _key_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, *r
     def step(j, sums):
         queries, d_outputs = ([x[j, p, :] for p in parts] for x in (query, d_output))
         score = mask_scores(_product(keys, queries), start[j], end[j], position)
-        factors = score_gradients(score, _product(values, d_outputs), log_sum_exp[j], delta[j])
+        # Held for the whole loop, float32 values would spill registers, were they the keys as well.
+        read = values if query.dtype != jnp.float32 else [history[-1][:, p] for p in parts]
+        factors = score_gradients(score, _product(read, d_outputs), log_sum_exp[j], delta[j])
         weight, d_score = (x.astype(query.dtype) for x in factors)
-        # Where keys are the values, both gradients are of one array.
-        sums = [_add_products(sums[0], d_score, queries), *sums[1:]]
-        return [*sums[:-1], _add_products(sums[-1], weight, d_outputs)]
+        return [
+            _add_products(s, *x)
+            for s, x in zip(sums, ((d_score, queries), (weight, d_outputs)), strict=True)
+        ]
 
     zeros = [jnp.zeros(k.shape, jnp.float32) for k in keys]
-    sums = lax.fori_loop(first[0, 0], last[0, 0], step, [zeros] * len(history))
+    sums = lax.fori_loop(first[0, 0], last[0, 0], step, [zeros] * 2)
+    if len(history) == 1:  # keys are the values: both gradients are of one array
+        sums = [[x + y for x, y in zip(*sums, strict=True)]]
     for d_ref, summed in zip(d_history, sums, strict=True):
         for p, x in zip(parts, summed, strict=True):
             d_ref[:, p] = x.astype(d_ref.dtype)

@@ -30,6 +30,13 @@ DATA_SHEETS = {
 }
 
 
+NO_SPILLS = {
+    "xla_gpu_fail_ptx_compilation_on_register_spilling": True,
+    # Registers are as users have them, not as this hurried process, see conftest.
+    "xla_backend_optimization_level": 3,
+}
+
+
 def description(gpu: str) -> str:
     """What XLA has to know of a GPU to compile for it."""
     capability, cores, shared_memory, bandwidth, cache, memory = DATA_SHEETS[gpu]
@@ -61,8 +68,7 @@ def devices_of(gpu: str, count: int = 1):
 def check_single(gpu: str, order: str, dtype: str, score: str = "") -> None:
     kernels = TritonKernels(GPUS[DATA_SHEETS[gpu][0]])
     step = compiled_step(
-        devices_of(gpu), kernels, order, dtype, score=bool(score),
-        compiler_options={"xla_gpu_fail_ptx_compilation_on_register_spilling": True},
+        devices_of(gpu), kernels, order, dtype, score=bool(score), compiler_options=NO_SPILLS
     )  # fmt: skip
     # Absorbed: clean and padded tokens, their gradients.  Projected: keys, values, the gradients
     # of both.  The columns of a score widen each of them, and make keys and values differ.
@@ -82,11 +88,7 @@ def check_encoder(gpu: str, *dtypes: str) -> None:
     for dtype, width in itertools.product(dtypes, (64, 128, 256)):
         size = passes.Size(R, 10_240, 16, width, dtype)
         step = passes.encoder_step(
-            size, kernels, devices_of(gpu)[0],
-            compiler_options={
-                "xla_gpu_fail_ptx_compilation_on_register_spilling": True,
-                "xla_backend_optimization_level": 3,  # as it is unless tests are in a hurry
-            },
+            size, kernels, devices_of(gpu)[0], compiler_options=NO_SPILLS
         )  # fmt: skip
         text = step.as_text()
         for kernel in ("forward", "backward_tokens", "backward_weights"):
@@ -94,13 +96,14 @@ def check_encoder(gpu: str, *dtypes: str) -> None:
         assert number_of_passes(text, size) < 10, (width, dtype)
 
 
-def check_passes(gpu: str) -> None:
-    """Of a layer's forward and backward step."""
+def check_passes(gpu: str, dtype: str, *widths: str) -> None:
+    """Of a layer's forward and backward step, which spills no registers."""
     kernels = TritonKernels(GPUS[DATA_SHEETS[gpu][0]])
-    for width in (64, 256):
-        size = passes.Size(R, 10_240, 16, width, "bfloat16")
-        text = passes.layer_step(size, kernels, devices_of(gpu)[0]).as_text()
-        assert number_of_passes(text, size) < 16, width
+    for width in map(int, widths):
+        size = passes.Size(R, 10_240, 16, width, dtype)
+        device = devices_of(gpu)[0]
+        step = passes.layer_step(size, kernels, device, compiler_options=NO_SPILLS)
+        assert number_of_passes(step.as_text(), size) < 16, width
 
 
 def number_of_passes(text: str, size: passes.Size) -> float:
@@ -179,7 +182,14 @@ def test_encoder_in_float32(gpu):
 
 
 def test_passes_over_the_tokens():
-    in_process_of_its_own(MODULE, "check_passes", "H100")
+    in_process_of_its_own(MODULE, "check_passes", "H100", "bfloat16", "64", "256")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("gpu", DATA_SHEETS)
+def test_passes_at_all_widths(gpu, dtype):
+    in_process_of_its_own(MODULE, "check_passes", gpu, dtype, "64", "128", "256")
 
 
 def test_too_large_blocks_name_the_limit():
