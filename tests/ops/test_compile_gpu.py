@@ -10,7 +10,7 @@ import pytest
 from compiled_scorer import check_scorer
 from compiled_step import D, L, R, compiled_step, in_process_of_its_own, stores_scores
 
-from stca_jax.experiments.benchmarks import passes
+from stca_jax.experiments.benchmarks import compiled_bytes
 from stca_jax.ops.match import match_statistics
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 from stca_jax.ops.tiles import BlockSizes
@@ -86,8 +86,8 @@ def check_encoder(gpu: str, *dtypes: str) -> None:
     """Its kernels spill no registers, fit shared memory, and store no hidden units."""
     kernels = TritonKernels(GPUS[DATA_SHEETS[gpu][0]])
     for dtype, width in itertools.product(dtypes, (64, 128, 256)):
-        size = passes.Size(R, 10_240, 16, width, dtype)
-        step = passes.encoder_step(
+        size = compiled_bytes.Size(R, 10_240, 16, width, dtype)
+        step = compiled_bytes.encoder_step(
             size, kernels, devices_of(gpu)[0], compiler_options=NO_SPILLS
         )  # fmt: skip
         text = step.as_text()
@@ -100,15 +100,15 @@ def check_passes(gpu: str, dtype: str, *widths: str) -> None:
     """Of a layer's forward and backward step, which spills no registers."""
     kernels = TritonKernels(GPUS[DATA_SHEETS[gpu][0]])
     for width in map(int, widths):
-        size = passes.Size(R, 10_240, 16, width, dtype)
+        size = compiled_bytes.Size(R, 10_240, 16, width, dtype)
         device = devices_of(gpu)[0]
-        step = passes.layer_step(size, kernels, device, compiler_options=NO_SPILLS)
+        step = compiled_bytes.layer_step(size, kernels, device, compiler_options=NO_SPILLS)
         assert number_of_passes(step.as_text(), size) < 16, width
 
 
-def number_of_passes(text: str, size: passes.Size) -> float:
+def number_of_passes(text: str, size: compiled_bytes.Size) -> float:
     """Bytes of the operands and results of all instructions over the bytes of the tokens."""
-    return sum(m.bytes for m in passes.moved(text)) / size.bytes
+    return sum(m.bytes for m in compiled_bytes.moved(text)) / size.bytes
 
 
 def check_all(gpu: str) -> None:

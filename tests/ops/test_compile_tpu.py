@@ -7,7 +7,7 @@ import pytest
 from compiled_scorer import check_scorer
 from compiled_step import D, H, R, compiled_step, in_process_of_its_own, stores_scores
 
-from stca_jax.experiments.benchmarks import passes
+from stca_jax.experiments.benchmarks import compiled_bytes
 from stca_jax.ops.pallas_tpu import MosaicKernels
 from stca_jax.ops.tiles import BlockSizes
 
@@ -70,24 +70,24 @@ def check_vmem_error(generation: str) -> None:
 def check_encoder(generation: str, *dtypes: str) -> None:
     """Its kernels fit VMEM, up to the widest tokens that they take, and store no hidden units."""
     for dtype, width in itertools.product(dtypes, (64, 128, 256, 320, 384)):
-        if not MosaicKernels().can_encode(passes.weights(width), dtype):
+        if not MosaicKernels().can_encode(compiled_bytes.weights(width), dtype):
             assert (dtype, width) == ("float32", 384)
             continue
-        size = passes.Size(R, 10_240, 16, width, dtype)
-        step = passes.encoder_step(size, MosaicKernels(), devices_of(generation)[0])
+        size = compiled_bytes.Size(R, 10_240, 16, width, dtype)
+        step = compiled_bytes.encoder_step(size, MosaicKernels(), devices_of(generation)[0])
         if width % 128:  # XLA arranges such tokens otherwise, and copies them
             continue
         assert step.memory_analysis().temp_size_in_bytes < 1.1 * size.bytes, width
         text = compiled_text(generation, step)
         if text is not None:
-            assert sum(m.bytes for m in passes.moved(text)) < 6 * size.bytes
+            assert sum(m.bytes for m in compiled_bytes.moved(text)) < 6 * size.bytes
 
 
 def check_layer(generation: str) -> None:
     """Passes over the tokens of a layer's forward and backward step."""
-    size = passes.Size(R, 10_240, 16, 256, "float32")
-    step = passes.layer_step(size, MosaicKernels(), devices_of(generation)[0])
-    assert sum(m.bytes for m in passes.moved(step.as_text())) < 10 * size.bytes
+    size = compiled_bytes.Size(R, 10_240, 16, 256, "float32")
+    step = compiled_bytes.layer_step(size, MosaicKernels(), devices_of(generation)[0])
+    assert sum(m.bytes for m in compiled_bytes.moved(step.as_text())) < 10 * size.bytes
 
 
 def check_export(generation: str, many: str) -> None:

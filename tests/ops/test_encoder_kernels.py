@@ -12,7 +12,7 @@ from attention_oracle import assert_matches_oracle, encode
 from test_attention import ragged_case
 from test_kernels import ANY_KERNELS, KERNELS, SMALL, exact_products  # noqa: F401
 
-from stca_jax.experiments.benchmarks.passes import weights
+from stca_jax.experiments.benchmarks.compiled_bytes import weights
 from stca_jax.ops.attention import IMPLEMENTATIONS
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.kernels import encode_tokens

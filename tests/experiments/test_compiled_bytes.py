@@ -2,7 +2,7 @@
 
 import pytest
 
-from stca_jax.experiments.benchmarks.passes import moved
+from stca_jax.experiments.benchmarks.compiled_bytes import moved
 
 HLO = """
 HloModule jit_step
