@@ -2,19 +2,17 @@
 
 Command: python -m experiments.compare --config=experiments/configs/compare.py --workdir=DIR
     --steps=150
-Reaches: docs/rivals.md; one seed of nine modules so far
+Reaches: docs/rivals.md
 Measured: a core of an AMD EPYC server (AVX-512), 2026-11-29
 
-The main job's data, features and evaluation, over requests with at least 500 earlier events, with
-windows of 512: every module reads the same events at the same cost of input. A budget of 150 steps
-is about a quarter of an epoch.
+The main job's data, features, windows and evaluation, over requests with at least 500 earlier
+events. A budget of 150 steps is about a quarter of an epoch.
 """
 
 import dataclasses
 
 from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments.configs import length_study
-from stca_jax.input.length import FixedLength
 
 
 def get_config() -> ExperimentConfig:
@@ -22,7 +20,6 @@ def get_config() -> ExperimentConfig:
     base = length_study.get_config()
     return dataclasses.replace(
         base,
-        input=dataclasses.replace(base.input, length=FixedLength(512)),
         evaluation=dataclasses.replace(
             base.evaluation, lengths=(50, 200, 1_000, 4_000), max_requests=1_000
         ),
