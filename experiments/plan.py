@@ -17,10 +17,8 @@ Exit status: 0 it fits, 1 an error, 2 it does not fit.
 
 from __future__ import annotations
 
-import os
 import runpy
 
-import jax
 from absl import flags
 
 from stca_jax.data.preparation import prepare
@@ -29,6 +27,7 @@ from stca_jax.experiment import ExperimentConfig
 from stca_jax.experiments import launch
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.schema import Schema
+from stca_jax.training.cross_compile import compile_only
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, h100:8, …", required=True)
 _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices or nodes of that topology.", 1)
@@ -38,15 +37,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
 def main() -> int:
     """Prints the plan."""
-    # Nothing of this program runs on an accelerator, and libtpu must not look for one.  What it is
-    # told of the machine here only keeps it quiet: topologies are given by name.
-    jax.config.update("jax_platforms", "cpu")
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
+    compile_only()
     config = launch.load_config()
     schema = with_vocabulary(config_schema(launch.config_path(), config), _VOCABULARY.value)
     with launch.working(f"Compiling for {_TOPOLOGY.value}"):

@@ -46,7 +46,7 @@ class LogConfig:
         """Raises ValueError for sizes below 1 or no possible length."""
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 0 if field.name == "seed" else 1
-            if value < least and field.name != "counts_events":
+            if type(value) is not bool and value < least:
                 raise ValueError(f"{field.name} is {value}; it must be at least {least}")
         if self.min_events > self.max_events:
             raise ValueError(f"min_events {self.min_events} is above max_events {self.max_events}")

@@ -43,7 +43,8 @@ class Builder(UserDatasetBuilder):
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES = {  # noqa: RUF012
         "1.0.0": "First version.",
-        "1.1.0": "Requests have the number of the user's earlier events, but for `tiny`.",
+        "1.1.0": "Requests have the number of the user's earlier events, but for `tiny`; sessions "
+        "of `latent` have one interest of each scale, and 5,000 users meet 1,024 items.",
     }
     BUILDER_CONFIGS = [  # noqa: RUF012
         SyntheticInterestsConfig(

@@ -54,6 +54,11 @@ def moved(hlo: str) -> list[Moved]:
     return list(_moved(entry, bodies))
 
 
+def passes(hlo: str, size: Size) -> float:
+    """Bytes that all instructions of a compiled program move, over those of the tokens."""
+    return sum(m.bytes for m in moved(hlo)) / size.bytes
+
+
 def _moved(computation: str, bodies: dict[str, list[str]]) -> Iterator[Moved]:
     sizes: dict[str, int] = {}
     for line in bodies[computation]:

@@ -11,16 +11,20 @@ written. `history FFN` is E1 alone, `layer` E1, E3 and E4, each forward and back
 from __future__ import annotations
 
 import dataclasses
-import os
 
-import jax
 from absl import flags
 
 from stca_jax.experiments import launch
-from stca_jax.experiments.benchmarks.compiled_bytes import Size, encoder_step, layer_step, moved
+from stca_jax.experiments.benchmarks.compiled_bytes import (
+    Size,
+    encoder_step,
+    layer_step,
+    moved,
+    passes,
+)
 from stca_jax.ops.pallas_tpu import MosaicKernels
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
-from stca_jax.training.cross_compile import topology_devices
+from stca_jax.training.cross_compile import compile_only, topology_devices
 
 _TOPOLOGY = flags.DEFINE_string("topology", "h100:1", "h100:1, a100:1 or a slice of v5e: see plan.")
 _WIDTHS = flags.DEFINE_list("width", ["64", "256"], "d; heads are 16 wide, or 32 from d = 256 on.")
@@ -33,29 +37,24 @@ _DETAILS = flags.DEFINE_bool("details", False, "Print every instruction.")
 
 def main() -> None:
     """Compiles, counts and prints."""
-    jax.config.update("jax_platforms", "cpu")  # nothing runs on a device, see experiments.plan
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
+    compile_only()
     _, (device, *_) = topology_devices(_TOPOLOGY.value)
     kernels: MosaicKernels | TritonKernels = MosaicKernels()
     if device.platform != "tpu":
         kernels = TritonKernels(GPUS[device.compute_capability])
-    print(f"{'d':>5s} {'':12s} {'in XLA':>8s} {'kernels':>8s}")
+    print(f"{'d':>5s} {'passes':12s} {'in XLA':>8s} {'kernels':>8s}   temporary MB")
     for width in map(int, _WIDTHS.value):
         size = Size(_ROWS.value, _LENGTH.value, _TARGETS.value, width, _DTYPE.value)
         for name, step in (("history FFN", encoder_step), ("layer", layer_step)):
-            found = [
-                moved(step(size, dataclasses.replace(kernels, encodes=e), device).as_text())
-                for e in (False, True)
+            compiled = [
+                step(size, dataclasses.replace(kernels, encodes=e), device) for e in (False, True)
             ]
-            passes = " ".join(f"{sum(m.bytes for m in f) / size.bytes:8.1f}" for f in found)
-            print(f"{width:5d} {name:12s} {passes}", flush=True)
+            texts = [c.as_text() for c in compiled]
+            counts = " ".join(f"{passes(text, size):8.1f}" for text in texts)
+            stored = [c.memory_analysis().temp_size_in_bytes / 1e6 for c in compiled]
+            print(f"{width:5d} {name:12s} {counts}   {stored[0]:.0f}, {stored[1]:.0f}", flush=True)
             if _DETAILS.value:
-                for m in sorted(found[1], key=lambda m: -m.bytes):
+                for m in sorted(moved(texts[1]), key=lambda m: -m.bytes):
                     print(f"{m.bytes / size.bytes:27.2f} {m.name}")
 
 

@@ -28,6 +28,7 @@ def get_config() -> ExperimentConfig:
             rows_per_batch=1,
             rows="user",
         ),
+        # Without the number of a user's events, which version 1.0.0 of the dataset did not have.
         model=RankerConfig(features=("category",)),
         training=TrainingConfig(num_epochs=3, log_every_steps=20),
         evaluation=EvaluationConfig(

@@ -7,6 +7,7 @@ or GPUs of one node, h100:8 or a100:8 (needs `pip install jax-cuda13-plugin jax-
 from __future__ import annotations
 
 import math
+import os
 import pathlib
 import re
 import tempfile
@@ -55,6 +56,22 @@ class Collective(NamedTuple):
     in_loop: bool
     operations: int
     bytes: int
+
+
+def compile_only() -> None:
+    """Keeps this process, which compiles for devices that are not here, off those that are.
+
+    To be called before JAX has looked for devices.
+    """
+    # Libtpu must not look for a TPU.  What it is told of the machine here only keeps it quiet:
+    # topologies are given by name.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
 
 
 def topology_devices(topology: str, num_slices: int = 1) -> tuple[Chip, Sequence[jax.Device]]:

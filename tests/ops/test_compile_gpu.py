@@ -93,7 +93,7 @@ def check_encoder(gpu: str, *dtypes: str) -> None:
         text = step.as_text()
         for kernel in ("forward", "backward_tokens", "backward_weights"):
             assert f"history_encoder_{kernel}/pallas_call" in text
-        assert number_of_passes(text, size) < 10, (width, dtype)
+        assert compiled_bytes.passes(text, size) < 10, (width, dtype)
 
 
 def check_passes(gpu: str, dtype: str, *widths: str) -> None:
@@ -103,12 +103,7 @@ def check_passes(gpu: str, dtype: str, *widths: str) -> None:
         size = compiled_bytes.Size(R, 10_240, 16, width, dtype)
         device = devices_of(gpu)[0]
         step = compiled_bytes.layer_step(size, kernels, device, compiler_options=NO_SPILLS)
-        assert number_of_passes(step.as_text(), size) < 16, width
-
-
-def number_of_passes(text: str, size: compiled_bytes.Size) -> float:
-    """Bytes of the operands and results of all instructions over the bytes of the tokens."""
-    return sum(m.bytes for m in compiled_bytes.moved(text)) / size.bytes
+        assert compiled_bytes.passes(step.as_text(), size) < 16, width
 
 
 def check_all(gpu: str) -> None:

@@ -80,14 +80,14 @@ def check_encoder(generation: str, *dtypes: str) -> None:
         assert step.memory_analysis().temp_size_in_bytes < 1.1 * size.bytes, width
         text = compiled_text(generation, step)
         if text is not None:
-            assert sum(m.bytes for m in compiled_bytes.moved(text)) < 6 * size.bytes
+            assert compiled_bytes.passes(text, size) < 6
 
 
 def check_layer(generation: str) -> None:
     """Passes over the tokens of a layer's forward and backward step."""
     size = compiled_bytes.Size(R, 10_240, 16, 256, "float32")
     step = compiled_bytes.layer_step(size, MosaicKernels(), devices_of(generation)[0])
-    assert sum(m.bytes for m in compiled_bytes.moved(step.as_text())) < 10 * size.bytes
+    assert compiled_bytes.passes(step.as_text(), size) < 10
 
 
 def check_export(generation: str, many: str) -> None:
