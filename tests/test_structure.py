@@ -86,7 +86,6 @@ EXCEPTIONS = {
             "encoder_triton.py::_weight_kernel",
             "pallas_tpu.py::_key_kernel",
             "pallas_tpu.py::_query_kernel",
-            "pallas_triton.py::_query_kernel",
         )
     },
     "experiments/benchmarks/sequence_modules.py::torch_steps": "PyTorch's side of a comparison",

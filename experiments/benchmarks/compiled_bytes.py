@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stca_jax.ops.attention import AttentionOptions, history_layer
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.kernels import Kernels, encode_tokens
+from stca_jax.ops.kernels import Kernels, Unencoded, encode_tokens
 from stca_jax.ranges import Ranges
 
 
@@ -119,7 +119,7 @@ def encoder_step(size: Size, kernels: Kernels, device: jax.Device, **options: An
 
     def step(encoder: Any, tokens: Any, covered: Any, d_encoded: Any) -> Any:
         def encode(encoder: Any, tokens: Any) -> Any:
-            return encode_tokens(kernels, encoder, tokens, covered)
+            return encode_tokens(kernels, Unencoded(encoder, tokens, covered))
 
         encoded, gradients = jax.vjp(encode, encoder, tokens)
         return encoded, gradients(d_encoded)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from stca_jax.ops.attention_kernels import dot
 from stca_jax.ops.encoder import LAYER_NORM_EPSILON
-from stca_jax.ops.kernels import dot
 
 Parts = list[Array]
 

@@ -11,9 +11,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
+from stca_jax.ops.attention_kernels import dot
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.encoder_kernels import hidden_gradients, hidden_units, norm_gradients, normalise
-from stca_jax.ops.kernels import dot
+from stca_jax.ops.kernels import Unencoded
 
 _VMEM_BYTES = 14 * 2**20  # see `pallas_tpu`
 _LANES = 128
@@ -40,13 +41,9 @@ def _tile(length: int, encoder: HistoryEncoder, dtype: Any) -> int:
     return next(tiles, 0)
 
 
-def encode(
-    encoder: HistoryEncoder,
-    tokens: Float[Array, "R n D"],
-    covered: Bool[Array, "R L 1"],
-    interpret: Any,
-) -> Float[Array, "R L D"]:
+def encode(unencoded: Unencoded, interpret: Any) -> Float[Array, "R L D"]:
     """See `Kernels.encode`."""
+    encoder, tokens, covered = unencoded
     R, L, _ = covered.shape
     tile = _tile(L, encoder, tokens.dtype)
     weights = _weights(encoder, tokens.dtype)
@@ -66,13 +63,10 @@ def encode(
 
 
 def encode_backward(
-    encoder: HistoryEncoder,
-    tokens: Float[Array, "R n D"],
-    covered: Bool[Array, "R L 1"],
-    d_encoded: Float[Array, "R L D"],
-    interpret: Any,
+    unencoded: Unencoded, d_encoded: Float[Array, "R L D"], interpret: Any
 ) -> tuple[HistoryEncoder, Float[Array, "R n D"]]:
     """See `Kernels.encode_backward`."""
+    encoder, tokens, covered = unencoded
     R, L, _ = covered.shape
     D, F = encoder.up.shape
     tile = _tile(L, encoder, tokens.dtype)

@@ -1,7 +1,8 @@
 """The history encoder on GPUs (Triton): a program has a tile of tokens, hidden units in chunks.
 
-The backward pass is two kernels.  In one, a program has a tile of tokens, and writes the gradients
-of the tokens and of y, in front of the LayerNorm.  In the other it has a chunk of hidden units and
+The backward pass is two kernels.  In one, a program has a tile of tokens, takes the gradients of
+the encoded tokens from memory or computes them itself, see `Incoming`, and writes those of the
+tokens and of y, in front of the LayerNorm.  In the other it has a chunk of hidden units and
 a share of all tokens, whose sums stay in registers; XLA adds the shares.  There are no atomics.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float
 
+from stca_jax.ops.attention_kernels import dot
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.encoder_kernels import (
     Parts,
@@ -29,7 +31,7 @@ from stca_jax.ops.encoder_kernels import (
     normalise,
     products,
 )
-from stca_jax.ops.kernels import dot, pad_to
+from stca_jax.ops.kernels import Unencoded, pad_to
 
 _SMALLEST = 16
 
@@ -50,10 +52,18 @@ class Cut:
 
 
 class Cuts(NamedTuple):
-    """Of the three kernels."""
+    """Of the kernels.
+
+    Attributes:
+      forward: Of the forward pass.
+      tokens: Of the tokens' gradients, from stored ones of the encoded tokens.
+      layer: Of the tokens' gradients, where it computes those of the encoded tokens as well.
+      weights: Of the weights' gradients.
+    """
 
     forward: Cut
     tokens: Cut
+    layer: Cut
     weights: Cut
 
 
@@ -62,14 +72,14 @@ class Cuts(NamedTuple):
 # to be stored and read, and here every tile of tokens would read all of the weights again.
 CUTS = {
     "bfloat16": {
-        64: Cuts(Cut(64, 32, 4), Cut(64, 32, 4), Cut(64, 32, 4)),
-        128: Cuts(Cut(64, 32, 8), Cut(64, 32, 8), Cut(64, 32, 8)),
-        256: Cuts(Cut(64, 32, 8), Cut(32, 32, 8), Cut(32, 32, 8)),
+        64: Cuts(Cut(64, 32, 4), Cut(64, 32, 4), Cut(64, 32, 4), Cut(64, 32, 8)),
+        128: Cuts(Cut(64, 32, 8), Cut(64, 32, 8), Cut(64, 32, 8), Cut(64, 32, 8)),
+        256: Cuts(Cut(64, 32, 8), Cut(32, 32, 8), Cut(32, 32, 8), Cut(32, 32, 8)),
     },
     "float32": {
-        64: Cuts(Cut(32, 16, 8), Cut(32, 16, 4), Cut(32, 16, 4)),
-        128: Cuts(Cut(32, 16, 8), Cut(16, 16, 8), Cut(32, 16, 8)),
-        256: Cuts(Cut(32, 16, 8), Cut(16, 16, 8), Cut(16, 16, 8)),
+        64: Cuts(Cut(32, 16, 8), Cut(32, 16, 4), Cut(32, 16, 8), Cut(32, 16, 8)),
+        128: Cuts(Cut(32, 16, 8), Cut(16, 16, 8), Cut(32, 16, 8), Cut(32, 16, 8)),
+        256: Cuts(Cut(32, 16, 8), Cut(16, 16, 8), Cut(16, 16, 16), Cut(16, 16, 8)),
     },
 }
 
@@ -144,13 +154,38 @@ class _Static(NamedTuple):
     skip: bool
 
 
-def make_layer(
-    encoder: HistoryEncoder,
-    tokens: Float[Array, "R n D"],
-    covered: Bool[Array, "R L 1"],
-    interpret: bool,
-) -> Layer:
+class Incoming(NamedTuple):
+    """Where a program takes the gradients of its tile of encoded tokens from.
+
+    Attributes:
+      cut: Of the kernel.
+      arrays: What it is given for them.
+      specs: Their blocks, in a grid of rows and tiles of tokens.
+      of_tile: Gradients by parts of the columns, from references to the blocks, the encoded tokens,
+        which of them is the first, and which are covered, [t, 1].
+    """
+
+    cut: Cut
+    arrays: tuple[Array, ...]
+    specs: list[pl.BlockSpec]
+    of_tile: Callable[[Sequence[Any], Parts, Any, Array], Parts]
+
+
+def of_array(layer: Layer, d_encoded: Float[Array, "R L D"]) -> Incoming:
+    """Gradients that are stored."""
+    parts = parts_of(layer.tokens.shape[-1])
+    d_encoded = pad_to(d_encoded, *layer.covered.shape[:2], layer.tokens.shape[-1])
+
+    def of_tile(refs: Sequence[Any], encoded: Parts, position: Any, covered: Array) -> Parts:
+        d = _load(refs[0], (pl.ds(position, len(encoded[0])),), covered, parts)
+        return [a.astype(jnp.float32) for a in d]
+
+    return Incoming(layer.cuts.tokens, (d_encoded,), [_row(d_encoded)], of_tile)
+
+
+def make_layer(unencoded: Unencoded, interpret: bool) -> Layer:
     """What the kernels take of such a layer; `cuts_for` must have cuts for it."""
+    encoder, tokens, covered = unencoded
     width, hidden = encoder.up.shape
     cuts = cuts_for(width, tokens.dtype)
     assert cuts is not None, width
@@ -183,41 +218,40 @@ def encode(layer: Layer) -> Float[Array, "R L D"]:
 
 
 def encode_backward(
-    layer: Layer, d_encoded: Float[Array, "R L D"], programs: int
+    layer: Layer, incoming: Incoming, programs: int
 ) -> tuple[HistoryEncoder, Float[Array, "R n D"]]:
     """See `Kernels.encode_backward`; about so many programs share the weights' gradients."""
-    d_tokens, d_y, d_norm = _token_gradients(layer, d_encoded)
+    d_tokens, d_y, d_norm = _token_gradients(layer, incoming)
     (D, F), columns = layer.shape, d_norm.sum((0, 1))[:, : layer.width]
     up, gate, out = (x[:D, :F] for x in _weight_gradients(layer, d_y, programs))
     gradients = HistoryEncoder(up, gate, out.T, columns[0], columns[1], layer.skip)
     return gradients, d_tokens[..., :D]
 
 
-def _token_gradients(layer: Layer, d_encoded: Float[Array, "R L D"]) -> tuple[Array, Array, Array]:
+def _token_gradients(layer: Layer, incoming: Incoming) -> tuple[Array, Array, Array]:
     """Of the tokens, of y, and sums of those of the scale and the bias by tile."""
-    cut = layer.cuts.tokens
-    R, L, _ = layer.covered.shape
-    D = layer.tokens.shape[-1]
-    tiles, weights = L // layer.tile(cut), layer.weights[:4]
-    d_encoded = pad_to(d_encoded, R, L, D)
+    cut = incoming.cut
+    (R, L, _), D = layer.covered.shape, layer.tokens.shape[-1]
+    tiles = L // layer.tile(cut)
+    d_y = jax.ShapeDtypeStruct((R, L, D), layer.tokens.dtype)
     d_norm = jax.ShapeDtypeStruct((R, tiles, 2, D), jnp.float32)
     return layer.call(
-        _token_kernel,
+        functools.partial(_token_kernel, incoming=incoming.of_tile),
         cut,
         grid=(R, tiles),
-        in_specs=[*layer.rows, _row(d_encoded), *map(_whole, weights)],
+        in_specs=[*layer.rows, *map(_whole, layer.weights), *incoming.specs],
         out_specs=[
             _row(layer.tokens),
-            _row(d_encoded),
+            _row(d_y),
             pl.BlockSpec((None, None, 2, D), lambda r, i: (r, i, 0, 0)),
         ],
         out_shape=[
             jax.ShapeDtypeStruct(layer.tokens.shape, layer.tokens.dtype),
-            jax.ShapeDtypeStruct(d_encoded.shape, layer.tokens.dtype),
+            d_y,
             d_norm,
         ],
         name="history_encoder_backward_tokens",
-    )(layer.covered, layer.tokens, d_encoded, *weights)
+    )(layer.covered, layer.tokens, *layer.weights, *incoming.arrays)
 
 
 def _weight_gradients(layer: Layer, d_y: Float[Array, "R L D"], programs: int) -> list[Array]:
@@ -258,7 +292,7 @@ def parts_of(width: int) -> list[slice]:
     return parts
 
 
-def _load(ref: Any, index: tuple[Any, ...], mask: Array, static: _Static) -> Parts:
+def _load(ref: Any, index: tuple[Any, ...], mask: Array, parts: list[slice]) -> Parts:
     """A tile of tokens, zero where nothing is covered: nothing is read there."""
     return [
         plgpu.load(
@@ -266,7 +300,7 @@ def _load(ref: Any, index: tuple[Any, ...], mask: Array, static: _Static) -> Par
             mask=jnp.broadcast_to(mask, (mask.shape[0], p.stop - p.start)),
             other=0.0,
         )
-        for p in static.parts
+        for p in parts
     ]
 
 
@@ -290,19 +324,24 @@ def _ffn(x: Parts, weights: Any, static: _Static) -> Parts:
 
 def _forward_kernel(covered, tokens, up, gate, out, scale, bias, encoded, *, static, tile):
     rows = pl.ds(pl.program_id(1) * tile, tile)
-    x = _load(tokens, (rows,), covered[rows], static)
+    x = _load(tokens, (rows,), covered[rows], static.parts)
     normal, _ = normalise(_ffn(x, (up, gate, out), static), static.width)
-    for p, n in zip(static.parts, normal, strict=True):
-        encoded[rows, p] = (n * scale[:, p] + bias[:, p]).astype(encoded.dtype)
+    for p, a in zip(static.parts, _scaled(normal, scale, bias, static), strict=True):
+        encoded[rows, p] = a.astype(encoded.dtype)
 
 
-def _token_kernel(covered, tokens, d_encoded, up, gate, out, scale, d_tokens, d_output, d_norm, *,
-                  static, tile):  # fmt: skip
-    parts, weights = static.parts, (up, gate, out)
-    rows = pl.ds(pl.program_id(1) * tile, tile)
-    x = _load(tokens, (rows,), covered[rows], static)
+def _scaled(normal: Parts, scale: Any, bias: Any, static: _Static) -> Parts:
+    return [n * scale[:, p] + bias[:, p] for n, p in zip(normal, static.parts, strict=True)]
+
+
+def _token_kernel(covered, tokens, up, gate, out, scale, bias, *refs, static, tile, incoming):
+    *given, d_tokens, d_output, d_norm = refs
+    parts, weights, position = static.parts, (up, gate, out), pl.program_id(1) * tile
+    rows = pl.ds(position, tile)
+    x = _load(tokens, (rows,), covered[rows], parts)
     normal, inverse = normalise(_ffn(x, weights, static), static.width)
-    d = [a.astype(jnp.float32) for a in _load(d_encoded, (rows,), covered[rows], static)]
+    encoded = [a.astype(x[0].dtype) for a in _scaled(normal, scale, bias, static)]
+    d = incoming(given, encoded, position, covered[rows])
     for p, n, a in zip(parts, normal, d, strict=True):
         d_norm[0, p] = (n * a).sum(0)
         d_norm[1, p] = a.sum(0)
@@ -324,7 +363,7 @@ def _token_kernel(covered, tokens, d_encoded, up, gate, out, scale, d_tokens, d_
     d_x = d if static.skip else [jnp.zeros(a.shape, jnp.float32) for a in d]
     d_x = lax.fori_loop(0, up.shape[1] // static.chunk, step, d_x)
     for p, a in zip(parts, d_x, strict=True):
-        row = pl.program_id(1) * tile + lax.broadcasted_iota(jnp.int32, a.shape, 0)
+        row = position + lax.broadcasted_iota(jnp.int32, a.shape, 0)
         plgpu.store(d_tokens.at[rows, p], a.astype(d_tokens.dtype), mask=row < d_tokens.shape[0])
 
 
@@ -336,7 +375,7 @@ def _weight_kernel(covered, tokens, d_output, up, gate, out, d_up, d_gate, d_out
 
     def step(n, sums):
         r, rows = lax.div(n, tiles), pl.ds(lax.rem(n, tiles) * tile, tile)
-        x = _load(tokens, (r, rows), covered[r, rows], static)
+        x = _load(tokens, (r, rows), covered[r, rows], static.parts)
         d_y = [d_output[r, rows, p] for p in static.parts]
         u, v = products(x, up), products(x, gate)
         factors = (*hidden_gradients(u, v, products(d_y, out)), hidden_units(u, v))

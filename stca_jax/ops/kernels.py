@@ -26,7 +26,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stca_jax.ops.encoder import HistoryEncoder, encode_history
 from stca_jax.ops.implementation import GroupedImplementation, Tokens, TokenWeights
-from stca_jax.ops.tiled import NO_SCORE
 from stca_jax.ops.tiles import BlockSizes, Tiling, make_tiling, tile_targets, untile_targets
 from stca_jax.ranges import Ranges
 
@@ -58,6 +57,20 @@ class Inputs(NamedTuple):
     def history(self) -> tuple[Array, ...]:
         """Keys and values, or the one array that is both."""
         return (self.key,) if self.value is None else (self.key, self.value)
+
+
+class Unencoded(NamedTuple):
+    """Tokens, and what encodes them.
+
+    Attributes:
+      encoder: Weights of any dtype.
+      tokens: What is not covered may hold anything.
+      covered: Padded with False to whole history tiles.
+    """
+
+    encoder: HistoryEncoder
+    tokens: Float[Array, "R n D"]
+    covered: Bool[Array, "R L 1"]
 
 
 class Kernels(GroupedImplementation):
@@ -125,18 +138,8 @@ class Kernels(GroupedImplementation):
         """
 
     @abc.abstractmethod
-    def encode(
-        self,
-        encoder: HistoryEncoder,
-        tokens: Float[Array, "R n D"],
-        covered: Bool[Array, "R L 1"],
-    ) -> Float[Array, "R L D"]:
+    def encode(self, unencoded: Unencoded) -> Float[Array, "R L D"]:
         """E1 of all tokens, see `encode_history`, without storing hidden units.
-
-        Args:
-          encoder: Weights of any dtype.
-          tokens: What is not covered may hold anything.
-          covered: Padded with False to whole history tiles.
 
         Returns:
           In the tokens' dtype; any finite numbers where nothing is covered.
@@ -144,20 +147,37 @@ class Kernels(GroupedImplementation):
 
     @abc.abstractmethod
     def encode_backward(
-        self,
-        encoder: HistoryEncoder,
-        tokens: Float[Array, "R n D"],
-        covered: Bool[Array, "R L 1"],
-        d_encoded: Float[Array, "R L D"],
+        self, unencoded: Unencoded, d_encoded: Float[Array, "R L D"]
     ) -> tuple[HistoryEncoder, Float[Array, "R n D"]]:
         """Gradients of the weights, float32, and of the tokens; equal inputs give equal bits.
 
         Args:
-          encoder: As for `encode`.
-          tokens: As for `encode`.
-          covered: As for `encode`.
+          unencoded: As for `encode`.
           d_encoded: Gradients of what `encode` returned; ignored where nothing is covered.
         """
+
+    def layer_backward(
+        self,
+        tiling: Tiling,
+        inputs: Inputs,
+        unencoded: Unencoded,
+        d_output: Array,
+        log_sum_exp: Array,
+        delta: Array,
+    ) -> tuple[Array, HistoryEncoder, Float[Array, "R n D"]]:
+        """Gradients of the queries, see `backward`, and those that `encode_backward` returns.
+
+        Args:
+          tiling: As for `backward`.
+          inputs: As for `backward`; keys and values are one array, what `encode` made.
+          unencoded: Of what it did.
+          d_output: As for `backward`.
+          log_sum_exp: As for `backward`.
+          delta: As for `backward`.
+        """
+        d_query, (d_key,) = self.backward(tiling, inputs, d_output, log_sum_exp, delta)
+        d_encoded = d_key[:, 0, :, : unencoded.tokens.shape[-1]]
+        return d_query, *self.encode_backward(unencoded, d_encoded)
 
     def attend_grouped(
         self,
@@ -175,13 +195,16 @@ class Kernels(GroupedImplementation):
         tiling = make_tiling(R, length, M, sizes)
         width, columns, tile = self.padded_sizes(width, A * tiling.targets, tiling.history)
         tiling = dataclasses.replace(tiling, history=tile, tiles_per_row=-(-length // tile))
-        covered = ranges.covered(length)[..., None]
-        key, value = self._keys_and_values(tokens.value, weights, covered, tiling)
+        covered = pad_to(ranges.covered(length)[..., None], R, tiling.tiles_per_row * tile, 1)
+        key, value = self._keys_and_values(tokens.value, weights, covered)
+        encoder, unencoded = weights.encoder, None
         if tokens.score is not None:
-            score = jnp.where(covered, tokens.score, 0).astype(jnp.float32)
-            score = pad_to(score, R, key.shape[2], score.shape[-1])
+            score = _clean(tokens.score, covered).astype(jnp.float32)
             # Keys that are values too get columns whose weighted sums nobody reads.
             query, key = _with_score(query, key, score)
+        elif value is None and encoder is not None and self.can_encode(encoder, key.dtype):
+            # Gradients go from the scores to the tokens at once, and not by way of the keys.
+            key, unencoded = lax.stop_gradient(key), Unencoded(encoder, tokens.value, covered)
         key = pad_to(key, *key.shape[:3], width)
         if value is not None:
             value = pad_to(value, *value.shape[:3], width)
@@ -193,7 +216,7 @@ class Kernels(GroupedImplementation):
             for x in ranges
         )
         inputs = Inputs(stacked, key, value, start, end, *_bands(ranges, tiling))
-        output, log_sum_exp = _attend(self, tiling, inputs)
+        output, log_sum_exp = _attend(self, tiling, inputs, unencoded)
 
         def unstack(x: Float[Array, "J G e C"]) -> Float[Array, "R M G A e"]:
             x = x[..., : A * tiling.targets]
@@ -203,37 +226,31 @@ class Kernels(GroupedImplementation):
         return unstack(output)[..., :E], unstack(log_sum_exp)[..., 0]
 
     def _keys_and_values(
-        self,
-        tokens: Float[Array, "R n D"],
-        weights: TokenWeights,
-        covered: Bool[Array, "R n 1"],
-        tiling: Tiling,
+        self, tokens: Float[Array, "R n D"], weights: TokenWeights, covered: Bool[Array, "R L 1"]
     ) -> tuple[Float[Array, "R G L E"], Float[Array, "R G L E"] | None]:
         """Of whole rows, padded to whole history tiles; see `Inputs`."""
-        length = tiling.tiles_per_row * tiling.history
         if weights.encoder is None:
-            x = jnp.where(covered, tokens, 0)
-            x = pad_to(x, len(x), length, x.shape[-1])
+            x = _clean(tokens, covered)
         else:
-            covered = pad_to(covered, len(tokens), length, 1)
-            x = encode_tokens(self, weights.encoder, tokens, covered)
+            x = encode_tokens(self, Unencoded(weights.encoder, tokens, covered))
         if weights.w_key is None or weights.w_value is None:
             return x[:, None], None
         key, value = (jnp.einsum("rld,dgk->rglk", x, w) for w in (weights.w_key, weights.w_value))
         return key, value
 
 
-def encode_tokens(
-    kernels: Kernels,
-    encoder: HistoryEncoder,
-    tokens: Float[Array, "R n D"],
-    covered: Bool[Array, "R L 1"],
-) -> Float[Array, "R L D"]:
+def encode_tokens(kernels: Kernels, unencoded: Unencoded) -> Float[Array, "R L D"]:
     """`Kernels.encode` where they can, and else XLA's `encode_history`; differentiable."""
+    encoder, tokens, covered = unencoded
     if kernels.can_encode(encoder, tokens.dtype):
-        return _encode(kernels, encoder, tokens, covered)
-    x = encode_history(encoder, jnp.where(covered[:, : tokens.shape[1]], tokens, 0))
-    return pad_to(x, *covered.shape[:2], x.shape[-1])
+        return _encode(kernels, unencoded)
+    return encode_history(encoder, _clean(tokens, covered))
+
+
+def _clean(x: Float[Array, "R n D"], covered: Bool[Array, "R L 1"]) -> Float[Array, "R L D"]:
+    """Zero where nothing is covered, and behind the rows."""
+    R, n, D = x.shape
+    return pad_to(jnp.where(covered[:, :n], x, 0), R, covered.shape[1], D)
 
 
 def pad_to(x: Array, *shape: int) -> Array:
@@ -270,95 +287,70 @@ def _bands(ranges: Ranges, tiling: Tiling) -> tuple[Int[Array, " J"], Int[Array,
     return first.astype(jnp.int32), (-(-last // tiling.history)).astype(jnp.int32)
 
 
-def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """Product over the given axes, summed in float32; float32 operands are not rounded."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision,
-                           preferred_element_type=jnp.float32)  # fmt: skip
-
-
-def mask_scores(
-    score: Float[Array, "t C"], start: Int[Array, "1 C"], end: Int[Array, "1 C"], position: Any
-) -> Float[Array, "t C"]:
-    """Scores of the tokens from `position` on; `NO_SCORE` outside a range."""
-    position = position + lax.broadcasted_iota(jnp.int32, score.shape, 0)
-    return jnp.where((position >= start) & (position < end), score, NO_SCORE)
-
-
-def softmax_step(
-    score: Float[Array, "t C"], peak: Float[Array, "1 C"], total: Float[Array, "1 C"]
-) -> tuple[Float[Array, "t C"], Float[Array, "1 C"], Float[Array, "1 C"], Float[Array, "1 C"]]:
-    """Weights of a tile, factor for what was summed before, and the new maximum and sum."""
-    new_peak = jnp.maximum(peak, score.max(0, keepdims=True))
-    weight = jnp.exp(score - new_peak)
-    rescale = jnp.exp(peak - new_peak)
-    return weight, rescale, new_peak, total * rescale + weight.sum(0, keepdims=True)
-
-
-def score_gradients(
-    score: Float[Array, "t C"],
-    d_weight: Float[Array, "t C"],
-    log_sum_exp: Float[Array, "1 C"],
-    delta: Float[Array, "1 C"],
-) -> tuple[Float[Array, "t C"], Float[Array, "t C"]]:
-    """Softmax weights and the gradients of the scores."""
-    weight = jnp.exp(score - log_sum_exp)
-    return weight, weight * (d_weight - delta)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(kernels: Kernels, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
-    return _forward(kernels, tiling, inputs)[0]
+def _attend(
+    kernels: Kernels, tiling: Tiling, inputs: Inputs, unencoded: Unencoded | None
+) -> tuple[Array, Array]:
+    """`Kernels.forward`; the gradient of `Inputs.key` goes to `unencoded`, where there is that."""
+    return _forward(kernels, tiling, inputs, unencoded)[0]
 
 
-def _forward(kernels: Kernels, tiling: Tiling, inputs: Inputs) -> tuple[Any, Any]:
+def _forward(
+    kernels: Kernels, tiling: Tiling, inputs: Inputs, unencoded: Unencoded | None
+) -> tuple[Any, Any]:
     forward = functools.partial(kernels.forward, tiling)
     output, log_sum_exp = _lowered_for(kernels, forward, inputs)
     nonempty = (inputs.end > inputs.start)[:, None]
     shown = jnp.where(nonempty, log_sum_exp, -jnp.inf)
-    return (output, shown), (inputs, output, log_sum_exp)
+    return (output, shown), (inputs, unencoded, output, log_sum_exp)
 
 
-def _backward(kernels: Kernels, tiling: Tiling, residuals: Any, cotangents: Any) -> tuple[Inputs]:
-    inputs, output, log_sum_exp = residuals
+def _backward(
+    kernels: Kernels, tiling: Tiling, residuals: Any, cotangents: Any
+) -> tuple[Inputs, Unencoded | None]:
+    inputs, unencoded, output, log_sum_exp = residuals
     nonempty = (inputs.end > inputs.start)[:, None]
     d_output, d_log_sum_exp = (jnp.where(nonempty, x, 0) for x in cotangents)
     # d(score) = weight * (d(weight) - delta), log-sum-exp included: its gradient is the weight.
     delta = (d_output * output).sum(2, keepdims=True) - d_log_sum_exp
-    backward = functools.partial(kernels.backward, tiling)
-    d_query, d_history = _lowered_for(
-        kernels, backward, inputs, d_output.astype(inputs.query.dtype), log_sum_exp, delta
-    )
+    statistics = (d_output.astype(inputs.query.dtype), log_sum_exp, delta)
     gradients: dict[str, Any] = dict.fromkeys(Inputs._fields)  # None: integers have no gradient
+    d_unencoded: Any = None
+    if unencoded is None:
+        backward = functools.partial(kernels.backward, tiling)
+        d_query, d_history = _lowered_for(kernels, backward, inputs, *statistics)
+        gradients |= dict(zip(("key", "value"), d_history, strict=False))
+    else:
+        layer_backward = functools.partial(kernels.layer_backward, tiling)
+        d_query, *d_layer = _lowered_for(kernels, layer_backward, inputs, unencoded, *statistics)
+        d_unencoded = _gradients(unencoded, *d_layer)
     gradients["query"] = d_query.astype(inputs.query.dtype)
-    return (Inputs(**gradients | dict(zip(("key", "value"), d_history, strict=False))),)
+    return Inputs(**gradients), d_unencoded
 
 
 _attend.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _encode(kernels: Kernels, encoder: HistoryEncoder, tokens: Array, covered: Array) -> Array:
-    return _encode_forward(kernels, encoder, tokens, covered)[0]
+def _encode(kernels: Kernels, unencoded: Unencoded) -> Array:
+    return _encode_forward(kernels, unencoded)[0]
 
 
-def _encode_forward(
-    kernels: Kernels, encoder: HistoryEncoder, tokens: Array, covered: Array
-) -> tuple[Array, Any]:
-    return _lowered_for(kernels, kernels.encode, encoder, tokens, covered), (
-        encoder, tokens, covered,
-    )  # fmt: skip
+def _encode_forward(kernels: Kernels, unencoded: Unencoded) -> tuple[Array, Unencoded]:
+    return _lowered_for(kernels, kernels.encode, unencoded), unencoded
 
 
-def _encode_backward(
-    kernels: Kernels, residuals: Any, d_encoded: Array
-) -> tuple[HistoryEncoder, Array, None]:
-    gradients, d_tokens = _lowered_for(kernels, kernels.encode_backward, *residuals, d_encoded)
-    gradients = jax.tree.map(lambda g, w: g.astype(w.dtype), gradients, residuals[0])
-    return gradients, d_tokens, None
+def _encode_backward(kernels: Kernels, unencoded: Unencoded, d_encoded: Array) -> tuple[Unencoded]:
+    gradients = _lowered_for(kernels, kernels.encode_backward, unencoded, d_encoded)
+    return (_gradients(unencoded, *gradients),)
 
 
 _encode.defvjp(_encode_forward, _encode_backward)
+
+
+def _gradients(unencoded: Unencoded, d_encoder: HistoryEncoder, d_tokens: Array) -> Any:
+    d_encoder = jax.tree.map(lambda g, w: g.astype(w.dtype), d_encoder, unencoded.encoder)
+    return Unencoded(d_encoder, d_tokens, None)  # type: ignore[arg-type]  # no gradient
 
 
 def _lowered_for(kernels: Kernels, call: Callable[..., Any], *arguments: Any) -> Any:

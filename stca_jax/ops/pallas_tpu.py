@@ -14,8 +14,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from stca_jax.ops import encoder_tpu
+from stca_jax.ops.attention_kernels import dot, mask_scores, score_gradients, softmax_step
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.kernels import Inputs, Kernels, dot, mask_scores, score_gradients, softmax_step
+from stca_jax.ops.kernels import Inputs, Kernels, Unencoded
 from stca_jax.ops.tiled import LOWEST_PEAK
 from stca_jax.ops.tiles import BlockSizes, Tiling
 
@@ -55,15 +56,15 @@ class MosaicKernels(Kernels):
         """See `Kernels`."""
         return self.encodes and encoder_tpu.can_encode(encoder, dtype)
 
-    def encode(self, encoder: HistoryEncoder, tokens: Array, covered: Array) -> Array:
+    def encode(self, unencoded: Unencoded) -> Array:
         """See `Kernels`."""
-        return encoder_tpu.encode(encoder, tokens, covered, self.interpret)
+        return encoder_tpu.encode(unencoded, self.interpret)
 
     def encode_backward(
-        self, encoder: HistoryEncoder, tokens: Array, covered: Array, d_encoded: Array
+        self, unencoded: Unencoded, d_encoded: Array
     ) -> tuple[HistoryEncoder, Array]:
         """See `Kernels`."""
-        return encoder_tpu.encode_backward(encoder, tokens, covered, d_encoded, self.interpret)
+        return encoder_tpu.encode_backward(unencoded, d_encoded, self.interpret)
 
     def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
         """See `Kernels`."""

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from stca_jax.ops import encoder_triton
+from stca_jax.ops import attention_triton, encoder_triton
+from stca_jax.ops.attention_triton import band_specs, share_spec, shares
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.encoder_triton import parts_of
-from stca_jax.ops.kernels import Inputs, Kernels, dot, mask_scores, score_gradients, softmax_step
-from stca_jax.ops.tiled import LOWEST_PEAK, NO_SCORE
+from stca_jax.ops.kernels import Inputs, Kernels, Unencoded
+from stca_jax.ops.tiled import LOWEST_PEAK
 from stca_jax.ops.tiles import BlockSizes, Tiling
 
 # Sides of the smallest matrix product of the tensor cores that Triton offers.
@@ -37,7 +36,7 @@ class Gpu:
 
     Attributes:
       shared_memory: Bytes of shared memory a program may have.
-      multiprocessors: How many there are; each runs about two programs.
+      multiprocessors: How many there are; each is given eight warps.
       columns: Most targets x heads of a tile, if tokens are at most 256 wide: what is summed for
         them has to stay in registers.
     """
@@ -120,33 +119,32 @@ class TritonKernels(Kernels):
         """See `Kernels`."""
         return self.encodes and encoder_triton.cuts_for(len(encoder.up), dtype) is not None
 
-    def encode(self, encoder: HistoryEncoder, tokens: Array, covered: Array) -> Array:
+    def encode(self, unencoded: Unencoded) -> Array:
         """See `Kernels`."""
-        return encoder_triton.encode(
-            encoder_triton.make_layer(encoder, tokens, covered, self.interpret)
-        )
+        return encoder_triton.encode(encoder_triton.make_layer(unencoded, self.interpret))
 
     def encode_backward(
-        self, encoder: HistoryEncoder, tokens: Array, covered: Array, d_encoded: Array
+        self, unencoded: Unencoded, d_encoded: Array
     ) -> tuple[HistoryEncoder, Array]:
-        """See `Kernels`: two programs per multiprocessor share the weights' gradients."""
-        layer = encoder_triton.make_layer(encoder, tokens, covered, self.interpret)
-        return encoder_triton.encode_backward(layer, d_encoded, 2 * self.gpu.multiprocessors)
+        """See `Kernels`: one program of 8 warps per multiprocessor for the weights' gradients."""
+        layer = encoder_triton.make_layer(unencoded, self.interpret)
+        incoming = encoder_triton.of_array(layer, d_encoded)
+        return encoder_triton.encode_backward(layer, incoming, self.gpu.multiprocessors)
 
     def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
         """See `Kernels`."""
         if reason := self.unavailable("gpu"):
             raise ValueError(reason)
         J, G, E, C = inputs.query.shape
-        self._check_shared_memory(tiling, inputs)
-        splits = self._splits(tiling, J * G)
-        specs = _band_specs(tiling, E, C)
+        self._check_shared_memory(tiling.history, inputs)
+        splits = self._splits(tiling, inputs)
+        specs = band_specs(tiling, E, C)
         output, log_sum_exp = self._call(
-            functools.partial(_forward_kernel, tile=tiling.history),
+            functools.partial(attention_triton.forward_kernel, tile=tiling.history),
             grid=(J, G, splits),
             in_specs=[*specs.ranges, specs.wide, *[specs.key] * len(inputs.history)],
-            out_specs=[_share_spec(E, C), _share_spec(1, C)],
-            out_shape=[_shares(splits, J, G, E, C), _shares(splits, J, G, 1, C)],
+            out_specs=[share_spec(E, C), share_spec(1, C)],
+            out_shape=[shares(splits, J, G, E, C), shares(splits, J, G, 1, C)],
             name="target_to_history_forward",
         )(inputs.first, inputs.last, inputs.start, inputs.end, inputs.query, *inputs.history)
         joined = jax.nn.logsumexp(log_sum_exp, axis=0)
@@ -157,38 +155,64 @@ class TritonKernels(Kernels):
         self, tiling: Tiling, inputs: Inputs, d_output: Array, log_sum_exp: Array, delta: Array
     ) -> tuple[Array, tuple[Array, ...]]:
         """See `Kernels`."""
-        J, G, E, C = inputs.query.shape
-        splits = self._splits(tiling, J * G)
-        arguments = (inputs.start, inputs.end, log_sum_exp, delta, inputs.query, d_output,
-                     *inputs.history)  # fmt: skip
-        arrays = len(inputs.history)
-        specs = _band_specs(tiling, E, C)
-        d_query = self._call(
-            functools.partial(_query_kernel, tile=tiling.history),
-            grid=(J, G, splits),
-            in_specs=specs.backward(arrays),
-            out_specs=_share_spec(E, C),
-            out_shape=_shares(splits, J, G, E, C),
-            name="target_to_history_backward_query",
-        )(inputs.first, inputs.last, *arguments)
-        specs = _history_specs(tiling, E, C)
+        statistics = (log_sum_exp, delta, inputs.query, d_output)
+        _, G, E, C = inputs.query.shape
+        specs = attention_triton.history_specs(tiling, E, C)
+        bands = attention_triton.target_bands(inputs, tiling, tiling.history)
         d_history = self._call(
-            _key_kernel,
+            attention_triton.key_kernel,
             grid=(tiling.tiles_per_row, G, tiling.rows),
-            in_specs=specs.backward(arrays),
-            out_specs=[specs.key] * arrays,
+            in_specs=specs.backward(len(inputs.history)),
+            out_specs=[specs.key] * len(inputs.history),
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs.history],
             name="target_to_history_backward_key",
-        )(*_target_bands(inputs.first, inputs.last, tiling), *arguments)
-        return d_query.sum(0), tuple(d_history)
+        )(*bands, inputs.start, inputs.end, *statistics, *inputs.history)
+        return self._query_gradients(tiling, inputs, statistics), tuple(d_history)
 
-    def _splits(self, tiling: Tiling, programs: int) -> int:
-        """How many programs share a band: two per multiprocessor, or one per history tile."""
-        return min(tiling.tiles_per_row, -(-2 * self.gpu.multiprocessors // programs))
+    def layer_backward(
+        self,
+        tiling: Tiling,
+        inputs: Inputs,
+        unencoded: Unencoded,
+        d_output: Array,
+        log_sum_exp: Array,
+        delta: Array,
+    ) -> tuple[Array, HistoryEncoder, Array]:
+        """See `Kernels`: gradients of encoded tokens never reach memory."""
+        statistics = (log_sum_exp, delta, inputs.query, d_output)
+        layer = encoder_triton.make_layer(unencoded, self.interpret)
+        self._check_shared_memory(layer.tile(layer.cuts.layer), inputs)
+        incoming = attention_triton.of_attention(inputs, tiling, layer, statistics)
+        return (
+            self._query_gradients(tiling, inputs, statistics),
+            *encoder_triton.encode_backward(layer, incoming, self.gpu.multiprocessors),
+        )
 
-    def _check_shared_memory(self, tiling: Tiling, inputs: Inputs) -> None:
+    def _query_gradients(
+        self, tiling: Tiling, inputs: Inputs, statistics: tuple[Array, ...]
+    ) -> Array:
+        J, G, E, C = inputs.query.shape
+        splits = self._splits(tiling, inputs)
+        d_query = self._call(
+            functools.partial(attention_triton.query_kernel, tile=tiling.history),
+            grid=(J, G, splits),
+            in_specs=band_specs(tiling, E, C).backward(len(inputs.history)),
+            out_specs=share_spec(E, C),
+            out_shape=shares(splits, J, G, E, C),
+            name="target_to_history_backward_query",
+        )(inputs.first, inputs.last, inputs.start, inputs.end, *statistics, *inputs.history)
+        return d_query.sum(0)
+
+    def _splits(self, tiling: Tiling, inputs: Inputs) -> int:
+        """How many programs share a band: 8 warps per multiprocessor, or one per history tile."""
+        J, G, E, _ = inputs.query.shape
+        programs = self.gpu.multiprocessors * 8 // _warps(E)
+        return min(tiling.tiles_per_row, -(-programs // (J * G)))
+
+    def _check_shared_memory(self, t: int, inputs: Inputs) -> None:
+        """For tiles of t tokens."""
         E, C = inputs.query.shape[2:]
-        t, size = tiling.history, inputs.key.dtype.itemsize
+        size = inputs.key.dtype.itemsize
         # Hopper's asynchronous products, which need 64 tokens, keep two tiles of each array.
         stages = 2 if t >= 64 and size == 2 else 1
         needed = size * (2 * E * C + stages * 2 * t * E + 3 * t * C) + 16 * C
@@ -202,192 +226,14 @@ class TritonKernels(Kernels):
 
     def _call(self, kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
         width = options["in_specs"][-1].block_shape[-1]
-        params = plgpu.CompilerParams(num_warps=4 if width <= 128 else 8, num_stages=2)
+        params = plgpu.CompilerParams(num_warps=_warps(width), num_stages=2)
         return pl.pallas_call(kernel, compiler_params=params, interpret=self.interpret, **options)
+
+
+def _warps(width: int) -> int:
+    """Of a program for keys of that width."""
+    return 4 if width <= 128 else 8
 
 
 def _compute_capability() -> str:
     return str(getattr(jax.local_devices()[0], "compute_capability", "unknown"))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Specs:
-    """Blocks of the kernels' inputs.
-
-    Attributes:
-      ranges: Of the band's two ends, then of `start` and `end`.
-      row: Of a number per target and head: log-sum-exp or delta.
-      wide: Of queries, or gradients of outputs.
-      key: Of keys or values.
-    """
-
-    ranges: list[pl.BlockSpec]
-    row: pl.BlockSpec
-    wide: pl.BlockSpec
-    key: pl.BlockSpec
-
-    def backward(self, arrays: int) -> list[pl.BlockSpec]:
-        """Of all inputs of a backward kernel, of them one or two of keys and values."""
-        return [*self.ranges, self.row, self.row, self.wide, self.wide, *[self.key] * arrays]
-
-
-def _band_specs(tiling: Tiling, E: int, C: int) -> _Specs:
-    """One target tile and its whole row of history; grid (target tile, group, share)."""
-
-    def key(j: Any, g: Any, s: Any) -> tuple[Any, ...]:
-        return lax.div(j, jnp.int32(tiling.target_tiles_per_row)), g, 0, 0
-
-    length = tiling.tiles_per_row * tiling.history
-    band = pl.BlockSpec((1,), lambda j, g, s: (j,))
-    span = pl.BlockSpec((None, 1, C), lambda j, g, s: (j, 0, 0))
-    return _Specs(
-        ranges=[band, band, span, span],
-        row=pl.BlockSpec((None, None, 1, C), lambda j, g, s: (j, g, 0, 0)),
-        wide=pl.BlockSpec((None, None, E, C), lambda j, g, s: (j, g, 0, 0)),
-        key=pl.BlockSpec((None, None, length, E), key),
-    )
-
-
-def _history_specs(tiling: Tiling, E: int, C: int) -> _Specs:
-    """One history tile and all target tiles of its row; grid (history tile, group, row)."""
-    per_row = tiling.target_tiles_per_row
-    band = pl.BlockSpec((1, 1), lambda i, g, r: (r, i))
-    span = pl.BlockSpec((per_row, 1, C), lambda i, g, r: (r, 0, 0))
-    return _Specs(
-        ranges=[band, band, span, span],
-        row=pl.BlockSpec((per_row, None, 1, C), lambda i, g, r: (r, g, 0, 0)),
-        wide=pl.BlockSpec((per_row, None, E, C), lambda i, g, r: (r, g, 0, 0)),
-        key=pl.BlockSpec((None, None, tiling.history, E), lambda i, g, r: (r, g, i, 0)),
-    )
-
-
-def _share_spec(*block: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, None, None, *block), lambda j, g, s: (s, j, g, 0, 0))
-
-
-def _shares(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def _target_bands(
-    first: Int[Array, " J"], last: Int[Array, " J"], tiling: Tiling
-) -> tuple[Int[Array, "R tiles"], Int[Array, "R tiles"]]:
-    """First and one past the last target tile of the row that need each history tile."""
-    tile = jnp.arange(tiling.tiles_per_row)
-    needs = (first[:, None] <= tile) & (tile < last[:, None])
-    needs = needs.reshape(tiling.rows, tiling.target_tiles_per_row, -1)
-    after_last = needs.shape[1] - needs[:, ::-1].argmax(1)
-    return (
-        needs.argmax(1).astype(jnp.int32),
-        jnp.where(needs.any(1), after_last, 0).astype(jnp.int32),
-    )
-
-
-def _share(first: Any, last: Any) -> tuple[Array, Array]:
-    """This program's tiles of the band."""
-    most = pl.cdiv(jnp.maximum(last - first, 0), pl.num_programs(2))
-    begin = first + pl.program_id(2) * most
-    return begin, jnp.minimum(begin + most, last)
-
-
-def _keys_and_values(
-    history: Sequence[Any], tokens: Any, parts: list[slice]
-) -> tuple[list[Array], list[Array]]:
-    """A tile of each of `Inputs.history`, in parts."""
-    loaded = [[x[tokens, p] for p in parts] for x in history]
-    return loaded[0], loaded[-1]
-
-
-def _product(a: list[Array], b: list[Array]) -> Any:
-    """[t, C] product of keys or values [t, E] with [E, C], both in parts of E."""
-    return sum(dot(x, y, 1, 0) for x, y in zip(a, b, strict=True))
-
-
-def _add_products(summed: list[Array], a: Array, b: list[Array]) -> list[Array]:
-    """Adds the [t, E] product of [t, C] with [E, C], in parts of E."""
-    return [x + dot(a, y, 1, 1) for x, y in zip(summed, b, strict=True)]
-
-
-def _forward_kernel(first, last, start, end, query, *refs, tile):
-    *history, output, log_sum_exp = refs
-    parts = parts_of(query.shape[0])
-    queries = [query[p, :] for p in parts]
-    ranges = start[...], end[...]
-    C = query.shape[1]
-
-    def step(i, carry):
-        peak, total, *summed = carry
-        tokens = pl.ds(i * tile, tile)
-        score = _product([history[0][tokens, p] for p in parts], queries)
-        score = mask_scores(score, *ranges, i * tile)
-        weight, rescale, peak, total = softmax_step(score, peak, total)
-        weight = weight.astype(query.dtype)
-        summed = [
-            x * rescale + dot(history[-1][tokens, p], weight, 0, 0)
-            for x, p in zip(summed, parts, strict=True)
-        ]
-        return peak, total, *summed
-
-    row = (1, C)
-    peak, total, *summed = lax.fori_loop(
-        *_share(first[0], last[0]),
-        step,
-        (
-            jnp.full(row, LOWEST_PEAK, jnp.float32),
-            jnp.zeros(row, jnp.float32),
-            *(jnp.zeros(q.shape, jnp.float32) for q in queries),
-        ),
-    )
-    nonempty = total > 0
-    safe_total = jnp.where(nonempty, total, 1)
-    for p, x in zip(parts, summed, strict=True):
-        output[p, :] = x / safe_total
-    log_sum_exp[...] = jnp.where(nonempty, peak + jnp.log(safe_total), NO_SCORE)
-
-
-def _query_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, *refs, tile):
-    *history, d_query = refs
-    parts = parts_of(query.shape[0])
-    queries = [query[p, :] for p in parts]
-    d_outputs = [d_output[p, :] for p in parts]
-    ranges, statistics = (start[...], end[...]), (log_sum_exp[...], delta[...])
-
-    def step(i, summed):
-        keys, values = _keys_and_values(history, pl.ds(i * tile, tile), parts)
-        score = mask_scores(_product(keys, queries), *ranges, i * tile)
-        _, d_score = score_gradients(score, _product(values, d_outputs), *statistics)
-        d_score = d_score.astype(query.dtype)
-        return [x + dot(k, d_score, 0, 0) for x, k in zip(summed, keys, strict=True)]
-
-    zeros = [jnp.zeros(q.shape, jnp.float32) for q in queries]
-    summed = lax.fori_loop(*_share(first[0], last[0]), step, zeros)
-    for p, x in zip(parts, summed, strict=True):
-        d_query[p, :] = x
-
-
-def _key_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, *refs):
-    history, d_history = refs[: len(refs) // 2], refs[len(refs) // 2 :]
-    tile = history[0].shape[0]
-    parts = parts_of(query.shape[1])
-    keys, values = _keys_and_values(history, slice(None), parts)
-    position = pl.program_id(0) * tile
-
-    def step(j, sums):
-        queries, d_outputs = ([x[j, p, :] for p in parts] for x in (query, d_output))
-        score = mask_scores(_product(keys, queries), start[j], end[j], position)
-        # Held for the whole loop, float32 values would spill registers, were they the keys as well.
-        read = values if query.dtype != jnp.float32 else [history[-1][:, p] for p in parts]
-        factors = score_gradients(score, _product(read, d_outputs), log_sum_exp[j], delta[j])
-        weight, d_score = (x.astype(query.dtype) for x in factors)
-        return [
-            _add_products(s, *x)
-            for s, x in zip(sums, ((d_score, queries), (weight, d_outputs)), strict=True)
-        ]
-
-    zeros = [jnp.zeros(k.shape, jnp.float32) for k in keys]
-    sums = lax.fori_loop(first[0, 0], last[0, 0], step, [zeros] * 2)
-    if len(history) == 1:  # keys are the values: both gradients are of one array
-        sums = [[x + y for x, y in zip(*sums, strict=True)]]
-    for d_ref, summed in zip(d_history, sums, strict=True):
-        for p, x in zip(parts, summed, strict=True):
-            d_ref[:, p] = x.astype(d_ref.dtype)

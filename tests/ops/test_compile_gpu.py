@@ -30,6 +30,9 @@ DATA_SHEETS = {
 }
 
 
+PASSES = {64: 12.0, 128: 12.3, 256: 12.0}  # over the tokens, at most, by width
+
+
 NO_SPILLS = {
     "xla_gpu_fail_ptx_compilation_on_register_spilling": True,
     # Registers are as users have them, not as this hurried process, see conftest.
@@ -93,7 +96,7 @@ def check_encoder(gpu: str, *dtypes: str) -> None:
         text = step.as_text()
         for kernel in ("forward", "backward_tokens", "backward_weights"):
             assert f"history_encoder_{kernel}/pallas_call" in text
-        assert compiled_bytes.passes(text, size) < 10, (width, dtype)
+        assert compiled_bytes.passes(text, size) < 9.2, (width, dtype)
 
 
 def check_passes(gpu: str, dtype: str, *widths: str) -> None:
@@ -103,7 +106,7 @@ def check_passes(gpu: str, dtype: str, *widths: str) -> None:
         size = compiled_bytes.Size(R, 10_240, 16, width, dtype)
         device = devices_of(gpu)[0]
         step = compiled_bytes.layer_step(size, kernels, device, compiler_options=NO_SPILLS)
-        assert compiled_bytes.passes(step.as_text(), size) < 16, width
+        assert compiled_bytes.passes(step.as_text(), size) < PASSES[width], width
 
 
 def check_all(gpu: str) -> None:

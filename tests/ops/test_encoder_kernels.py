@@ -15,7 +15,7 @@ from test_kernels import ANY_KERNELS, KERNELS, SMALL, exact_products  # noqa: F4
 from stca_jax.experiments.benchmarks.compiled_bytes import weights
 from stca_jax.ops.attention import IMPLEMENTATIONS
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.kernels import encode_tokens
+from stca_jax.ops.kernels import Unencoded, encode_tokens
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 
 
@@ -110,7 +110,7 @@ def run(kernels, case, dtype):
 
     @jax.jit
     def step(encoder, tokens, covered, cotangent):
-        forward = lambda *x: encode_tokens(kernels, *x, covered)  # noqa: E731
+        forward = lambda *x: encode_tokens(kernels, Unencoded(*x, covered))  # noqa: E731
         encoded, gradients = jax.vjp(forward, encoder, tokens)
         return encoded, *gradients(cotangent)
 
@@ -150,7 +150,7 @@ def test_values_and_gradients(kernels, size, skip, dtype):
 
 def test_shares_of_the_tokens():
     """Four programs have six tiles of each chunk of hidden units: one has none."""
-    gpu = dataclasses.replace(GPUS["8.0"], multiprocessors=4)
+    gpu = dataclasses.replace(GPUS["8.0"], multiprocessors=8)
     case = make_case(Size(2, 90, 96, 16, 32), True, "float32")
     shared = run(TritonKernels(gpu, interpret=True), case, "float32")
     each = run(KERNELS["triton"], case, "float32")

@@ -55,6 +55,23 @@ def test_bfloat16_matches_oracle(kernels):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("history", "dtype", "tolerance"),
+    [(16, jnp.float32, 2e-5), (64, jnp.float32, 2e-5), (16, jnp.bfloat16, 0.03)],
+    ids=["16", "64", "16_bfloat16"],
+)
+@ANY_KERNELS
+def test_layer_without_scores(kernels, history, dtype, tolerance):
+    """Gradients need not come by way of the keys; tiles are encoded that are no history tiles."""
+    start, end = random_ranges(np.random.default_rng(0), 2, 11, 150)
+    case = make_case(start, end, 150, D=24, fused=True, skip=history == 16)
+    sizes = BlockSizes(history=history, targets=4)
+    assert_matches_oracle(
+        case, dtype=dtype, tolerance=tolerance, implementation=kernels, order="absorbed",
+        block_sizes=sizes,
+    )  # fmt: skip
+
+
 @ANY_KERNELS
 def test_widths_and_heads_that_are_no_power_of_two(kernels):
     case = ragged_case(H=3, K=5, D=40, score=True)  # keys of 40 + 9 columns
@@ -78,18 +95,22 @@ def test_huge_logits(kernels):
     assert_matches_oracle(case, tolerance=2e-4, implementation=kernels, block_sizes=SMALL)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["attention", "history_layer"])
 @ANY_KERNELS
-def test_uncovered_tokens_never_matter(kernels):
-    options = {"implementation": kernels, "block_sizes": SMALL}
-    dirty = run(ragged_case(score=True, garbage=np.nan), **options)
-    clean = run(ragged_case(score=True, garbage=0.0), **options)
+def test_uncovered_tokens_never_matter(kernels, fused):
+    options = {"implementation": kernels, "order": "absorbed", "block_sizes": SMALL}
+    dirty, clean = (
+        run(ragged_case(fused=fused, score=not fused, garbage=garbage), **options)
+        for garbage in (np.nan, 0.0)
+    )
     jax.tree.map(np.testing.assert_array_equal, dirty, clean)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["attention", "history_layer"])
 @ANY_KERNELS
-def test_all_ranges_empty(kernels):
-    case = make_case(np.full((1, 3), 4), np.full((1, 3), 4), 9, score=True)
-    out, gradients = run(case, implementation=kernels, block_sizes=SMALL)
+def test_all_ranges_empty(kernels, fused):
+    case = make_case(np.full((1, 3), 4), np.full((1, 3), 4), 9, fused=fused, score=not fused)
+    out, gradients = run(case, implementation=kernels, order="absorbed", block_sizes=SMALL)
     assert np.all(out.output == 0)
     assert np.all(out.log_sum_exp == -np.inf)
     assert all(np.all(g == 0) for g in jax.tree.leaves(gradients))
@@ -168,7 +189,7 @@ def test_no_races(kernels, strict_interpreter, capfd):
 def test_races_are_seen(monkeypatch, strict_interpreter, capfd):
     """The previous test can fail: shares of a band that are all written to one place."""
     monkeypatch.setattr(
-        pallas_triton, "_share_spec",
+        pallas_triton, "share_spec",
         lambda *block: pl.BlockSpec((None,) * 3 + block, lambda j, g, s: (0, j, g, 0, 0)),
     )  # fmt: skip
     case = make_case([[0, 5, 9]], [[40, 30, 9]], 40)
