@@ -40,3 +40,10 @@ class Ranges(NamedTuple):
         steps = jnp.zeros((self.start.shape[0], row_length + 1), jnp.int32)
         steps = steps.at[rows, self.start].add(1).at[rows, self.end].add(-1)
         return jnp.cumsum(steps, axis=1)[:, :-1] > 0
+
+
+class SharedRanges(Ranges):
+    """Ranges that are one and the same for all targets of a row, as those of one request are.
+
+    What is computed is the same; ops choose sizes that are faster for such rows.
+    """

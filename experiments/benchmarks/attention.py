@@ -4,9 +4,9 @@
     python -m stca_jax.experiments.benchmarks.attention --autotune --implementation=mosaic_tpu
     python -m stca_jax.experiments.benchmarks.attention --autotune --config=FILE [--data_dir=DIR]
 
-`--autotune` times the op for a grid of block sizes on the device at hand and prints the best, to be
-passed as `block_sizes`.  Sizes whose blocks do not fit the device are reported and skipped.  With
-`--config`, rows, lengths and ranges are those of a batch of its training.
+`--autotune` times the op for a grid of block sizes on the device at hand and prints the default and
+the best ones, to be passed as `block_sizes`.  Sizes whose blocks do not fit the device are reported
+and skipped.  With `--config`, rows, lengths and ranges are those of a batch of its training.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from stca_jax.ops.attention import AttentionOptions, cheaper_order, history_laye
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.pallas_tpu import MosaicKernels
 from stca_jax.ops.pallas_triton import TritonKernels
-from stca_jax.ops.tiles import BlockSizes
-from stca_jax.ranges import Ranges
+from stca_jax.ops.tiles import BlockSizes, make_tiling
+from stca_jax.ranges import Ranges, SharedRanges
 
 _IMPLEMENTATIONS = flags.DEFINE_list(
     "implementation", ["reference", "xla"],
@@ -42,6 +42,8 @@ _ORDERS = flags.DEFINE_list("order", ["absorbed", "projected"], "Orders to measu
 _ROWS = flags.DEFINE_integer("rows", 4, "R.")
 _LENGTH = flags.DEFINE_integer("length", 4096, "L.")
 _TARGETS = flags.DEFINE_list("targets", ["1", "16", "64", "256"], "M.")
+_REQUESTS = flags.DEFINE_integer("requests", 1, "Requests of a row, with equal parts of L and M.")
+_FORWARD = flags.DEFINE_bool("forward", False, "Measure the forward pass alone, as in serving.")
 _WIDTH = flags.DEFINE_integer("width", 64, "d.")
 _HEADS = flags.DEFINE_integer("heads", 4, "h.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
@@ -49,6 +51,7 @@ _CLOCK = flags.DEFINE_enum("clock", "wall", ["wall", "cpu"], "See train_step.")
 _AUTOTUNE = flags.DEFINE_bool("autotune", False, "Search block sizes.")
 _JSON = flags.DEFINE_string("json", None, "File for JSON lines.")
 _BATCH = 5  # of a training; any
+_SHOWN = 5  # block sizes
 
 
 class _Rows(NamedTuple):
@@ -65,9 +68,12 @@ class _Rows(NamedTuple):
 
 
 def _full_rows(num_targets: int) -> _Rows:
-    """Rows whose targets all read all of the row."""
-    start = jnp.zeros((_ROWS.value, num_targets), jnp.int32)
-    return _Rows(_LENGTH.value, Ranges(start, start + _LENGTH.value))
+    """Rows whose targets read all of the row, or of their request's part of it."""
+    requests = jnp.arange(num_targets) * _REQUESTS.value // num_targets
+    tokens = _LENGTH.value // _REQUESTS.value
+    start = jnp.broadcast_to(requests * tokens, (_ROWS.value, num_targets))
+    kind = SharedRanges if _REQUESTS.value == 1 else Ranges
+    return _Rows(_LENGTH.value, kind(start, start + tokens))
 
 
 def _training_rows() -> _Rows:
@@ -85,15 +91,20 @@ def _rows() -> list[_Rows]:
     return [_full_rows(int(num_targets)) for num_targets in _TARGETS.value]
 
 
-def _candidates(implementation: str) -> list[BlockSizes]:
+def _candidates(implementation: str, over: _Rows) -> list[BlockSizes]:
     """Kernels encode all tokens at once; "xla" needs large blocks on an accelerator."""
     if implementation != "xla":
         sizes = itertools.product((512,), (16, 32, 64, 128, 256, 512), (4, 8, 16, 32))
     elif jax.default_backend() == "cpu":
-        sizes = itertools.product((512, 1024, 2048), (128, 256, 512, 1024, 2048), (8, 16, 32, 64))
+        sizes = itertools.product((512, 1024), (64, 128, 256, 512, 1024), (16, 32, 64, 128, 256))
     else:
         sizes = itertools.product((4096, 16_384, 65_536), (1024, 4096, 16_384), (16, 64))
-    return [BlockSizes(*s) for s in sizes if implementation != "xla" or s[1] <= s[0]]
+    if implementation != "xla":
+        return [BlockSizes(*s) for s in sizes]
+    rows, num_targets = over.shape
+    tilings = {make_tiling(rows, over.length, num_targets, BlockSizes(*s)): BlockSizes(*s)
+               for s in sizes if s[1] <= s[0]}  # fmt: skip
+    return list(tilings.values())
 
 
 def _step(over: _Rows, implementation: Any, order: Any, sizes: BlockSizes | None) -> Any:
@@ -120,8 +131,8 @@ def _step(over: _Rows, implementation: Any, order: Any, sizes: BlockSizes | None
         out = history_layer(*inputs, options=AttentionOptions(order, implementation, sizes))
         return out.output.astype(jnp.float32).sum() + out.log_sum_exp.sum()
 
-    gradient = jax.grad(loss, argnums=tuple(range(5)))
-    return timing.compiled_step(gradient, *arguments, over.ranges)
+    step = loss if _FORWARD.value else jax.grad(loss, argnums=tuple(range(5)))
+    return timing.compiled_step(step, *arguments, over.ranges)
 
 
 def _compare() -> list[dict[str, Any]]:
@@ -147,21 +158,25 @@ def _compare() -> list[dict[str, Any]]:
 def _autotune() -> list[dict[str, Any]]:
     clock = time.process_time if _CLOCK.value == "cpu" else time.perf_counter
     records = []
-    for implementation, over in itertools.product(_IMPLEMENTATIONS.value, _rows()):
+    searched = itertools.product(_IMPLEMENTATIONS.value, _ORDERS.value, _rows())
+    for implementation, order, over in searched:
         rows, num_targets = over.shape
         calls: dict[str, Any] = {}
-        for sizes in _candidates(implementation):
+        for sizes in (None, *_candidates(implementation, over)):
+            name = repr(sizes) if sizes else "default"
             try:
-                calls[repr(sizes)], _ = _step(over, implementation, None, sizes)
+                calls[name], _ = _step(over, implementation, order, sizes)
             except (ValueError, jax.errors.JaxRuntimeError) as error:
                 print(f"{sizes}: {str(error).splitlines()[0]}", flush=True)
         timings = timing.time_interleaved(calls, seconds=0.3, clock=clock)
-        best = min(timings, key=lambda name: timings[name].best)
-        of_best = 1e3 * timings[best].best / rows
-        print(f"{implementation} m={num_targets}: block_sizes={best}, {of_best:.4g} ms", flush=True)
-        records += [{"step": implementation, "m": num_targets, "block_sizes": name,
-                     "ms_per_request": 1e3 * t.best / rows}
-                    for name, t in timings.items()]  # fmt: skip
+        ms = {name: 1e3 * t.best / rows for name, t in timings.items()}
+        print(f"{implementation} {order} L={over.length} m={num_targets}")
+        best_first = sorted(ms, key=lambda name: ms[name])
+        for name in dict.fromkeys(["default", *best_first[:_SHOWN]]):
+            print(f"  {ms[name]:9.4g} ms  {name}", flush=True)
+        records += [{"step": implementation, "order": order, "L": over.length, "m": num_targets,
+                     "block_sizes": name, "ms_per_request": value}
+                    for name, value in ms.items()]  # fmt: skip
     return records
 
 

@@ -32,7 +32,7 @@ from stca_jax.models.stca import Stca, StcaConfig
 from stca_jax.ops.match import MatchStatistics
 from stca_jax.ops.paged import PAGE, TARGET_TILE, Pages
 from stca_jax.ops.sharded import assume_platform
-from stca_jax.ranges import Ranges
+from stca_jax.ranges import SharedRanges
 from stca_jax.schema import Schema
 from stca_jax.training.state import merge_ranker, split_ranker
 
@@ -211,7 +211,7 @@ class ServedRanker:
         def of_targets(x: Array) -> Array:
             return jnp.broadcast_to(x[:, None], (U, M))
 
-        ranges = Ranges(of_targets(jnp.zeros_like(num_events)), of_targets(num_events))
+        ranges = SharedRanges(of_targets(jnp.zeros_like(num_events)), of_targets(num_events))
         batch = empty_batch(self._schema, 1, 1, 1, shared_history=False).replace(
             history_time=time,
             request_time=of_targets(requests.now),

@@ -93,7 +93,7 @@ def on_mesh(
             return local(weights, per_target, per_token, ranges)
         tokens_here = length // free[SEQUENCE]
         offset = lax.axis_index(sequence) * tokens_here
-        ranges = Ranges(*(jnp.clip(x - offset, 0, tokens_here) for x in ranges))
+        ranges = type(ranges)(*(jnp.clip(x - offset, 0, tokens_here) for x in ranges))
         return merge(local(weights, per_target, per_token, ranges), sequence)
 
     rows, tokens = PartitionSpec(data), PartitionSpec(data, sequence)

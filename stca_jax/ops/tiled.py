@@ -31,7 +31,7 @@ from stca_jax.ops.tiles import (
     touched_pairs,
     untile_targets,
 )
-from stca_jax.ranges import Ranges
+from stca_jax.ranges import Ranges, SharedRanges
 
 # Finite, so that an empty range never computes inf - inf; the lowest peak is far above it, so that
 # exp(NO_SCORE - peak) is zero without another mask.
@@ -71,8 +71,12 @@ class Tiled(GroupedImplementation):
         length = tokens.value.shape[1]
         if weights.encoder is not None:
             weights = weights._replace(encoder=transpose_out(weights.encoder))
-        sizes = block_sizes or default_block_sizes(length, M, platform())
+        is_shared = isinstance(ranges, SharedRanges)
+        sizes = block_sizes or default_block_sizes(length, M, platform(), is_shared=is_shared)
         tiling = make_tiling(R, length, M, sizes)
+        # XLA would fold ranges that it knows, such as starts of zero, into the loop of the
+        # exponentials, and compile it several times slower.
+        ranges = Ranges(*_stored(*ranges))
         tiled = _Ranges(
             covered=tile_tokens(ranges.covered(length), tiling),
             start=jnp.tile(tile_targets(ranges.start, tiling), A),

@@ -45,23 +45,35 @@ class BlockSizes:
                 raise ValueError(f"BlockSizes.{name} is {getattr(self, name)}; at least 1")
 
 
-def default_block_sizes(length: int, num_targets: int, platform: str) -> BlockSizes:
+def default_block_sizes(
+    length: int, num_targets: int, platform: str, *, is_shared: bool = False
+) -> BlockSizes:
     """Sizes measured best on a CPU core, where a block's FFN activations stay in its cache.
 
-    A GPU takes far larger ones: blocks follow one another, and each has to fill it.  A target tile
-    of 16 holds a typical request, whose targets have one range.  Where targets are many for the
-    tokens of a row, they belong to requests that share tokens, or have few of their own: history
-    tiles that follow such ranges more closely cost less, and hold for more targets at once.
+    A GPU takes far larger ones: blocks follow one another, and each has to fill it.  On a CPU a
+    pair of tiles costs as much as a thousand pairs of target and token beside its own, so that
+    tiles are as large as the ranges allow: in a tile that two ranges share, each is computed for
+    the targets of both.
+
+    - Where the targets of a row read one range, few are one tile, and many are tiles of 32, which
+      are faster than larger ones.
+    - Otherwise a tile of 16 holds a typical request, whose targets have one range.
+    - Where targets are many for the tokens of a row, they belong to requests that share tokens, or
+      have few of their own: history tiles of 64 tokens follow such ranges closely, for 32 targets
+      at once.
 
     Args:
       length: L, tokens per row.
       num_targets: M, targets per row.
       platform: As JAX names it.
+      is_shared: Whether the targets of a row read one range, see `SharedRanges`.
     """
     if platform == "gpu":
         return BlockSizes(tokens=16_384, history=1024 if num_targets > 64 else 4096)
+    if is_shared:
+        return BlockSizes(targets=num_targets if num_targets < 128 else 32)
     if num_targets > 64 and num_targets * _TOKENS_OF_A_TARGET >= length:
-        return BlockSizes(history=128, targets=32)
+        return BlockSizes(history=64, targets=32)
     return BlockSizes()
 
 

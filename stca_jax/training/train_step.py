@@ -339,10 +339,9 @@ class Program:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, for restoring."""
+        shapes, shardings = self._state_shapes, self._state_shardings
         return jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            jax.eval_shape(self.initial_state),
-            self._state_shardings,
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
         )
 
     @functools.cached_property
@@ -394,7 +393,8 @@ class Program:
     def _table_transform(self) -> RowOptimizer:
         return row_optimizer(self.optimizer)
 
+    _state_shapes = functools.cached_property(lambda self: jax.eval_shape(self.initial_state))
+
     @functools.cached_property
     def _state_shardings(self) -> Any:
-        abstract_state = jax.eval_shape(self.initial_state)
-        return state_shardings(abstract_state, self._abstract_ranker, self.mesh, self.rules)
+        return state_shardings(self._state_shapes, self._abstract_ranker, self.mesh, self.rules)
