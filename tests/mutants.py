@@ -160,6 +160,12 @@ MUTANTS = (
            "{**{k: v for k, v in _DEFAULTS.items() if k in here}, **state[\"config\"]}",
            'state["config"]', "tests/input/test_pipeline.py::"
            "test_a_position_of_an_older_version_goes_on_where_that_would_have"),
+    Mutant("soft counts of other candidates", "stca_jax/serving/soft_counts.py",
+           "sharpness)[place])", "sharpness)[place[::-1]])",
+           "tests/serving/test_soft_counts.py::test_sum_over_ids_is_that_over_events"),
+    Mutant("soft counts not served", "stca_jax/serving/cache.py",
+           "soft[u, :m] = model.soft_counts", "soft[u, :m] = 0 * model.soft_counts",
+           "tests/serving/test_scorer.py::test_replayed_requests_score_as_evaluated"),
     Mutant("SQL offered that was not tried", "data/interaction_log/id_matching.py",
            "is_safe and (matched or 0) >= (best.share if best else share) + _GAIN", "best is None",
            _IDS + "test_ids_that_only_look_different_end_with_sql_that_mends_them"),

@@ -226,10 +226,11 @@ def score(p: Params, config: RankerConfig, schema: Schema, example: Example) -> 
         item = embed(schema.item, example.history[schema.item][t])
         x[t] = fuse(p["history_fusion"], item, parts)
 
-    statistics = match_channel(config, schema, example) if config.match_channel else []
+    statistics = match_channel(p, config, schema, example) if config.match_channel else []
     parts = {f: embed(f, example.target[f]) for f in schema.target if f != schema.item}
     if config.match_channel and not config.match_time_scales_days:
-        parts["match statistics"] = np.array(statistics)
+        num_soft = len(schema.match_fields) - 1 if config.match_soft_counts else 0
+        parts["match statistics"] = np.array(statistics[: len(statistics) - num_soft])
     target = fuse(p["target_fusion"], embed(schema.item, example.target[schema.item]), parts)
     temperature_length = config.sequence.temperature_length
     z, counts, _ = stca(
@@ -247,8 +248,8 @@ def score(p: Params, config: RankerConfig, schema: Schema, example: Example) -> 
     return linear(p["head"], rank_mixer(p.get("backbone", {}), tokens))
 
 
-def match_channel(config: RankerConfig, schema: Schema, example: Example) -> list[float]:
-    """Counts of exact matches, decayed counts and ages of the last match; the item first."""
+def match_channel(p: Params, config: RankerConfig, schema: Schema, example: Example) -> list[float]:
+    """Counts of exact matches, decayed counts, ages of the last match, soft counts; item first."""
     age = example.request_time - example.history_time
     others = [f for f in schema.target if f in schema.history and f in schema.vocabularies]
     fields = [schema.item, *(f for f in others if f != schema.item)]
@@ -264,9 +265,19 @@ def match_channel(config: RankerConfig, schema: Schema, example: Example) -> lis
             decayed.append(log_count(sum(np.exp(-a / scale) for a in days)))
         last.append(log_count(min([*days, 3650.0])))
         share.append(len(days) / max(len(age), 1))
+    soft = []
+    for k, field in enumerate(fields[1:] if config.match_soft_counts else []):
+        rows = p["embedding"]["tables"][field]["rows"]
+        target = rows[example.target[field]]
+        likeness = [
+            rows[v] @ target / (np.linalg.norm(rows[v]) * np.linalg.norm(target))
+            for v in example.history[field]
+        ]
+        sharpness = p["match_channel"]["sharpness"][k]
+        soft.append(log_count(sum(np.exp(sharpness * (c - 1)) for c in likeness)))
     if config.match_time_scales_days:
-        return [*counts, *decayed, *last, *share]
-    return [*counts, decayed[0], last[0]]
+        return [*counts, *decayed, *last, *share, *soft]
+    return [*counts, decayed[0], last[0], *soft]
 
 
 def logits(p: Params, config: RankerConfig, schema: Schema, batch: RequestBatch) -> np.ndarray:

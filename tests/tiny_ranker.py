@@ -40,12 +40,14 @@ CONFIGS = {
         embedding=dataclasses.replace(_EMBEDDING, item_width=5, linear_path=True),
         backbone=RankMixerConfig(num_blocks=1),
         match_time_scales_days=(1.0, 28.0),
+        match_soft_counts=True,
     ),
     "exclusive": RankerConfig(
         sequence=dataclasses.replace(_SEQUENCE, recency_score=True),
         embedding=dataclasses.replace(
             _EMBEDDING, time_delta=True, recency_index=True, linear_path=True
         ),
+        match_soft_counts=True,
     ),
 }
 CONFIGS["few_features"] = dataclasses.replace(

@@ -19,6 +19,7 @@ Overrides = dict[str, Any]
 # What each variant takes away; "paper" has the published equations instead.
 _WITHOUT: Mapping[str, Overrides] = {
     "no_match_channel": {"model.match_channel": False},
+    "no_soft_counts": {"model.match_soft_counts": False},
     "no_time_scales": {"model.match_time_scales_days": ()},
     "no_skip_paths": {"model.sequence.skip_paths": False},
     "no_linear_path": {"model.embedding.linear_path": False},

@@ -59,8 +59,9 @@ def channels(state: TrainState, ranker: Ranker) -> dict[str, TrainState]:
     """The state with each channel switched off: weights that read or make it are zero.
 
     Which is exactly what zeros in the channel give. "attention" is what layers gather (o^i of E5),
-    "count channel" the log-sum-exps and the window's size, "match channel" the exact-match
-    statistics, "table of NAME" a feature's embeddings at every level that has it.
+    "count channel" the log-sum-exps and the window's size, "match channel" the statistics of
+    matches, of which "soft counts" are a part, "table of NAME" a feature's embeddings at every
+    level that has it.
 
     Args:
       state: Of a checkpoint.
@@ -68,7 +69,9 @@ def channels(state: TrainState, ranker: Ranker) -> dict[str, TrainState]:
     """
     first = len(ranker.number_names)
     last = first + ranker.num_statistics
-    reads_matches = first < last and not ranker.config.match_time_scales_days
+    channel = ranker.match_channel
+    num_soft = len(channel.soft_fields) if channel else 0
+    numbers = "token_maps/numbers/weight"
 
     def without_attention(path: str, value: Array) -> Array:
         return jnp.zeros_like(value) if "sequence" in path and "w_output" in path else value
@@ -76,13 +79,17 @@ def channels(state: TrainState, ranker: Ranker) -> dict[str, TrainState]:
     def without_counts(path: str, value: Array) -> Array:
         if path.endswith("count_weight"):
             return jnp.zeros_like(value)
-        return value.at[last:].set(0) if path == "token_maps/numbers/weight" else value
+        return value.at[last:].set(0) if path == numbers else value
+
+    def without_soft_counts(path: str, value: Array) -> Array:
+        return value.at[last - num_soft : last].set(0) if path == numbers else value
 
     def without_matches(path: str, value: Array) -> Array:
-        if path == "token_maps/numbers/weight":
+        if path == numbers:
             return value.at[first:last].set(0)
-        if reads_matches and path.startswith("target_fusion/ffn/") and not path.endswith("out"):
-            return value.at[-ranker.num_statistics :].set(0)
+        is_input = path.startswith("target_fusion/ffn/") and not path.endswith("out")
+        if is_input and channel and not channel.is_complete:
+            return value.at[-channel.num_exact :].set(0)
         is_linear = path == "target_fusion/side/match statistics"
         return jnp.zeros_like(value) if is_linear else value
 
@@ -91,6 +98,8 @@ def channels(state: TrainState, ranker: Ranker) -> dict[str, TrainState]:
         off["attention"] = _changed(state, without_attention)
     if ranker.config.sequence.num_counts:
         off["count channel"] = _changed(state, without_counts)
+    if num_soft:
+        off["soft counts"] = _changed(state, without_soft_counts)
     if ranker.num_statistics:
         off["match channel"] = _changed(state, without_matches)
     for name, rows in state.tables.items():

@@ -240,6 +240,7 @@ def _describe(served: ServedRanker, uncached: bool, tolerance: float) -> dict[st
             },
             "match_fields": served.match_fields,
             "decay_seconds": served.decay_seconds,
+            "soft_fields": served.soft_fields,
         },
         "caches": {
             name: {

@@ -70,12 +70,14 @@ class ScoreInputs(NamedTuple):
       request: Packed features of the request.
       matches: Count, age of the latest in seconds, and decayed counts, of each field of the match
         channel; of width 0 without one.
+      soft: Soft counts of the fields that have them; None without any.
     """
 
     now: Int[Array, " U"]
     target: Float[Array, "U M W"]
     request: Float[Array, "U V"]
     matches: Float[Array, "U M F stats"]
+    soft: Float[Array, "U M S"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,7 @@ class ServedRanker:
       request: Of requests.
       match_fields: Fields of the match channel; empty without one.
       decay_seconds: Its time constants.
+      soft_fields: Fields with soft counts.
     """
 
     def __init__(self, ranker: Ranker):
@@ -122,9 +125,10 @@ class ServedRanker:
         self.history = self._packed(ranker, ranker.history_names)
         self.target = self._packed(ranker, ranker.target_names)
         self.request = self._packed(ranker, ranker.schema.request)
-        channel = ranker.config.match_channel
-        self.match_fields = ranker.schema.match_fields if channel else ()
-        self.decay_seconds = ranker.config.match_decay_seconds if channel else ()
+        channel = ranker.match_channel
+        self.match_fields = channel.fields if channel else ()
+        self.decay_seconds = channel.decay_seconds if channel else ()
+        self.soft_fields = channel.soft_fields if channel else ()
         sequence = ranker.config.sequence
         self.caches = self._caches(ranker) if sequence.can_cache_history else {}
 
@@ -243,10 +247,10 @@ class ServedRanker:
             for name, x in self.request.unpack(inputs.request).items()
         }
         statistics = []
-        if self.match_fields:
+        if ranker.match_channel is not None:
             matches, last_age, decayed = jnp.split(inputs.matches, (1, 2), -1)
             found = MatchStatistics(matches[..., 0], decayed, last_age[..., 0])
-            statistics = ranker.match_columns(found, num_events)
+            statistics = ranker.match_channel.columns(found, num_events, inputs.soft)
         embedded = {"target": target, "request": request}
         return ranker.score(read, Candidates(numbers, {}, statistics, embedded))[0]
 
@@ -309,11 +313,13 @@ def lower_all(served: ServedRanker, *, max_history: int, uncached: bool) -> dict
 
     def inputs(users: Any, targets: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
         stats = 2 + len(served.decay_seconds)
+        soft = len(served.soft_fields)
         return (  # the fields of ScoreInputs
             array(users, dtype=np.int32),
             array(users, targets, sum(served.target.widths)),
             array(users, sum(served.request.widths)),
             array(users, targets, len(served.match_fields), stats),
+            *([array(users, targets, soft)] if soft else []),
         )
 
     if uncached:

@@ -7,6 +7,10 @@ A request has a few labels and thousands of events; what is similar to what is i
     weights            max(0, log(n_ab n / (n_a n_b^.75 …)))   (pointwise mutual information)
     rows               U sqrt(S) of its singular value decomposition, of unit length
 
+Of the singular values is kept what stands out of the noise, s -> sqrt(s^2 - e^2), which is optimal
+for white noise whose largest is e (Gavish and Donoho, arXiv 1405.7511); the noise is taken to be
+what `width` dimensions leave.
+
 **No label enters.**  An event that is a target of a training request (same user, time and item) is
 left out of every count, and so is everything from the first validation request on.  The loss of a
 request therefore never sees statistics of its own targets, nor of any other's.
@@ -34,7 +38,7 @@ _MOST_ENTRIES = 2**25  # of a count matrix; beyond it, the rarest pairs are drop
 _PAIRS_AT_ONCE = 2**22
 _NEAREST, _OF_ONE_MOMENT = 5, 24  # how many events apart a pair may be
 _SMOOTHING = 0.75  # of the second id's frequency, as in word2vec's negatives
-_VERSION = 1  # of what is computed: a change makes earlier caches void
+_VERSION = 2  # of what is computed: a change makes earlier caches void
 
 _log = logging.getLogger(__name__)
 
@@ -208,8 +212,18 @@ def factorise(counts: sp.csr_matrix, width: int, seed: int) -> Float[np.ndarray,
     start = np.random.default_rng(seed).uniform(-1, 1, size)
     left, strength, _ = scipy.sparse.linalg.svds(weights, k=rank, v0=start)
     order = np.argsort(-strength)
-    scaled = left[:, order] * np.sqrt(np.maximum(strength[order], 0))
+    scaled = left[:, order] * np.sqrt(_without_noise(strength[order], weights))
     norm = np.linalg.norm(scaled, axis=1, keepdims=True)
     is_known = (norm > 1e-6) & (frequency[:, None] > 0)
     rows[:, :rank] = np.where(is_known, scaled / np.where(is_known, norm, 1), 0)
     return rows
+
+
+def _without_noise(
+    strength: Float[np.ndarray, " k"], weights: sp.csr_matrix
+) -> Float[np.ndarray, " k"]:
+    """What of the largest singular values of a symmetric matrix stands out of the rest."""
+    rest = max(weights.data @ weights.data - strength @ strength, 0.0)
+    num_ids = np.count_nonzero(np.diff(weights.indptr))
+    largest_of_noise = 2 * np.sqrt(rest / num_ids)
+    return np.sqrt(np.maximum(strength**2 - largest_of_noise**2, 0))

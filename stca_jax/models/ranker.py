@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from stca_jax.batch import RequestBatch
 from stca_jax.errors import UserError
@@ -24,6 +24,7 @@ from stca_jax.models.embedding import (
 from stca_jax.models.hstu import HstuConfig
 from stca_jax.models.layers import Linear, recomputed
 from stca_jax.models.longer import LongerConfig
+from stca_jax.models.match_channel import MatchChannel
 from stca_jax.models.mixformer import MixFormerConfig
 from stca_jax.models.rankmixer import RankMixer, RankMixerConfig
 from stca_jax.models.sasrec import SasRecConfig
@@ -35,17 +36,14 @@ from stca_jax.models.sequence import (
     SequenceOutput,
 )
 from stca_jax.models.sequence_o1 import SequenceO1Config
-from stca_jax.models.stca import StcaConfig, log_count
+from stca_jax.models.stca import StcaConfig
 from stca_jax.models.target_attention import TargetAttentionConfig
 from stca_jax.models.top_k import TopKConfig
 from stca_jax.models.transact import TransActConfig
 from stca_jax.models.transformer import TransformerConfig
 from stca_jax.models.ultra_hstu import UltraHstuConfig
-from stca_jax.ops.match import MatchStatistics, match_statistics
 from stca_jax.ranges import Ranges
 from stca_jax.schema import SECONDS_PER_DAY, Schema
-
-_AGE_OF_NO_MATCH = 3_650.0  # days
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +63,9 @@ class RankerConfig:
         count, its share of the window, a decayed count of each of these time constants, and the
         age of the last match. It goes to the backbone alone: in the target's token so many numbers
         would drown what the attention compares.
+      match_soft_counts: Beside the exact counts, soft ones for every id field but the item, to
+        which an event adds the more the more its row is like the target's, by a learned sharpness
+        (`stca_jax.ops.soft_match`).
       features: Features of the dataset that the model reads besides the item; None is all of them.
       dtype: Compute dtype. Parameters, softmax, statistics and losses are float32 in any case.
       remat: What the backward pass computes again instead of keeping it: "none", the fusion of
@@ -94,6 +95,7 @@ class RankerConfig:
     match_channel: bool = True
     match_decay_days: float = 28.0
     match_time_scales_days: tuple[float, ...] = ()
+    match_soft_counts: bool = False
     features: tuple[str, ...] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "history", "all"] = "none"
@@ -174,7 +176,7 @@ class Candidates(NamedTuple):
     Attributes:
       target: Features of the candidates, by name.
       request: Features of the request, by name.
-      statistics: Columns of the match channel, from `Ranker.match_columns`; empty without one.
+      statistics: Columns of the match channel; empty without one.
       embedded: Embeddings by level and name of tables that are not looked up here.
     """
 
@@ -188,7 +190,7 @@ def similarity_config(sequence: StcaConfig | None = None) -> RankerConfig:
     """The preset `similarity`: what lets the attention find what is like the target.
 
     Skip paths, linear paths of side features, tables that start from co-occurrence, and the
-    complete match channel; each is measured in docs/similarity.md.
+    complete match channel with soft counts; each is measured in docs/similarity.md.
 
     Args:
       sequence: Shape of the sequence module; its skip paths are switched on.
@@ -197,6 +199,7 @@ def similarity_config(sequence: StcaConfig | None = None) -> RankerConfig:
         sequence=dataclasses.replace(sequence or StcaConfig(), skip_paths=True),
         embedding=EmbeddingConfig(linear_path=True, initialization="cooccurrence"),
         match_time_scales_days=(1.0, 7.0, 28.0, 90.0),
+        match_soft_counts=True,
     )
 
 
@@ -212,11 +215,11 @@ class Ranker(nnx.Module):
         # The item first: it is what TokenFusion adds.
         self.history_names = _item_first(schema, schema.history)
         self.target_names = _item_first(schema, schema.target)
-        self.num_statistics = num_statistics = self._num_statistics()
+        self.match_channel = _match_channel(config, schema, rngs) if config.match_channel else None
         history_widths = self.embedding.widths_of(self.history_names) | self.time_features.widths
         target_widths = self.embedding.widths_of(self.target_names)
-        if num_statistics and not config.match_time_scales_days:
-            target_widths["match statistics"] = num_statistics
+        if self.match_channel is not None and not self.match_channel.is_complete:
+            target_widths["match statistics"] = self.match_channel.num_exact
         linear = config.embedding.linear_path
         self.history_fusion = TokenFusion(history_widths, d, ratio, linear_path=linear, rngs=rngs)
         self.target_fusion = TokenFusion(target_widths, d, ratio, linear_path=linear, rngs=rngs)
@@ -228,7 +231,7 @@ class Ranker(nnx.Module):
             widths["request"] = sum(self.embedding.widths_of(schema.request).values())
         numbers = [n for n in schema.target if not schema.is_categorical(n)]
         self.number_names = tuple(numbers)
-        num_numbers = len(numbers) + num_statistics + config.sequence.num_counts
+        num_numbers = len(numbers) + self.num_statistics + config.sequence.num_counts
         if num_numbers:
             widths["numbers"] = num_numbers
         self.token_names = tuple(widths)  # the order of RankMixer's tokens; nnx.Dict keeps none
@@ -245,6 +248,11 @@ class Ranker(nnx.Module):
 
         if isinstance(config.sequence, StcaConfig) and config.sequence.initialization == "scaled":
             self.head.weight[...] = jnp.zeros_like(self.head.weight[...])
+
+    @property
+    def num_statistics(self) -> int:
+        """Columns of the match channel."""
+        return 0 if self.match_channel is None else self.match_channel.num_columns
 
     def __call__(
         self,
@@ -289,7 +297,7 @@ class Ranker(nnx.Module):
             times = batch.history_time, batch.request_time
             return self.sequence(SequenceInput(tokens, targets, *times, batch.ranges))
 
-        statistics = self._match_statistics(batch)
+        statistics = self._match_statistics(batch, embedded)
         candidates = Candidates(batch.target, batch.request, statistics, embedded)
         logits, targets = self.score(read, candidates)
         return RankerOutput(logits, tokens, targets)
@@ -324,7 +332,7 @@ class Ranker(nnx.Module):
         target, request, statistics, embedded = candidates
         target_parts = self.embedding(target, self.target_names, embedded.get("target"))
         if not self.config.match_time_scales_days:
-            target_parts += statistics
+            target_parts += statistics[:1]  # of exact matches
         targets = self.target_fusion(_cast(target_parts, dtype))
         gathered = read(targets)
         numbers = [target[n][..., None] for n in self.number_names]
@@ -342,38 +350,27 @@ class Ranker(nnx.Module):
         mixed = self.backbone(jnp.stack(mixer_tokens).reshape(len(mixer_tokens), R * M, W))
         return self.head(mixed.reshape(R, M, W).astype(jnp.float32)), targets
 
-    def _num_statistics(self) -> int:
-        if not self.config.match_channel:
-            return 0
-        num_fields = len(self.schema.match_fields)
-        num_scales = len(self.config.match_time_scales_days)
-        return num_fields * (3 + num_scales) if num_scales else num_fields + 2
-
-    def _match_statistics(self, batch: RequestBatch) -> list[Float[Array, "R M columns"]]:
-        if not self.config.match_channel:
-            return []
-        fields = self.schema.match_fields
-        match = match_statistics(
-            {n: batch.target[n] for n in fields},
-            {n: batch.history[n] for n in fields},
-            batch.history_time,
-            batch.request_time,
-            batch.ranges,
-            decay_seconds=self.config.match_decay_seconds,
-        )
-        return self.match_columns(match, batch.ranges.lengths)
-
-    def match_columns(
-        self, match: MatchStatistics, num_events: Int[Array, "R M"]
+    def _match_statistics(
+        self, batch: RequestBatch, embedded: Mapping[str, Mapping[str, Array]]
     ) -> list[Float[Array, "R M columns"]]:
-        """What the model reads of match statistics: shares of the window, and the rest in logs."""
-        age_days = jnp.minimum(match.last_age / SECONDS_PER_DAY, _AGE_OF_NO_MATCH)
-        if not self.config.match_time_scales_days:
-            of_item = match.decayed_matches[..., 0, :1], age_days[..., :1]
-            return [log_count(jnp.concatenate([match.matches, *of_item], -1))]
-        decayed = match.decayed_matches.reshape(*match.matches.shape[:2], -1)
-        share = match.matches / jnp.maximum(num_events, 1)[..., None]
-        return [log_count(jnp.concatenate([match.matches, decayed, age_days], -1)), share]
+        if self.match_channel is None:
+            return []
+
+        def embed(level: str, names: tuple[str, ...]) -> Float[Array, "R N F W"]:
+            features = batch.target if level == "target" else batch.history
+            return jnp.stack(self.embedding(features, names, embedded.get(level)), axis=-2)
+
+        return self.match_channel(batch, embed)
+
+
+def _match_channel(config: RankerConfig, schema: Schema, rngs: nnx.Rngs) -> MatchChannel:
+    return MatchChannel(
+        schema,
+        config.match_decay_seconds,
+        is_complete=bool(config.match_time_scales_days),
+        has_soft_counts=config.match_soft_counts,
+        rngs=rngs,
+    )
 
 
 def _item_first(schema: Schema, names: tuple[str, ...]) -> tuple[str, ...]:

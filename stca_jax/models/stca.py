@@ -36,7 +36,7 @@ from stca_jax.ops.implementation import Order
 from stca_jax.schema import SECONDS_PER_DAY
 
 # Log-sum-exps and log counts over 10,000 events are of order 10; the tokens they join, of order 1.
-_COUNT_SCALE = 0.25
+COUNT_SCALE = 0.25
 _SCORE_OF_EQUALS = 8.0  # of an event that equals the target, at step 0 of a "scaled" start
 
 
@@ -339,7 +339,7 @@ class Stca(nnx.Module):
             output, log_sum_exp = recomputed(layer, self.remat)(targets, history, outputs, counts)
             outputs.append(output)
             if self.config.count_channel:
-                matched = jnp.where(num_events[..., None] > 0, log_sum_exp, 0) * _COUNT_SCALE
+                matched = jnp.where(num_events[..., None] > 0, log_sum_exp, 0) * COUNT_SCALE
                 counts.append(matched.astype(dtype))
         summary = self.output_ffn(self.output_fusion(outputs, targets, counts))
         empty = summary[..., :0]
@@ -348,4 +348,4 @@ class Stca(nnx.Module):
 
 def log_count(count: Array) -> Float[Array, ...]:
     """log(1 + count), scaled to the order of a token's entries."""
-    return jnp.log1p(count.astype(jnp.float32)) * _COUNT_SCALE
+    return jnp.log1p(count.astype(jnp.float32)) * COUNT_SCALE

@@ -188,13 +188,17 @@ class UserCache(abc.ABC):
         request = np.zeros((U, widths["request"]), np.float32)
         stats = 2 + len(info.decay_seconds)
         matches = np.zeros((U, size, len(info.match_fields), stats), np.float32)
+        soft = np.zeros((U, size, len(info.soft_fields)), np.float32)
         for u, (user, query) in enumerate(zip(users, queries, strict=True)):
             m = query.num_targets
             target[u, :m] = model.embed("target", query.target)
             request[u] = model.embed("request", query.request)[0]
             if info.match_fields:
                 matches[u, :m] = user.window.matches.look_up(query.target, query.now)
-        return np.array([q.now for q in queries], np.int32), target, request, matches
+            if model.soft_counts is not None:
+                soft[u, :m] = model.soft_counts.look_up(user.window.matches, query.target)
+        now = np.array([q.now for q in queries], np.int32)
+        return now, target, request, matches, *([soft] if info.soft_fields else [])
 
     @abc.abstractmethod
     def _bytes_of(self, user: CachedUser) -> int: ...

@@ -28,6 +28,7 @@ WEIGHTS = "weights.safetensors"
 TABLES = "tables"
 FEATURES = "features"
 GOLDEN = "golden.safetensors"
+SHARPNESS = "match_channel/sharpness"  # the weight that servers read on the host, of soft counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,7 @@ class ModelInfo:
       levels: "history", "target" and "request".
       match_fields: Fields of the match channel.
       decay_seconds: Its time constants.
+      soft_fields: Those of its fields that have soft counts.
       caches: Kinds of caches by name; empty for a model that is served uncached.
       score_programs: (name, most targets or None, of what the number is a multiple); of an uncached
         model the name is "rows/LxM".
@@ -99,6 +101,7 @@ class ModelInfo:
     levels: Mapping[str, Level]
     match_fields: tuple[str, ...]
     decay_seconds: tuple[float, ...]
+    soft_fields: tuple[str, ...]
     caches: Mapping[str, CacheKind]
     score_programs: Sequence[tuple[str, int | None, int]]
     tolerance: float
@@ -169,6 +172,7 @@ def _info(values: Mapping[str, Any], version: str) -> ModelInfo:
         },
         match_fields=tuple(inputs["match_fields"]),
         decay_seconds=tuple(inputs["decay_seconds"]),
+        soft_fields=tuple(inputs.get("soft_fields", ())),  # older exports know none
         caches={
             name: CacheKind(
                 {

@@ -17,16 +17,22 @@ _COUNT, _LATEST, _DECAYED = 0, 1, 2  # columns; decayed counts are the last ones
 
 
 class MatchIndex:
-    """Ids of a user's events, by field."""
+    """Ids of a user's events, by field.
+
+    Attributes:
+      derived: What others make of a field's `ids` and want to keep; gone when an id comes or goes.
+    """
 
     def __init__(self, fields: Sequence[str], decay_seconds: Sequence[float]):
         self._fields = tuple(fields)
         self._decays = np.asarray(decay_seconds, np.float64)
+        self.derived: dict[str, tuple[np.ndarray, ...]] = {}
         self._places: list[dict[int, int]] = [{} for _ in fields]  # id -> row of `_values`
         self._clear()
 
     def _clear(self) -> None:
         # Row 0 is of an id that no event carries.
+        self.derived.clear()
         self._values = np.zeros((64, 2 + len(self._decays)))
         self._values[:, _LATEST] = -np.inf
         self._size = 1
@@ -35,7 +41,8 @@ class MatchIndex:
     @property
     def num_bytes(self) -> int:
         """About what it takes in memory."""
-        return self._values.nbytes + 100 * sum(map(len, self._places))
+        derived = sum(array.nbytes for arrays in self.derived.values() for array in arrays)
+        return self._values.nbytes + 100 * sum(map(len, self._places)) + derived
 
     def rebuild(
         self, columns: Mapping[str, Int[np.ndarray, " n"]], time: Int[np.ndarray, " n"]
@@ -66,8 +73,8 @@ class MatchIndex:
           time: Of the event.
         """
         places = [
-            found.get(i, 0) or self._new_place(found, i, time)
-            for found, i in zip(self._places, ids, strict=True)
+            found.get(i, 0) or self._new_place(field, found, i, time)
+            for field, found, i in zip(self._fields, self._places, ids, strict=True)
         ]
         rows = self._values[places]
         latest = np.maximum(rows[:, _LATEST], time)
@@ -91,10 +98,22 @@ class MatchIndex:
         # The latest event itself counts 1, whatever was rounded.
         rows[:, _DECAYED:] = np.maximum(rows[:, _DECAYED:], 1)
         self._values[places] = rows
-        for found, i, place, left in zip(self._places, ids, places, rows[:, _COUNT], strict=True):
-            if not left:
-                del found[i]
-                self._free.append(place)
+        left = rows[:, _COUNT].tolist()
+        for f, field in enumerate(self._fields):
+            if not left[f]:
+                self.derived.pop(field, None)
+                del self._places[f][ids[f]]
+                self._free.append(places[f])
+
+    def ids(self, field: str) -> tuple[Int[np.ndarray, " ids"], Int[np.ndarray, " ids"]]:
+        """The ids of a field that events carry, and their places."""
+        places = self._places[self._fields.index(field)]
+        both = (np.fromiter(x, np.int64, len(places)) for x in (places, places.values()))
+        return next(both), next(both)
+
+    def counts(self, places: Int[np.ndarray, " ids"]) -> Float[np.ndarray, " ids"]:
+        """How many events carry the id of each place."""
+        return self._values[places, _COUNT]
 
     def look_up(
         self, columns: Mapping[str, Int[np.ndarray, " m"]], now: int
@@ -119,7 +138,8 @@ class MatchIndex:
     def _weight(self, age: Float[np.ndarray, " F"]) -> Float[np.ndarray, "F decays"]:
         return np.exp(age[:, None] / self._decays)
 
-    def _new_place(self, found: dict[int, int], i: int, time: int) -> int:
+    def _new_place(self, field: str, found: dict[int, int], i: int, time: int) -> int:
+        self.derived.pop(field, None)
         if self._free:
             place = self._free.pop()
         else:

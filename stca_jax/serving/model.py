@@ -17,7 +17,8 @@ from stca_jax.errors import UserError, first_line
 from stca_jax.input.features import Features
 from stca_jax.serving import folder as folders
 from stca_jax.serving.events import as_array
-from stca_jax.serving.folder import ModelInfo, read_folder
+from stca_jax.serving.folder import SHARPNESS, ModelInfo, read_folder
+from stca_jax.serving.soft_counts import SoftCounts
 
 MAX_TARGETS = 2_048
 # Numbers of targets that programs are compiled for: what is asked for is padded to the next.
@@ -34,6 +35,7 @@ class ServingModel:
       features: What encodes raw values; None if the dataset had none, so that ids and numbers as
         trained must be given.
       weights: On the device.
+      soft_counts: Soft counts of the match channel; None without any.
     """
 
     def __init__(self, directory: pathlib.Path, info: ModelInfo, cache: str | None):
@@ -43,11 +45,16 @@ class ServingModel:
         self.cache = cache
         folder = directory / folders.FEATURES
         self.features = Features.read(folder) if folder.exists() else None
-        self.weights: dict[str, Array] = jax.device_put(load_file(directory / folders.WEIGHTS))
+        weights = load_file(directory / folders.WEIGHTS)
+        self.weights: dict[str, Array] = jax.device_put(weights)
         self._tables = {
             name: np.load(directory / folders.TABLES / f"{name}.npy", mmap_mode="r")
             for name in info.schema.vocabularies
         }
+        self.soft_counts = None
+        if info.soft_fields:
+            tables = {name: self._tables[name] for name in info.soft_fields}
+            self.soft_counts = SoftCounts(tables, weights[SHARPNESS])
         self._programs: dict[str, Any] = {}
 
     @classmethod

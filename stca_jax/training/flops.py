@@ -73,7 +73,9 @@ def model_flops(config: RankerConfig, schema: Schema, targets_per_row: int) -> S
         amount = "per_token" if module == "history_fusion" else "per_target"
         flops = 2 * math.prod(weight.shape)
         cost = cost._replace(**{amount: getattr(cost, amount) + flops})
-    return cost
+    num_soft = len(ranker.match_channel.soft_fields) if ranker.match_channel else 0
+    cosine = 2 * config.embedding.feature_width
+    return cost._replace(per_pair=cost.per_pair + num_soft * cosine)
 
 
 def step_traffic(

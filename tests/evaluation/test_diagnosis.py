@@ -85,27 +85,41 @@ def without(state, ranker, off):
     return state
 
 
+def difference(name, some, other, off):
+    """Largest change of a logit from one history to the other, for both kinds of parameters."""
+    ranker, state, logits = ranker_and_state(name)
+    changed = without(state, ranker, off)
+    pairs = zip(logits(changed, some), logits(changed, other), strict=True)
+    return [np.abs(a[:, :2] - b[:, :2]).max() for a, b in pairs]
+
+
 @pytest.mark.parametrize("name", ["shared", "exclusive"])  # matches go to the backbone, or to both
 def test_three_channels_are_all_that_comes_from_the_history(name):
     """Without them two histories score alike; with any one of them they do not."""
-    ranker, state, logits = ranker_and_state(name)
     some = batch_of([0, 1, 2, 0], [10, 500_000, 900_000, 999_000])
-    other = batch_of([0, 4, 5, 5, 0, 1], [10, 20, 30, 100, 200, 999_999])
-
-    def difference(off):
-        changed = without(state, ranker, off)
-        pairs = zip(logits(changed, some), logits(changed, other), strict=True)
-        return [np.abs(a[:, :2] - b[:, :2]).max() for a, b in pairs]
-
-    assert difference(CHANNELS) == [0, 0]
+    other = batch_of([0, 4, 5, 5, 0, 1, 1, 1], [10, 20, 30, 100, 200, 999_997, 999_998, 999_999])
+    assert difference(name, some, other, CHANNELS) == [0, 0]
     for kept in CHANNELS:
-        assert min(difference([c for c in CHANNELS if c != kept])) > 1e-5
+        off = [c for c in CHANNELS if c != kept]
+        assert min(difference(name, some, other, off)) > 1e-5
+
+
+def test_soft_counts_are_what_tells_histories_without_a_match_apart():
+    """Neither has an id of a target, so that exact counts are equal; one has more that is alike."""
+    some, other = batch_of([2], [0]), batch_of([2, 5] * 50, range(100))
+    others = "attention", "count channel"
+    assert min(difference("shared", some, other, others)) > 1e-5
+    assert difference("shared", some, other, (*others, "soft counts")) == [0, 0]
 
 
 def test_a_table_that_is_off_holds_zeros_and_the_others_what_they_held():
     ranker, state, _ = ranker_and_state("shared")
     off = diagnosis.channels(state, ranker)
-    assert off.keys() == {*CHANNELS, *(f"table of {name}" for name in SCHEMA.vocabularies)}
+    assert off.keys() == {
+        *CHANNELS,
+        "soft counts",
+        *(f"table of {name}" for name in SCHEMA.vocabularies),
+    }
     tables = off["table of category"].tables
     assert not np.asarray(tables["category"]).any()
     np.testing.assert_array_equal(tables["item"], state.tables["item"])

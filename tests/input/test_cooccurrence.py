@@ -28,19 +28,40 @@ def test_rows_of_one_cluster_are_alike():
     np.testing.assert_array_equal(rows, factorise(sp.csr_matrix(counts), 3, seed=0))
 
 
-def test_matrix_against_a_dense_decomposition():
+def clustered_counts(size):
+    """Counts of ids of three clusters, and their pointwise mutual information."""
     rng = np.random.default_rng(1)
-    counts = np.triu(rng.poisson(1.5, (12, 12)), 1).astype(np.float64)
+    cluster = np.arange(size) % 3
+    rate = np.where(cluster[:, None] == cluster, 8.0, 2.0)
+    counts = np.triu(rng.poisson(rate), 1).astype(np.float64)
     counts += counts.T
     n = counts.sum(1)
     context = n**0.75 * n.sum() / (n**0.75).sum()
     with np.errstate(divide="ignore"):
-        information = np.maximum(np.log(counts * n.sum() / np.outer(n, context)), 0)
+        information = np.log(counts * n.sum() / np.outer(n, context))
+    return counts, np.maximum(information, 0)
+
+
+def test_matrix_against_a_dense_decomposition():
+    counts, information = clustered_counts(12)
     left, strength, _ = np.linalg.svd(information)
-    expected = left[:, :4] * np.sqrt(strength[:4])
+    noise = 4 * np.sum(strength[4:] ** 2) / 12
+    expected = left[:, :4] * np.maximum(strength[:4] ** 2 - noise, 0) ** 0.25
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     found = factorise(sp.csr_matrix(counts), 4, seed=0)
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-4)
+
+
+def test_dimensions_of_noise_have_less_weight():
+    """Three clusters need three dimensions, however many there are; the others are noise."""
+    counts, information = clustered_counts(300)
+    left, strength, _ = np.linalg.svd(information)
+    as_they_are = left[:, :16] * np.sqrt(strength[:16])
+    as_they_are /= np.linalg.norm(as_they_are, axis=1, keepdims=True)
+    rows = factorise(sp.csr_matrix(counts), 16, seed=0)
+    of_noise, before = (np.square(x[:, 3:]).sum() / 300 for x in (rows, as_they_are))
+    assert before > 0.3
+    assert of_noise < before / 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

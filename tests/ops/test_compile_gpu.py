@@ -13,6 +13,7 @@ from compiled_step import D, L, R, compiled_step, in_process_of_its_own, stores_
 from stca_jax.experiments.benchmarks import compiled_bytes
 from stca_jax.ops.match import match_statistics
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
+from stca_jax.ops.soft_match import soft_counts
 from stca_jax.ops.tiles import BlockSizes
 from stca_jax.ranges import Ranges
 from stca_jax.training.flops import CHIPS
@@ -156,6 +157,33 @@ def check_match(gpu: str) -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * R * targets * L
 
 
+def check_soft_counts(gpu: str) -> None:
+    """By the kernels, on 2 x 4 devices: no scores are stored, and nothing is gathered."""
+    mesh = jax.sharding.Mesh(np.array(devices_of(gpu, 8)).reshape(2, 4), ("data", "sequence"))
+
+    def array(dtype, *shape, axes=("data",)):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def loss(target, history, sharpness, start, end):
+        return soft_counts(target, history, sharpness, Ranges(start, end)).sum()
+
+    length, targets, fields = 10_240, 1_024, 3
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(
+            array(jnp.float32, R, targets, fields, 16),
+            array(jnp.float32, R, length, fields, 16, axes=("data", "sequence")),
+            array(jnp.float32, fields, axes=()),
+            array(jnp.int32, R, targets),
+            array(jnp.int32, R, targets),
+        ).compile()  # fmt: skip
+    text = compiled.as_text()
+    assert "target_to_history_forward/pallas_call" in text
+    assert "all-gather" not in text
+    scores = 4 * (R // 2) * fields * targets * (length // 4)  # bytes of a device
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * scores
+
+
 def check_export(gpu: str) -> None:
     check_scorer(devices_of(gpu)[0])
 
@@ -213,6 +241,11 @@ def test_two_by_four_gpus():
 @pytest.mark.slow
 def test_match_statistics():
     in_process_of_its_own(MODULE, "check_match", "H100")
+
+
+@pytest.mark.slow
+def test_soft_counts():
+    in_process_of_its_own(MODULE, "check_soft_counts", "H100")
 
 
 @pytest.mark.slow

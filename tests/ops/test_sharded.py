@@ -101,6 +101,39 @@ def check_match():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), expected, found)
 
 
+def check_soft_counts():
+    """Values and gradients; fields are rows of the op, which must not move rows between devices."""
+    from attention_oracle import random_ranges
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from stca_jax.ops.soft_match import soft_counts
+
+    rng = np.random.default_rng(0)
+    start, end = random_ranges(rng, 4, 6, 64)
+    target, history = (rng.normal(size=(4, n, 2, 16)).astype(np.float32) for n in (6, 64))
+    weight = rng.normal(size=(4, 6, 2))
+
+    def loss(target, history, sharpness, start, end):
+        return (soft_counts(target, history, sharpness, Ranges(start, end)) * weight).sum()
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    arguments = target, history, np.array([5.0, 2.0], np.float32), start, end
+    expected = step(*arguments)
+    mesh = make_mesh(2, 4)
+    with jax.set_mesh(mesh):
+        axes = P("data"), P("data", "sequence"), P(), P("data"), P("data")
+        placed = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(arguments, axes, strict=True)
+        ]
+        compiled = step.lower(*placed).compile()
+        found = compiled(*placed)
+    for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    assert not re.search(r" (all-gather|all-to-all|collective-permute)\(", compiled.as_text())
+
+
 def check_indivisible():
     problem, start, end, case = inputs(False)
     with (
@@ -110,7 +143,9 @@ def check_indivisible():
         step(False, "absorbed", case)(problem, start, end)
 
 
-@pytest.mark.parametrize("name", ["check_attention", "check_match", "check_indivisible"])
+@pytest.mark.parametrize(
+    "name", ["check_attention", "check_match", "check_soft_counts", "check_indivisible"]
+)
 def test_on_eight_devices(name):
     flags = f"--xla_force_host_platform_device_count={DEVICES}"
     own_process.call("test_sharded", name, XLA_FLAGS=flags)

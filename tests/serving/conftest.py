@@ -88,6 +88,7 @@ def everything_run(long_users, tmp_path_factory):
         ),
         embedding=EmbeddingConfig(item_width=24, linear_path=True, replicated_rows=50),
         match_time_scales_days=(1.0, 28.0),
+        match_soft_counts=True,
     )
     return make_run(long_users, tmp_path_factory.mktemp("run"), model)
 

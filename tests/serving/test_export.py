@@ -32,6 +32,7 @@ def test_the_folder_says_what_it_is(export, everything_run):
     assert files == {"model.json", *values["files"]}
     assert "features/features.json" in files
     assert values["golden_differences"]["keys_values"] < 1e-5
+    assert values["inputs"]["soft_fields"] == ["category"]
     assert not [p for p in export.parent.iterdir() if p.name.startswith(".")]
 
 
@@ -89,7 +90,9 @@ def test_what_fails_leaves_no_folder(everything_run, tmp_path, monkeypatch):
 def test_uncached_models_score_as_evaluated(long_users, tmp_path, name, monkeypatch):
     monkeypatch.setattr("stca_jax.export.programs.ROW_TARGETS", (30, 2_048))
     model = {
-        "transformer": RankerConfig(TransformerConfig(width=8, num_heads=2)),
+        "transformer": RankerConfig(
+            TransformerConfig(width=8, num_heads=2), match_soft_counts=True
+        ),
         "paper": paper_config(SMALL),
     }[name]
     run = make_run(long_users, tmp_path / "run", model, ema_decay=0.0)

@@ -26,7 +26,9 @@ STEPS = 20
 
 
 def main(directory: str) -> None:
-    config = apply_overrides(tiny.get_config(), {"model.sequence.width": 24})
+    config = apply_overrides(
+        tiny.get_config(), {"model.sequence.width": 24, "model.match_soft_counts": True}
+    )
     dataset = RequestDataset(directory)
     batches = make_input(dataset, config.input)
     elements = [next(batches) for _ in range(STEPS)]

@@ -60,7 +60,8 @@ def test_counts_every_matrix_product(name, order):
     sequence = dataclasses.replace(
         config.sequence, attention_order=order, attention_implementation="reference"
     )
-    config = dataclasses.replace(config, sequence=sequence)
+    # Soft counts have no reference that compares every pair; see below.
+    config = dataclasses.replace(config, sequence=sequence, match_soft_counts=False)
     batch = empty_batch(SCHEMA, R, L, M, shared_history=name == "shared")
     ranker = nnx.eval_shape(lambda: Ranker(config, SCHEMA, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(ranker)
@@ -80,6 +81,19 @@ def test_counts_every_matrix_product(name, order):
     needless = 2 * config.sequence.width * (R * L * numbers["history"] + R * M * numbers["target"])
     expected -= needless * config.embedding.linear_path
     assert count_dots(jax.make_jaxpr(jax.value_and_grad(loss))(params).jaxpr) == expected
+
+
+def test_counts_the_cosines_of_soft_counts():
+    """One of each side field for each target and token of its range, and a column that is read."""
+    soft = CONFIGS["shared"]
+    without = dataclasses.replace(soft, match_soft_counts=False)
+    soft, without = (model_flops(config, SCHEMA, M) for config in (soft, without))
+    num_fields = len(SCHEMA.match_fields) - 1
+    assert num_fields > 0
+    assert soft.per_pair - without.per_pair == num_fields * 2 * 3  # rows of three columns
+    mixer_width = 8  # four tokens of two columns
+    assert soft.per_target - without.per_target == num_fields * 2 * mixer_width
+    assert soft.per_token == without.per_token
 
 
 # Of modules that read but a part of the history, that part is the row here.
