@@ -322,15 +322,16 @@ def test_threads_do_not_change_the_sequence(num_threads):
 
 
 def test_close_ends_the_threads():
-    before = threading.active_count()
+    before = set(threading.enumerate())  # of other tests, which may end meanwhile
     iterator = make_input(dataset_of(), config_of(num_threads=2, epochs=None))
     next(iterator)
-    assert threading.active_count() > before
+    started = set(threading.enumerate()) - before
+    assert started
     iterator.close()
     deadline = time.monotonic() + 20
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() <= before
+    for thread in started:
+        thread.join(max(0, deadline - time.monotonic()))
+    assert not any(thread.is_alive() for thread in started)
     with pytest.raises(ValueError, match="closed"):
         next(iterator)
 
