@@ -49,11 +49,11 @@ def soft_counts(
         return jnp.moveaxis(x, 2, 1).reshape(R * F, x.shape[1], W)
 
     # The op divides scores by sqrt(W).
-    query = fields_as_rows(unit_rows(target) * (sharpness * W**0.5)[:, None])
+    query = fields_as_rows(_unit_rows(target) * (sharpness * W**0.5)[:, None])
     identity = jnp.eye(W, dtype=query.dtype)[:, None]
     found = target_to_history_attention(
         query[:, :, None],
-        fields_as_rows(unit_rows(history)),
+        fields_as_rows(_unit_rows(history)),
         identity,
         identity,
         Ranges(*(jnp.repeat(x, F, axis=0) for x in ranges)),
@@ -62,6 +62,6 @@ def soft_counts(
     return jax.nn.softplus(log_sum_exp - sharpness)
 
 
-def unit_rows(rows: Float[Array, "... W"]) -> Float[Array, "... W"]:
+def _unit_rows(rows: Float[Array, "... W"]) -> Float[Array, "... W"]:
     """Rows of unit length."""
     return rows * jax.lax.rsqrt(jnp.square(rows).sum(-1, keepdims=True) + _EPSILON)
