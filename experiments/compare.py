@@ -7,12 +7,12 @@ python -m stca_jax.experiments.compare --config=experiments/configs/compare.py -
 
 The config is what all share: data, features, sizes, evaluation. Each of --modules replaces its
 sequence module, "stca" by the config's own; a module of one's own is named by import path. "full"
-is the config as it is, "plain" without match channel, skip and linear paths, and tables that start
-from co-occurrence, so that no module is beaten by an addition that it was refused. An ablation is
+is the config as it is, "plain" without match channel, skip paths and tables that start from
+co-occurrence, so that no module is beaten by an addition that it was refused. An ablation is
 --modules=stca with the variants no_match_channel, no_soft_counts and no_time_scales (of the match
-channel: exact counts alone; the item's statistics alone), no_skip_paths, no_linear_path,
-no_cooccurrence, and paper, the published equations. Models of events that interact or depend on the
-request train on rows of a request's own tokens.
+channel: exact counts alone; the item's statistics alone), no_skip_paths, no_cooccurrence,
+linear_path (it has them as well), and paper, the published equations. Models of events that
+interact or depend on the request train on rows of a request's own tokens.
 
 The budget is of one training: --steps of the first module, of whose targets each then reads as
 many; --minutes of training steps, at the speed measured before; or --flops of matrix products.

@@ -136,7 +136,7 @@ def make_plan(config: ExperimentConfig, schema: Schema, topology: str, num_slice
         "program": compiled.code_bytes,
     }
     tokens, targets, pairs, token_pairs = _amounts(config)
-    step_flops = model_flops(config.model, schema, config.input.targets_per_row).train_step(
+    step_flops = model_flops(config.model, schema, *config.input.row_shape).train_step(
         tokens, targets, pairs, token_pairs
     )
     traffic = step_traffic(

@@ -103,7 +103,7 @@ def _train(
 
         _log.info("step %d of %d; the first step is compiled before it runs", step, num_steps)
         shared_signal = SharedSignal(program.mesh)
-        flops = model_flops(config.model, dataset.schema, config.input.targets_per_row)
+        flops = model_flops(config.model, dataset.schema, *config.input.row_shape)
         is_main = is_main_process()
         with (
             MetricsWriter(

@@ -151,7 +151,7 @@ def test_flops_are_those_of_the_batches(config, tiny_dataset, tmp_path, monkeypa
     batches = make_input(tiny_dataset, config.input)
     elements = [next(batches) for _ in range(20)]
     batches.close()
-    model = flops.model_flops(config.model, tiny_dataset.schema, config.input.targets_per_row)
+    model = flops.model_flops(config.model, tiny_dataset.schema, *config.input.row_shape)
     expected = 0
     for element in elements[15:]:  # those that ended after the report at step 15
         batch = element.batch

@@ -31,7 +31,7 @@ from stca_jax.ops.attention import AttentionOptions, cheaper_order, history_laye
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.pallas_tpu import MosaicKernels
 from stca_jax.ops.pallas_triton import TritonKernels
-from stca_jax.ops.tiles import BlockSizes, make_tiling
+from stca_jax.ops.tiles import BlockSizes, make_tiling, targets_per_token
 from stca_jax.ranges import Ranges, SharedRanges
 
 _IMPLEMENTATIONS = flags.DEFINE_list(
@@ -144,7 +144,9 @@ def _compare() -> list[dict[str, Any]]:
         for implementation, order in itertools.product(_IMPLEMENTATIONS.value, _ORDERS.value):
             key = f"{implementation} {order}"
             calls[key], memory[key] = _step(over, implementation, order, None)
-        chosen = cheaper_order(num_targets, _HEADS.value, _WIDTH.value)
+        is_shared = isinstance(over.ranges, SharedRanges)
+        readers = targets_per_token(over.length, num_targets, is_shared=is_shared)
+        chosen = cheaper_order(readers, _HEADS.value, _WIDTH.value)
         for key, measured in timing.time_interleaved(calls, seconds=1, clock=clock).items():
             ms = 1e3 * measured.best / rows
             records.append({"step": key, "L": over.length, "m": num_targets,

@@ -1,8 +1,8 @@
 """Next purchase on the 84.51 degrees Complete Journey grocery data: the README's main job.
 
 Command: python -m experiments.train --config=experiments/configs/complete_journey.py --workdir=DIR
-Reaches: test AUC .843 at 4,000 events, .709 at 50 (python -m experiments.evaluate --workdir=DIR)
-Measured: seeds 0, 1, 2, about 5 minutes each, a core of a busy AMD EPYC server (AVX-512),
+Reaches: test AUC .843 at 4,000 events, .713 at 50 (python -m experiments.evaluate --workdir=DIR)
+Measured: mean of seeds 0, 1, 2, 3 to 5 minutes each, a core of a busy AMD EPYC server (AVX-512),
 2026-11-29, version 2.0.0 of the dataset; what each option is for: docs/similarity.md
 
 One row a batch: for a mesh of several devices, raise input.rows_per_batch.

@@ -2,8 +2,8 @@
 
 Command: python -m experiments.train --workdir=DIR
     --config=experiments/configs/complete_journey_long.py
-Reaches: test AUC .847 at 4,000 events, .721 at 50 (python -m experiments.evaluate --workdir=DIR)
-Measured: seed 0, 10 minutes, a core of a busy AMD EPYC server (AVX-512), 2026-11-29, version 2.0.0
+Reaches: test AUC .846 at 4,000 events, .723 at 50 (python -m experiments.evaluate --workdir=DIR)
+Measured: seed 0, 6 minutes, a core of a busy AMD EPYC server (AVX-512), 2026-11-29, version 2.0.0
 of the dataset
 """
 

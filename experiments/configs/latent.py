@@ -1,7 +1,7 @@
 """Similarity in a latent space of 64 dimensions, which neither counts nor narrow models reach.
 
 Command: python -m experiments.train --config=experiments/configs/latent.py --workdir=DIR
-Reaches: test AUC .800 at 1,024 events, .649 at 64 (the truth has .847 and .699, boosted .784 and
+Reaches: test AUC .807 at 1,024 events, .663 at 64 (the truth has .847 and .699, boosted .784 and
 .618), seed 0, python -m experiments.evaluate --workdir=DIR --step=last; widths: docs/similarity.md
 Measured: a core of a busy AMD EPYC server (AVX-512), 2026-11-29
 What the model has learned: python -m experiments.diagnose --workdir=DIR

@@ -105,7 +105,7 @@ def measure(config: ExperimentConfig, dataset: RequestDataset) -> Costs:
     program = experiment_program(config, dataset.schema, num_steps=1_000)
     with contextlib.closing(training_input(config, dataset)) as batches:
         elements = list(itertools.islice(batches, _STEPS + 1))
-    flops = model_flops(config.model, dataset.schema, config.input.targets_per_row)
+    flops = model_flops(config.model, dataset.schema, *config.input.row_shape)
     seconds, step_bytes = _time_steps(program, elements)
     _, dense, tables = split_ranker(nnx.eval_shape(program.new_ranker))
     return Costs(
@@ -113,7 +113,7 @@ def measure(config: ExperimentConfig, dataset: RequestDataset) -> Costs:
         table_parameters=_size(tables),
         tokens_per_step=statistics.fmean(e.fill.tokens for e in elements),
         targets_per_step=statistics.fmean(e.fill.targets for e in elements),
-        flops_per_step=statistics.fmean(_flops_of(flops, e) for e in elements),
+        flops_per_step=statistics.fmean(step_flops(flops, e) for e in elements),
         seconds_per_step=seconds,
         step_bytes=step_bytes,
         latency={str(m): _latency(config, dataset, m) for m in TARGETS},
@@ -124,7 +124,8 @@ def _size(parameters: Any) -> int:
     return sum(int(np.prod(p.shape)) for p in jax.tree.leaves(parameters))
 
 
-def _flops_of(flops: SequenceCost, element: InputElement) -> float:
+def step_flops(flops: SequenceCost, element: InputElement) -> float:
+    """FLOPs of the matrix products of a train step of that batch, by `model_flops`."""
     batch = element.batch
     lengths = np.where(batch.target_mask, batch.history_end - batch.history_start, 0.0)
     token_pairs = (lengths * (lengths + 1) / (2 * batch.num_request_targets)).sum()

@@ -16,20 +16,24 @@ from stca_jax.models.stca import StcaConfig
 
 Overrides = dict[str, Any]
 
-# What each variant takes away; "paper" has the published equations instead.
+# What a variant takes away from our additions.
 _WITHOUT: Mapping[str, Overrides] = {
     "no_match_channel": {"model.match_channel": False},
     "no_soft_counts": {"model.match_soft_counts": False},
     "no_time_scales": {"model.match_time_scales_days": ()},
     "no_skip_paths": {"model.sequence.skip_paths": False},
-    "no_linear_path": {"model.embedding.linear_path": False},
     "no_cooccurrence": {"model.embedding.initialization": "random"},
 }
+# "paper" has the published equations, whatever the config has.
 VARIANTS: Mapping[str, Overrides] = {
     "full": {},
-    "plain": {name: value for part in _WITHOUT.values() for name, value in part.items()},
+    "plain": {
+        "model.embedding.linear_path": False,
+        **{name: value for part in _WITHOUT.values() for name, value in part.items()},
+    },
     "paper": {},
     **_WITHOUT,
+    "linear_path": {"model.embedding.linear_path": True},
 }
 
 # The class of each module's config, and what tells it from another of the same class.
@@ -79,7 +83,7 @@ def make_entries(
 
     Raises:
       UserError: an unknown name, a module that cannot be made of the base's sizes, or a variant
-        that takes away what the module, or the base, does not have.
+        that changes nothing of the module and the base.
     """
     for given, known in ((modules, MODULES), (variants, VARIANTS)):
         unknown = [n for n in given if n not in known and (given is variants or not find_path(n))]
@@ -138,9 +142,9 @@ def _of_variant(config: ExperimentConfig, variant: str, module: str) -> Experime
     known = config_lib.flatten(config)
     overrides = {name: value for name, value in VARIANTS[variant].items() if name in known}
     changed = config_lib.apply_overrides(config, overrides)
-    if changed == config and variant in _WITHOUT:
+    if changed == config and variant not in ("full", "plain"):
         raise UserError(
-            f"variant {variant} of {module} is what full is, for neither has "
+            f"variant {variant} of {module} is what full is, by "
             f"{', '.join(VARIANTS[variant])}: leave it out"
         )
     return changed

@@ -112,6 +112,11 @@ class InputConfig:
                 f"{self.targets_per_row}"
             )
 
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """L, M."""
+        return self.row_length, self.targets_per_row
+
     def for_evaluation(self, split: str, length: int, **changes: Any) -> InputConfig:
         """One ordered pass over `split` at a fixed length, in rows at least that long.
 

@@ -44,7 +44,7 @@ class DinConfig(SequenceConfig):
         """The module; what it computes of pairs is computed again in any case."""
         return Din(self, rngs=rngs)
 
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """FLOPs; q - k needs no products of its own."""
         d, hidden = self.width, self.hidden_width
         return SequenceCost(

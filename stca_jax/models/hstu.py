@@ -70,7 +70,7 @@ class HstuConfig(SequenceConfig):
         """The module."""
         return Hstu(self, remat=remat, rngs=rngs)
 
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """FLOPs; every weight multiplies targets, and events but for the last layer's output."""
         N, d = self.num_layers, self.width
         return SequenceCost(

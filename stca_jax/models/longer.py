@@ -57,7 +57,7 @@ class LongerConfig(TransformerConfig):
         """The module."""
         return Longer(self, remat=remat, rngs=rngs)
 
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """FLOPs of a history of at least k merged tokens, of which k see all.
 
         Attention among the k tokens, which does not grow with the history, is left out.

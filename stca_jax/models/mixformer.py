@@ -61,7 +61,7 @@ class MixFormerConfig(SequenceConfig):
         """The module."""
         return MixFormer(self, remat=remat, rngs=rngs)
 
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """FLOPs; keys and values as they are computed, by one matrix that is zero between heads."""
         N, d, ffn = self.num_layers, self.width, 6 * self.ffn_ratio
         of_heads = 2 * ffn * d * head_width(d, self.num_heads)

@@ -22,7 +22,7 @@ from stca_jax.models.embedding import (
     match_side_features,
 )
 from stca_jax.models.hstu import HstuConfig
-from stca_jax.models.layers import Linear, recomputed
+from stca_jax.models.layers import Linear, in_chunks, recomputed
 from stca_jax.models.longer import LongerConfig
 from stca_jax.models.match_channel import MatchChannel
 from stca_jax.models.mixformer import MixFormerConfig
@@ -189,15 +189,15 @@ class Candidates(NamedTuple):
 def similarity_config(sequence: StcaConfig | None = None) -> RankerConfig:
     """The preset `similarity`: what lets the attention find what is like the target.
 
-    Skip paths, linear paths of side features, tables that start from co-occurrence, and the
-    complete match channel with soft counts; each is measured in docs/similarity.md.
+    Skip paths, tables that start from co-occurrence, and the complete match channel with soft
+    counts; each is measured in docs/similarity.md.
 
     Args:
       sequence: Shape of the sequence module; its skip paths are switched on.
     """
     return RankerConfig(
         sequence=dataclasses.replace(sequence or StcaConfig(), skip_paths=True),
-        embedding=EmbeddingConfig(linear_path=True, initialization="cooccurrence"),
+        embedding=EmbeddingConfig(initialization="cooccurrence"),
         match_time_scales_days=(1.0, 7.0, 28.0, 90.0),
         match_soft_counts=True,
     )
@@ -229,9 +229,8 @@ class Ranker(nnx.Module):
         widths = {"summary": d, "target": d}
         if schema.request:
             widths["request"] = sum(self.embedding.widths_of(schema.request).values())
-        numbers = [n for n in schema.target if not schema.is_categorical(n)]
-        self.number_names = tuple(numbers)
-        num_numbers = len(numbers) + self.num_statistics + config.sequence.num_counts
+        self.number_names = tuple(n for n in schema.target if not schema.is_categorical(n))
+        num_numbers = len(self.number_names) + self.num_statistics + config.sequence.num_counts
         if num_numbers:
             widths["numbers"] = num_numbers
         self.token_names = tuple(widths)  # the order of RankMixer's tokens; nnx.Dict keeps none
@@ -245,7 +244,6 @@ class Ranker(nnx.Module):
         self.head = Linear(
             mixer_width, len(schema.tasks), rngs=rngs, logical_axes=("embed", None), use_bias=True
         )
-
         if isinstance(config.sequence, StcaConfig) and config.sequence.initialization == "scaled":
             self.head.weight[...] = jnp.zeros_like(self.head.weight[...])
 
@@ -333,7 +331,7 @@ class Ranker(nnx.Module):
         target_parts = self.embedding(target, self.target_names, embedded.get("target"))
         if not self.config.match_time_scales_days:
             target_parts += statistics[:1]  # of exact matches
-        targets = self.target_fusion(_cast(target_parts, dtype))
+        targets = in_chunks(self.target_fusion, _cast(target_parts, dtype))
         gathered = read(targets)
         numbers = [target[n][..., None] for n in self.number_names]
         sources: Mapping[str, list[Array]] = {
@@ -342,13 +340,18 @@ class Ranker(nnx.Module):
             "request": self.embedding(request, self.schema.request, embedded.get("request")),
             "numbers": [*numbers, *statistics, gathered.counts],
         }
-        mixer_tokens = [
+        return in_chunks(self._read_out, sources), targets
+
+    def _read_out(
+        self, sources: Mapping[str, list[Float[Array, "*N width"]]]
+    ) -> Float[Array, "*N tasks"]:
+        """E8 and E9: logits of targets, from what the backbone's tokens are made of."""
+        dtype = jnp.dtype(self.config.dtype)
+        tokens = [
             self.token_maps[name](jnp.concatenate(_cast(sources[name], dtype), -1))
             for name in self.token_names
         ]
-        R, M, W = mixer_tokens[0].shape
-        mixed = self.backbone(jnp.stack(mixer_tokens).reshape(len(mixer_tokens), R * M, W))
-        return self.head(mixed.reshape(R, M, W).astype(jnp.float32)), targets
+        return self.head(self.backbone(jnp.stack(tokens)).astype(jnp.float32))
 
     def _match_statistics(
         self, batch: RequestBatch, embedded: Mapping[str, Mapping[str, Array]]

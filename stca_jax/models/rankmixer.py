@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -95,12 +96,13 @@ class RankMixer(nnx.Module):
             ]
         )
 
-    def __call__(self, tokens: Float[Array, "T N W"]) -> Float[Array, "N W"]:
-        """Hidden state of E9 for N targets."""
-        x = tokens
+    def __call__(self, tokens: Float[Array, "T *N W"]) -> Float[Array, "*N W"]:
+        """Hidden states of E9."""
+        T, *shape, W = tokens.shape
+        x = tokens.reshape(T, math.prod(shape), W)
         for block in self.blocks:
             x = recomputed(functools.partial(_mix, block), self.remat)(x)
-        return x.mean(0)
+        return x.mean(0).reshape(*shape, W)
 
 
 def _mix(block: nnx.Dict, x: Float[Array, "T N W"]) -> Float[Array, "T N W"]:

@@ -25,9 +25,9 @@ from stca_jax.ranges import Ranges
 class SasRecConfig(TransformerConfig):
     """Shape of the Transformer."""
 
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """FLOPs; a target has a state of its own in the last block only."""
-        cost, N = super().cost(targets_per_row), self.num_layers
+        cost, N = super().cost(targets_per_token), self.num_layers
         return cost._replace(per_target=cost.per_target // N, per_pair=cost.per_pair // N)
 
     def make(self, *, remat: bool, rngs: nnx.Rngs) -> SasRec:

@@ -64,7 +64,7 @@ class SdimConfig(SequenceConfig):
         """The module."""
         return Sdim(self, rngs=rngs)
 
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """FLOPs of a history of at least `recent_length` events; sums per bucket are products."""
         d, G = self.width, self.num_groups
         hashes = 2 * d * G * self.bits

@@ -128,11 +128,11 @@ class SequenceConfig(abc.ABC):
         """
 
     @abc.abstractmethod
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """What the module computes.
 
         Args:
-          targets_per_row: Target slots of a row.
+          targets_per_token: Targets that read a token, see `stca_jax.ops.tiles`.
         """
 
 

@@ -89,11 +89,11 @@ class SequenceO1Config(SequenceConfig):
         """The module."""
         return SequenceO1(self, remat=remat, rngs=rngs)
 
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """FLOPs of a history no longer than `recent_length`, with a window for each target."""
         d, k, N = self.width, self.num_prototypes, self.num_sketch_layers
-        recent = self.reader.cost(targets_per_row)
-        sketch = dataclasses.replace(self.reader, count_channel=False).cost(targets_per_row)
+        recent = self.reader.cost(targets_per_token)
+        sketch = dataclasses.replace(self.reader, count_channel=False).cost(targets_per_token)
         of_state = N * (2 + 6 * self.ffn_ratio) * d * d + sketch.per_token + sketch.per_pair
         return SequenceCost(
             per_token=N * (2 * d * d + 4 * k * d) + recent.per_token,

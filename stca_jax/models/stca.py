@@ -16,7 +16,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from stca_jax.models.layers import LayerNorm, Linear, SwiGLU, parameter, recomputed, zeros
+from stca_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    SwiGLU,
+    in_chunks,
+    parameter,
+    recomputed,
+    zeros,
+)
 from stca_jax.models.sequence import (
     SequenceConfig,
     SequenceCost,
@@ -63,7 +71,7 @@ class StcaConfig(SequenceConfig):
       attention_sink: Give each head a learned logit that joins the softmax's denominator, so that a
         head may gather less than a whole average, down to nothing.
       attention_order: Order of the algebra, see `stca_jax.ops.attention`; None takes the
-        one with fewer FLOPs if every target reads its whole row.
+        one with fewer FLOPs.
       attention_implementation: Of the attention, see `stca_jax.ops.attention`; None takes the best
         one that always works on the devices at hand.
       recency_score: Add to each head's scores a learned rate times the event's time, exact for
@@ -109,10 +117,10 @@ class StcaConfig(SequenceConfig):
         """The module."""
         return Stca(self, remat=remat, rngs=rngs)
 
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """FLOPs in the order of attention that is run."""
         N, d, h = self.num_layers, self.width, self.num_heads
-        order = self.attention_order or cheaper_order(targets_per_row, h, d)
+        order = self.attention_order or cheaper_order(targets_per_token, h, d)
         ffn, square = 6 * self.ffn_ratio * d * d, 2 * d * d
         keys_and_values = 2 * square
         is_projected = order == "projected"
@@ -124,6 +132,10 @@ class StcaConfig(SequenceConfig):
             per_pair=N * 4 * d * (1 if is_projected else h),
             num_layers=N,
         )
+
+
+# What the layers so far gathered, the targets, and the count channel.
+_Gathered = tuple[list[Array], Array, list[Array]]
 
 
 class Fusion(nnx.Module):
@@ -280,11 +292,7 @@ class StcaLayer(nnx.Module):
         counts: list[Array],
     ) -> tuple[Float[Array, "R M D"], Float[Array, "R M H"]]:
         """Returns o^i (E5) and the log-sum-exps of the scores, relative to the request's time."""
-        query = targets
-        if self.fusion is not None:
-            query = self.fusion(outputs, targets, counts)
-        encoded = self.query_ffn(query)
-        query = self.query_norm(query + encoded if self.skip else encoded)
+        query = in_chunks(self._encode_query, (outputs, targets, counts))
         if self.temperature_length is not None:
             sharpness = _sharpness(history.num_events, self.temperature_length)
             query *= sharpness[..., None].astype(query.dtype)
@@ -295,6 +303,12 @@ class StcaLayer(nnx.Module):
             kept = jax.nn.sigmoid(log_sum_exp - self.sink[...])
             heads *= kept[..., None].astype(heads.dtype)
         return self.w_output(heads.reshape(query.shape)), log_sum_exp
+
+    def _encode_query(self, gathered: _Gathered) -> Float[Array, "*N D"]:
+        """E2, or E6 of the layers after the first."""
+        query = gathered[1] if self.fusion is None else self.fusion(*gathered)
+        encoded = self.query_ffn(query)
+        return self.query_norm(query + encoded if self.skip else encoded)
 
 
 def _sharpness(num_events: Int[Array, "R M"], length: int) -> Float[Array, "R M"]:
@@ -341,9 +355,13 @@ class Stca(nnx.Module):
             if self.config.count_channel:
                 matched = jnp.where(num_events[..., None] > 0, log_sum_exp, 0) * COUNT_SCALE
                 counts.append(matched.astype(dtype))
-        summary = self.output_ffn(self.output_fusion(outputs, targets, counts))
+        summary = in_chunks(self._summarise, (outputs, targets, counts))
         empty = summary[..., :0]
         return SequenceOutput(summary, jnp.concatenate(counts, -1) if counts else empty)
+
+    def _summarise(self, gathered: _Gathered) -> Float[Array, "*N D"]:
+        """E7."""
+        return self.output_ffn(self.output_fusion(*gathered))
 
 
 def log_count(count: Array) -> Float[Array, ...]:

@@ -46,7 +46,7 @@ class TargetAttentionConfig(SequenceConfig):
         """The module; there is nothing that is worth computing again."""
         return TargetAttention(self, rngs=rngs)
 
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """FLOPs."""
         d = self.width
         return SequenceCost(per_token=4 * d * d, per_target=6 * d * d, per_pair=4 * d)

@@ -69,7 +69,7 @@ class TopKConfig(SequenceConfig):
         """The module; scores are computed again in any case."""
         return TopK(self, rngs=rngs)
 
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """FLOPs of a history of at least `num_selected` and `recent_length` events."""
         d, is_sim = self.width, self.search == "sim"
         read = 4 * d * (self.num_selected + self.recent_length)

@@ -61,7 +61,7 @@ class TransActConfig(TransformerConfig):
         """The module; the encoder is computed again in any case."""
         return TransAct(self, rngs=rngs)
 
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """FLOPs of a history of at least `recent_length` events."""
         d, n = self.width, self.recent_length
         block = (8 + 6 * self.ffn_ratio) * d * d + 4 * d * n

@@ -72,7 +72,7 @@ class TransformerConfig(SequenceConfig):
         """The module."""
         return Transformer(self, remat=remat, rngs=rngs)
 
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """FLOPs; every weight multiplies targets, and events but for the last block's."""
         N, d = self.num_layers, self.width
         keys_and_values = 4 * d * d

@@ -53,13 +53,13 @@ class UltraHstuConfig(HstuConfig):
         """The module."""
         return UltraHstu(self, remat=remat, rngs=rngs)
 
-    def cost(self, targets_per_row: int) -> SequenceCost:
+    def cost(self, targets_per_token: int) -> SequenceCost:
         """FLOPs of a long history: every event is taken to have all it may see before it.
 
         Attention among the events of the tail, which does not grow with the history, is left out.
         """
         whole, tail, d = self.num_layers - self.num_tail_layers, self.num_tail_layers, self.width
-        cost = super().cost(targets_per_row)
+        cost = super().cost(targets_per_token)
         seen = self.local_length + self.global_length
         return cost._replace(
             per_token=cost.per_token + whole * 4 * d * seen,

@@ -27,8 +27,8 @@ from stca_jax.ops.pallas_triton import TritonKernels
 from stca_jax.ops.reference import Reference
 from stca_jax.ops.sharded import merge_softmax, on_mesh, platform
 from stca_jax.ops.tiled import Tiled
-from stca_jax.ops.tiles import BlockSizes
-from stca_jax.ranges import Ranges
+from stca_jax.ops.tiles import BlockSizes, targets_per_token
+from stca_jax.ranges import Ranges, SharedRanges
 
 ImplementationName = Literal["reference", "xla", "mosaic_tpu", "triton"]
 IMPLEMENTATIONS: Mapping[str, type[Implementation]] = {
@@ -46,8 +46,8 @@ class AttentionOptions(NamedTuple):
     """How the op is computed; nothing here changes its result.
 
     Attributes:
-      order: "absorbed" or "projected"; None takes the one with fewer FLOPs if every target reads
-        the whole row. Where rows pack many requests, pass `cheaper_order` of one request's targets.
+      order: "absorbed" or "projected"; None takes the one with fewer FLOPs for as many targets as
+        `targets_per_token` expects to read a token.
       implementation: "reference" (einsums), "xla" (tiles that follow the ranges; anywhere),
         "mosaic_tpu" or "triton" (Pallas kernels of TPUs and of NVIDIA GPUs; lowering them for
         another platform raises ValueError), or one of your own. None: `best_implementation`.
@@ -159,7 +159,7 @@ def best_implementation() -> ImplementationName:
 
 
 def cheaper_order(num_targets: int, num_heads: int, width: int) -> Order:
-    """The order with fewer FLOPs: projecting L tokens pays when m > d / (h - 1)."""
+    """The order with fewer FLOPs for m targets of a token: projecting pays when m > d / (h - 1)."""
     return "projected" if num_targets * (num_heads - 1) > width else "absorbed"
 
 
@@ -172,7 +172,10 @@ def _attention(
         return AttentionOutput(
             jnp.zeros_like(query), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
         )
-    order = options.order or cheaper_order(query.shape[1], query.shape[2], tokens.value.shape[-1])
+    M, H = query.shape[1:3]
+    L, D = tokens.value.shape[1:]
+    readers = targets_per_token(L, M, is_shared=isinstance(ranges, SharedRanges))
+    order = options.order or cheaper_order(readers, H, D)
     implementation = options.implementation or best_implementation()
     if isinstance(implementation, str):
         implementation = IMPLEMENTATIONS[implementation].here()

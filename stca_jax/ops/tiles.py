@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 
 from stca_jax.ranges import Ranges
 
-_TOKENS_OF_A_TARGET = 16  # of rows with many targets
+_TARGETS_OF_A_REQUEST = 16  # typically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,22 @@ class BlockSizes:
         for name in ("tokens", "history", "targets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"BlockSizes.{name} is {getattr(self, name)}; at least 1")
+
+
+def targets_per_token(length: int, num_targets: int, *, is_shared: bool = False) -> int:
+    """How many targets read a token, as far as the shapes of a row tell.
+
+    All of them if they read one range, or are at least one for every 16 tokens: requests share
+    tokens then, or have few of their own. Else a row packs requests, which typically have 16.
+
+    Args:
+      length: L, tokens per row.
+      num_targets: M, targets per row.
+      is_shared: Whether the targets of a row read one range, see `SharedRanges`.
+    """
+    if is_shared or num_targets * _TARGETS_OF_A_REQUEST >= length:
+        return num_targets
+    return min(num_targets, _TARGETS_OF_A_REQUEST)
 
 
 def default_block_sizes(
@@ -72,7 +88,7 @@ def default_block_sizes(
         return BlockSizes(tokens=16_384, history=1024 if num_targets > 64 else 4096)
     if is_shared:
         return BlockSizes(targets=num_targets if num_targets < 128 else 32)
-    if num_targets > 64 and num_targets * _TOKENS_OF_A_TARGET >= length:
+    if 64 < num_targets == targets_per_token(length, num_targets):
         return BlockSizes(history=64, targets=32)
     return BlockSizes()
 

@@ -16,6 +16,7 @@ from flax import nnx
 from stca_jax.models.layers import is_matrix
 from stca_jax.models.ranker import Ranker, RankerConfig
 from stca_jax.models.sequence import SequenceCost
+from stca_jax.ops.tiles import targets_per_token
 from stca_jax.schema import Schema
 
 
@@ -56,15 +57,18 @@ def chip_of(device_kind: str) -> Chip | None:
     return next((c for c in CHIPS.values() if device_kind in c.device_kinds), None)
 
 
-def model_flops(config: RankerConfig, schema: Schema, targets_per_row: int) -> SequenceCost:
+def model_flops(
+    config: RankerConfig, schema: Schema, row_length: int, targets_per_row: int
+) -> SequenceCost:
     """FLOPs of the configured model, in the order of attention that it runs.
 
     Args:
       config: The model.
       schema: Of its dataset; the sizes of vocabularies do not matter.
-      targets_per_row: Target slots of a row, by which the order is chosen.
+      row_length: Tokens of a row, which the order follows beside the next.
+      targets_per_row: Target slots of a row.
     """
-    cost = config.sequence.cost(targets_per_row)
+    cost = config.sequence.cost(targets_per_token(row_length, targets_per_row))
     ranker = nnx.eval_shape(lambda: Ranker(config, schema, rngs=nnx.Rngs(0)))
     for path, weight in nnx.to_flat_state(nnx.state(ranker, nnx.Param)):
         module, name = str(path[0]), str(path[-1])

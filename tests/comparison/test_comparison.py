@@ -65,11 +65,11 @@ def similarity(base):
         ("no_soft_counts", "model.match_soft_counts", False),
         ("no_time_scales", "model.match_time_scales_days", ()),
         ("no_skip_paths", "model.sequence.skip_paths", False),
-        ("no_linear_path", "model.embedding.linear_path", False),
+        ("linear_path", "model.embedding.linear_path", True),
         ("no_cooccurrence", "model.embedding.initialization", "random"),
     ],
 )
-def test_an_ablation_takes_one_thing_away(similarity, variant, name, value):
+def test_an_ablation_changes_one_thing(similarity, variant, name, value):
     full, without = make_entries(similarity, ["stca"], [variant, "full"])
     changed = {
         key: after
@@ -90,8 +90,8 @@ def test_paper_is_the_published_equations_in_rows_that_they_need(similarity):
         make_entries(similarity, ["din"], ["paper"])
 
 
-def test_taking_away_what_is_not_there_is_refused(similarity):
-    with pytest.raises(UserError, match="no_skip_paths of din is what full is, for neither has"):
+def test_a_variant_that_changes_nothing_is_refused(similarity):
+    with pytest.raises(UserError, match="no_skip_paths of din is what full is, by"):
         make_entries(similarity, ["din"], ["full", "no_skip_paths"])
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from attention_oracle import random_ranges
 
+from stca_jax.ops import soft_match
 from stca_jax.ops.match import match_statistics
 from stca_jax.ops.soft_match import soft_counts
 from stca_jax.ranges import Ranges
@@ -28,6 +29,12 @@ def example(R, M, L, F=2, W=5):
     start, end = random_ranges(rng, R, M, L)
     target, history = (rng.normal(size=(R, n, F, W)).astype(np.float32) for n in (M, L))
     return target, history, np.array([5.0, 1.5][:F], np.float32), start, end
+
+
+@pytest.fixture(params=["xla", "triton"], autouse=True)
+def implementation(request, monkeypatch):
+    """As a sum over tiles, and as where the attention has kernels: its log-sum-exp."""
+    monkeypatch.setattr(soft_match, "best_implementation", lambda: request.param)
 
 
 @pytest.mark.parametrize(("R", "M", "L"), [(2, 5, 30), (1, 70, 1100), (3, 1, 513), (1, 4, 1)])

@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 from attention_oracle import random_ranges
 
-from stca_jax.ops.attention import AttentionOptions, target_to_history_attention
-from stca_jax.ops.tiles import BlockSizes, default_block_sizes, make_tiling, touched_pairs
+from stca_jax.ops.attention import (
+    AttentionOptions,
+    cheaper_order,
+    target_to_history_attention,
+)
+from stca_jax.ops.tiled import Tiled
+from stca_jax.ops.tiles import (
+    BlockSizes,
+    default_block_sizes,
+    make_tiling,
+    targets_per_token,
+    touched_pairs,
+)
 from stca_jax.ranges import Ranges, SharedRanges
 
 GRID = [BlockSizes(512, h, t) for h in (64, 128, 256, 512) for t in (16, 32, 64, 128)]
@@ -101,6 +112,35 @@ def test_sizes_of_another_batch_cost_more(name, other):
     right = default_block_sizes(length, num_targets, "cpu", is_shared=is_shared)
     wrong = default_block_sizes(*BATCHES[other][:2], "cpu", is_shared=BATCHES[other][2])
     assert cost(ranges, length, wrong) > 1.15 * cost(ranges, length, right)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_order_suits_the_batch(name):
+    """It is the faster one in docs/performance.md, at d = 64 and h = 4."""
+    length, num_targets, is_shared, _ = BATCHES[name]
+    faster = {"a request, a page of targets": "absorbed", "requests of 1,000 tokens": "absorbed"}
+    readers = targets_per_token(length, num_targets, is_shared=is_shared)
+    assert cheaper_order(readers, 4, 64) == faster.get(name, "projected")
+
+
+@pytest.mark.parametrize(("kind", "order"), [(Ranges, "absorbed"), (SharedRanges, "projected")])
+def test_the_op_takes_the_order_of_its_ranges(kind, order):
+    """40 targets in 1,000 tokens: of several requests, or of one."""
+    taken = []
+
+    class Recording(Tiled):
+        def attend(self, query, tokens, weights, ranges, order, block_sizes):
+            taken.append(order)
+            return super().attend(query, tokens, weights, ranges, order, block_sizes)
+
+    M, L, H, D = 40, 1_000, 2, 32
+    weight = jnp.ones((D, H, D // H))
+    target_to_history_attention(
+        jnp.ones((1, M, H, D // H)), jnp.ones((1, L, D)), weight, weight,
+        kind(jnp.zeros((1, M), int), jnp.full((1, M), L)),
+        options=AttentionOptions(implementation=Recording()),
+    )  # fmt: skip
+    assert taken == [order]
 
 
 def test_one_request_computes_no_pair_that_nobody_needs():

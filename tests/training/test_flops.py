@@ -69,7 +69,7 @@ def test_counts_every_matrix_product(name, order):
     def loss(params):
         return nnx.merge(graph, params)(batch).sum()
 
-    flops = model_flops(config, SCHEMA, M)
+    flops = model_flops(config, SCHEMA, L, M)
     amounts = (R * L, R * M, R * M * L)
     expected = flops.train_step(*amounts)
     forward = count_dots(jax.make_jaxpr(loss)(params).jaxpr)
@@ -87,7 +87,7 @@ def test_counts_the_cosines_of_soft_counts():
     """One of each side field for each target and token of its range, and a column that is read."""
     soft = CONFIGS["shared"]
     without = dataclasses.replace(soft, match_soft_counts=False)
-    soft, without = (model_flops(config, SCHEMA, M) for config in (soft, without))
+    soft, without = (model_flops(config, SCHEMA, L, M) for config in (soft, without))
     num_fields = len(SCHEMA.match_fields) - 1
     assert num_fields > 0
     assert soft.per_pair - without.per_pair == num_fields * 2 * 3  # rows of three columns
@@ -176,7 +176,7 @@ def test_history_costs_what_the_paper_says():
     schema = Schema(("item",), ("item",), (), {"item": 9}, ("click",))
     for targets, order in ((10, "absorbed"), (11, "projected")):  # m > d / (h - 1)
         config = paper_config(StcaConfig(width=d, num_layers=N, num_heads=h))
-        flops = model_flops(config, schema, targets)
+        flops = model_flops(config, schema, 100, targets)
         fusion = 2 * ((d + 32) * 2 * d * 2 + 2 * d * d)  # item and two features of width 16
         projected = order == "projected"
         assert flops.per_token == fusion + N * (12 * d * d + 4 * d * d * projected)
@@ -186,7 +186,7 @@ def test_history_costs_what_the_paper_says():
 def test_vocabulary_costs_nothing():
     def of(rows: int):
         schema = Schema(("item",), ("item",), (), {"item": rows}, ("click",))
-        return model_flops(RankerConfig(), schema, 8)
+        return model_flops(RankerConfig(), schema, 100, 8)
 
     assert of(10) == of(10**8)
 
