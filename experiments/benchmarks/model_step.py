@@ -73,12 +73,10 @@ def _step(config: ExperimentConfig, dataset: RequestDataset, element: InputEleme
     program = experiment_program(config, dataset.schema, num_steps=1_000)
     batch = device_batch(element.batch, program.batch_shardings)
     state = program.initialize()
-    with jax.set_mesh(program.mesh):
-        compiled = jax.jit(program.step, donate_argnums=0).lower(state, batch).compile()
 
     def step() -> jax.Array:
         nonlocal state
-        state, metrics = compiled(state, batch)
+        state, metrics = program.train_step(state, batch)
         return metrics.loss
 
     return step
