@@ -1,26 +1,25 @@
-"""What the modules of the comparison on Complete Journey share.
+"""What the modules of the comparison on Complete Journey share: the main job.
 
 Command: python -m experiments.compare --config=experiments/configs/compare.py --workdir=DIR
-    --steps=150
+    --steps=655
 Reaches: docs/rivals.md
 Measured: a core of an AMD EPYC server (AVX-512), 2026-11-29
 
-The main job's data, features, windows and evaluation, over requests with at least 500 earlier
-events. A budget of 150 steps is about a quarter of an epoch.
+655 steps of STCA are the main job's epoch. Fewer requests and lengths are evaluated than there.
 """
 
 import dataclasses
 
 from stca_jax.experiment import ExperimentConfig
-from stca_jax.experiments.configs import length_study
+from stca_jax.experiments.configs import complete_journey
 
 
 def get_config() -> ExperimentConfig:
     """Returns what the modules share."""
-    base = length_study.get_config()
+    main_job = complete_journey.get_config()
     return dataclasses.replace(
-        base,
+        main_job,
         evaluation=dataclasses.replace(
-            base.evaluation, lengths=(50, 200, 1_000, 4_000), max_requests=1_000
+            main_job.evaluation, lengths=(50, 200, 1_000, 4_000), max_requests=1_000
         ),
     )
