@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from stca_jax.ops.sharded import on_mesh
+from stca_jax.ops.sharded import on_mesh, platform
+from stca_jax.ops.sorting import sort_ids
 from stca_jax.ranges import Ranges
 
 _Targets = tuple[Int[Array, "R M F"], Int[Array, "R M"]]  # ids, time of the request
@@ -108,6 +109,7 @@ def _statistics(
     (target_ids, now), (token_ids, time) = per_target, per_token
     covered = ranges.covered(time.shape[1])
     time = jnp.where(covered, time, 0)
+    token_ids = jnp.where(covered[..., None], token_ids, 0)  # negative ones would not be in order
     of_field = functools.partial(_statistics_of_row, decays=jnp.asarray(decay_seconds, jnp.float32))
     of_row = jax.vmap(of_field, in_axes=(1, None, 1, None, None, None, None), out_axes=1)
     return jax.vmap(of_row)(target_ids, now, token_ids, time, covered, *ranges)
@@ -125,7 +127,7 @@ def _statistics_of_row(
     decays: Float[Array, " decays"],
 ) -> MatchStatistics:
     """Of one row and one id field."""
-    token_id, position = lax.sort((token_id, jnp.arange(len(time))), num_keys=2)
+    token_id, position = sort_ids(token_id)
     time, counted = time[position], covered[position].astype(jnp.float32)
     first, stop = (_places(token_id, position, target_id, x) for x in (start, end))
     found = stop > first
@@ -193,6 +195,8 @@ def _places(
         )
 
     L = len(token_id)
-    # Unrolled: on a GPU each step of a loop would wait for the host.
+    # On a GPU each step of a loop would wait for the host; on a CPU what is not in a loop is fused
+    # into whatever reads it, and searched for again by each column of the result.
+    unroll = platform() == "gpu"
     ends = jnp.zeros_like(bound), jnp.full_like(bound, L)
-    return lax.fori_loop(0, math.ceil(math.log2(L + 1)), halve, ends, unroll=True)[0]
+    return lax.fori_loop(0, math.ceil(math.log2(L + 1)), halve, ends, unroll=unroll)[0]

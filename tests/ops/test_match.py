@@ -61,7 +61,7 @@ def test_users_share_a_row():
 def test_padding_never_matches():
     """Tokens outside every range hold extreme values; an empty range has no statistics."""
     start, end = np.array([[0, 2, 3]]), np.array([[2, 2, 4]])
-    ids = {"item": np.array([[5, 5, 5, 5, 5]])}
+    ids = {"item": np.array([[5, 5, -1, 5, -5]])}
     time = np.array([[10, 20, np.iinfo(np.int32).min, 30, np.iinfo(np.int32).max]])
     targets = {"item": np.array([[5, 5, 6]])}
     found = match_statistics(
