@@ -114,7 +114,7 @@ class _Softmax(NamedTuple):
 
     peak: Float[Array, "tiles G C"]
     total: Float[Array, "tiles G C"]
-    summed: Float[Array, "tiles G C E"]
+    summed: Float[Array, "tiles G E C"]
 
 
 def _forward(tiling: Tiling, query: Array, weights: TokenWeights, blocks: _Blocks, ranges: _Ranges):
@@ -123,6 +123,7 @@ def _forward(tiling: Tiling, query: Array, weights: TokenWeights, blocks: _Block
         keys, values = _first_and_last(
             _keys_and_values(weights, blocks.tokens[block], ranges.covered[block])
         )
+        values = values.swapaxes(1, 2)
 
         def pair_step(p: Array, state: _Softmax) -> _Softmax:
             pair = _pair(tiling, ranges, block, p)
@@ -131,8 +132,8 @@ def _forward(tiling: Tiling, query: Array, weights: TokenWeights, blocks: _Block
             (new_peak,) = _stored(jnp.maximum(peak, score.max(1)))
             weight = jnp.exp(score - new_peak[:, None])
             rescale = jnp.exp(peak - new_peak)
-            value = _tile_of(values, tiling, pair.history)
-            summed = summed * rescale[..., None] + _dot(weight.astype(value.dtype), value, 1, 1)
+            value = _tile_of(values, tiling, pair.history, axis=2)
+            summed = summed * rescale[:, None] + _dot(value, weight.astype(value.dtype), 2, 1)
             updates = (new_peak, total * rescale + weight.sum(1), summed)
             return _Softmax(
                 *(x.at[pair.target].set(u) for x, u in zip(state, updates, strict=True))
@@ -144,12 +145,12 @@ def _forward(tiling: Tiling, query: Array, weights: TokenWeights, blocks: _Block
     state = _Softmax(
         jnp.full(shape, LOWEST_PEAK, jnp.float32),
         jnp.zeros(shape, jnp.float32),
-        jnp.zeros(query.shape, jnp.float32),
+        jnp.zeros((*query.shape[:2], query.shape[3], query.shape[2]), jnp.float32),
     )
     peak, total, summed = lax.fori_loop(0, ranges.pairs.num_blocks, block_step, state)
     nonempty = total > 0
     safe_total = jnp.where(nonempty, total, 1)
-    output = summed / safe_total[..., None]
+    output = summed.swapaxes(2, 3) / safe_total[..., None]
     log_sum_exp = jnp.where(nonempty, peak + jnp.log(safe_total), -jnp.inf)
     return (output, log_sum_exp), (query, weights, blocks, ranges, output, log_sum_exp)
 
@@ -172,6 +173,7 @@ def _backward(tiling: Tiling, residuals, cotangents):
             blocks.tokens[block],
         )
         keys, values = _first_and_last(encoded)
+        turned_keys = keys.swapaxes(1, 2)
 
         def pair_step(p: Array, carry):
             d_query, d_encoded, d_score_block = carry
@@ -184,7 +186,8 @@ def _backward(tiling: Tiling, residuals, cotangents):
             d_weight = _dot(value, d_out, 2, 2)
             d_score = weight * (d_weight - shift[:, None])
             low = d_score.astype(key.dtype)
-            d_query = d_query.at[pair.target].add(_dot(low, key, 1, 1))
+            turned_key = _tile_of(turned_keys, tiling, pair.history, axis=2)
+            d_query = d_query.at[pair.target].add(_dot(turned_key, low, 2, 1))
             d_key = _dot(low, query[pair.target], 2, 1)
             d_value = _dot(weight.astype(key.dtype), d_out, 2, 1)
             parts = (d_key, d_value) if len(encoded) == 2 else (d_key + d_value,)
@@ -216,13 +219,13 @@ def _backward(tiling: Tiling, residuals, cotangents):
         return d_query, d_weights, _Blocks(d_tokens, d_score)
 
     gradients = (
-        jnp.zeros(query.shape, jnp.float32),
+        jnp.zeros((*query.shape[:2], query.shape[3], query.shape[2]), jnp.float32),
         jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights),
         jax.tree.map(jnp.zeros_like, blocks),
     )
     d_query, d_weights, d_blocks = lax.fori_loop(0, ranges.pairs.num_blocks, block_step, gradients)
     d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
-    return d_query.astype(query.dtype), d_weights, d_blocks, None
+    return d_query.swapaxes(2, 3).astype(query.dtype), d_weights, d_blocks, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -287,8 +290,9 @@ def _first_and_last(x: Sequence[Array]) -> tuple[Array, Array]:
     return x[0], x[-1]
 
 
-def _tile_of(x: Float[Array, "G T E"], tiling: Tiling, index: Array) -> Float[Array, "G t E"]:
-    return lax.dynamic_slice_in_dim(x, index * tiling.history, tiling.history, 1)
+def _tile_of(x: Float[Array, "G ..."], tiling: Tiling, index: Array, axis: int = 1) -> Array:
+    """Tokens of a history tile; `axis` is theirs in the block."""
+    return lax.dynamic_slice_in_dim(x, index * tiling.history, tiling.history, axis)
 
 
 def _add_tile(x: Array, part: Array, tiling: Tiling, index: Array) -> Array:
