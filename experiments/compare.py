@@ -18,12 +18,13 @@ The budget is of one training: --steps of the first module, of whose targets eac
 many; --minutes of training steps, at the speed measured before; or --flops of matrix products.
 Before its seeds, each entry is trained with --search_share of the budget at every combination of
 --rate_factors, which multiply both learning rates, and --search; the best on validation is taken.
-Seeds are the outer loop. These files of WORKDIR are written anew after each run:
+If a whole training ends below its search and another's, its settings diverge, and the next best are
+taken. Seeds are the outer loop. These files of WORKDIR are written anew after each run:
 
     results.csv      a row per entry, seed, split and length, and the references' rows
     summary.csv      a row per entry: quality in full, what was spent, tokens/s of training, memory,
                      latency of a request of 1, 100 and 1,000 targets, parameters, settings chosen
-    search.csv       a row per entry and setting tried, with its validation
+    search.csv       a row per entry and setting tried, its validation, and if it diverged later
     comparison.html  the tables, and quality against length, training time and latency; also as PNG
 
 Kill it at any time: the same command goes on, also with more seeds or modules.
@@ -36,6 +37,7 @@ import json
 import logging
 import pathlib
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,14 +124,9 @@ def main() -> int:
     settings: dict[str, dict[str, Any]] = {}
     for seed in range(_SEEDS.value):
         for entry in entries:
-            if entry.name not in settings:
-                chosen = searched_settings(comparison, entry)
-                if isinstance(chosen, TrainingResult):
-                    return stopped(chosen)
-                settings[entry.name] = chosen
-            result = run_entry(comparison, entry, settings[entry.name], seed)
-            if result is not None and result.signal is not None:
-                return stopped(result)
+            interrupted = run_seeds(comparison, entry, settings, seed + 1)
+            if interrupted is not None:
+                return stopped(interrupted)
             summary = write_results(comparison)
     print(format_table(summary))
     print(f"results are in {workdir}: results.csv, summary.csv, search.csv, comparison.html")
@@ -164,8 +161,79 @@ def run_config(
     )  # fmt: skip
 
 
+def run_seeds(
+    comparison: _Comparison, entry: Entry, settings: dict[str, dict[str, Any]], num_seeds: int
+) -> TrainingResult | None:
+    """Runs what is missing of an entry's first seeds; how a training ended that was interrupted.
+
+    Args:
+      comparison: What is compared.
+      entry: Of it.
+      settings: Chosen for each entry; filled in.
+      num_seeds: How many seeds; all again where settings turn out to diverge.
+    """
+    while True:
+        if entry.name not in settings:
+            chosen = searched_settings(comparison, entry)
+            if isinstance(chosen, TrainingResult):
+                return chosen
+            settings[entry.name] = chosen
+        for seed in range(num_seeds):
+            result = run_entry(comparison, entry, settings[entry.name], seed)
+            if result is not None and result.signal is not None:
+                return result
+        if not set_diverged_aside(comparison, entry):
+            return None
+        del settings[entry.name]
+
+
+def set_diverged_aside(comparison: _Comparison, entry: Entry) -> bool:
+    """Whether a seed ended below its settings' own search and another's; if so, moves them all."""
+    search = comparison.workdir / entry.name / "search.jsonl"
+    if not search.exists():
+        return False
+    evaluation = comparison.base.evaluation
+    sign = 1 if evaluation.larger_is_better else -1
+    rows = [row for row in read_json_lines(search) if not row["diverged"]]
+    reached = {row["settings"]: sign * row[evaluation.metric] for row in rows}
+    (chosen,) = (row["settings"] for row in rows if row["chosen"])
+    own = reached.pop(chosen)
+    seeds = sorted(search.parent.glob("seed-*"))
+    worst = min(sign * validation(seed)[evaluation.metric] for seed in seeds)
+    if not reached or worst >= min(own, max(reached.values())):
+        return False
+    _log.warning(
+        "%s diverges with %s: its %s ends at %.4g, and was %.4g after a share of the budget; the "
+        "next best settings are taken",
+        entry.name, chosen, evaluation.metric, sign * worst, sign * own,
+    )  # fmt: skip
+    aside = diverged_folder(comparison, entry, chosen)
+    moving = aside.with_name(f"{aside.name}.moving")  # a kill leaves that, and seeds are run again
+    shutil.rmtree(moving, ignore_errors=True)
+    moving.mkdir(parents=True)
+    for seed in seeds:
+        seed.rename(moving / seed.name)
+    moving.rename(aside)
+    return True
+
+
+def diverged_folder(comparison: _Comparison, entry: Entry, settings: str) -> pathlib.Path:
+    """Where runs of settings lie that diverged."""
+    return comparison.workdir / entry.name / "diverged" / folder_name(settings)
+
+
+def folder_name(settings: str) -> str:
+    """Of runs with settings as `described`."""
+    return re.sub("[^A-Za-z0-9._]+", "-", settings)
+
+
+def validation(directory: pathlib.Path) -> Row:
+    """The validation at the end of a run."""
+    return [r for r in load_run(directory, "").rows if r["split"] == "validation"][-1]
+
+
 def searched_settings(comparison: _Comparison, entry: Entry) -> dict[str, Any] | TrainingResult:
-    """The settings that do best on validation; how a training ended that was interrupted."""
+    """The best settings that have not diverged; how a training ended that was interrupted."""
     search = dict(text.split("=", 1) for text in _SEARCH.value)
     tried = make_settings(
         entry.config,
@@ -178,20 +246,21 @@ def searched_settings(comparison: _Comparison, entry: Entry) -> dict[str, Any] |
     rows = []
     for overrides in tried:
         name = described(overrides)
-        directory = (
-            comparison.workdir / entry.name / "search" / re.sub("[^A-Za-z0-9._]+", "-", name)
-        )
+        directory = comparison.workdir / entry.name / "search" / folder_name(name)
         result = train(
             run_config(comparison, entry, overrides, steps, 0), comparison.dataset, directory
         )
         if result.signal is not None:
             return result
-        evaluation = comparison.base.evaluation
-        (row,) = [r for r in load_run(directory, name).rows if r["split"] == "validation"]
-        metric = evaluation.metric
-        rows.append({"entry": entry.name, "settings": name, "steps": steps, metric: row[metric]})
+        metric = comparison.base.evaluation.metric
+        rows.append(
+            {"entry": entry.name, "settings": name, "steps": steps,
+             metric: validation(directory)[metric],
+             "diverged": diverged_folder(comparison, entry, name).exists()}
+        )  # fmt: skip
     sign = 1 if comparison.base.evaluation.larger_is_better else -1
-    best = max(range(len(rows)), key=lambda k: sign * rows[k][metric])
+    left = [k for k, row in enumerate(rows) if not row["diverged"]]
+    best = max(left, key=lambda k: sign * rows[k][metric])
     for k, row in enumerate(rows):
         row["chosen"] = k == best
     write_table(comparison.workdir / entry.name / "search.jsonl", rows)

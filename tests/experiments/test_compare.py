@@ -1,6 +1,7 @@
 """The comparison as a user runs it."""
 
 import csv
+import json
 
 import pytest
 from processes import run
@@ -61,3 +62,31 @@ def test_comparison_runs_once_and_writes_tables_and_page(tmp_path, data_dir):
     status, output = run(*arguments, timeout=900)
     assert status == 0, output
     assert times() == finished
+
+    # As if the chosen settings had done well in the search and no longer in the whole training.
+    entry = workdir / "sasrec-plain"
+    (chosen,) = [r for r in search if r["entry"] == entry.name and r["chosen"] == "True"]
+    (seed,) = entry.glob("seed-*")
+    spoil(seed / "metrics.jsonl")
+    status, output = run(*arguments, timeout=900)
+    assert status == 0, output
+    assert f"sasrec-plain diverges with {chosen['settings']}" in output
+    of_entry = [r for r in read(workdir / "search.csv") if r["entry"] == entry.name]
+    assert [r["diverged"] == "True" for r in of_entry] == [r == chosen for r in search[2:]]
+    assert [r["chosen"] == "True" for r in of_entry] == [r != chosen for r in search[2:]]
+    assert len(list(entry.glob("diverged/*/seed-0"))) == 1
+    assert seed.exists()  # trained anew
+    finished = times()
+    status, output = run(*arguments, timeout=900)
+    assert status == 0, output
+    assert times() == finished
+
+
+def spoil(metrics):
+    """Turns validation AUC into that of a model that knows less than nothing."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    found = [line for line in lines if "validation/auc" in line]
+    assert found
+    for line in found:
+        line["validation/auc"] = 0.01
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
