@@ -411,6 +411,25 @@ def test_requests_of_short_histories_are_left_out_everywhere(finished, tiny_data
     assert line["validation/num_requests"] == expected["validation"]
 
 
+@pytest.mark.parametrize("knows", [True, False])
+def test_validation_warns_of_a_model_that_knows_nothing(
+    finished, tiny_dataset, tmp_path, caplog, knows
+):
+    config, workdir, _, _ = finished
+    program, state = restore_for_evaluation(config, tiny_dataset, workdir, 25)
+    head = jax.tree.map(lambda x: x if knows else 0 * x, state.dense["head"])
+    state = dataclasses.replace(state, dense={**state.dense, "head": head})
+    (tmp_path / "checkpoints" / "25").mkdir(parents=True)
+    with MetricsWriter(tmp_path) as writer:
+        validation = Validation(
+            tiny_dataset, config.input, config.evaluation, tmp_path, every_steps=5
+        )
+        validation.run(program, state, 25, writer)
+    (line,) = read_json_lines(tmp_path / "metrics.jsonl")
+    assert (line["validation/normalized_entropy"] < 0.9995) == knows
+    assert ("validation is hardly better than the mean label" in caplog.text) != knows
+
+
 def test_evaluation_is_limited_by_targets(finished, tiny_dataset):
     config, workdir, _, _ = finished
     limited = dataclasses.replace(config.evaluation, max_targets=100, lengths=(16,))

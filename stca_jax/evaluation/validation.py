@@ -25,6 +25,8 @@ from stca_jax.training.train_step import Program
 
 _log = logging.getLogger(__name__)
 
+_KNOWS_NOTHING = 0.9995  # normalized entropy: the mean label has 1
+
 
 class Validation:
     """Scores the validation split at one length, and marks the best checkpoint."""
@@ -87,6 +89,15 @@ class Validation:
             numbers = {f"{prefix}/{n}": v for n, v in row.items() if n != "task"}
             numbers[f"{prefix}/length"] = config.validation_length
             writer.write(step, numbers)
+            if row["normalized_entropy"] > _KNOWS_NOTHING:
+                _log.warning(
+                    "step %d: %s is hardly better than the mean label (normalized entropy %.4f); "
+                    "a model that knew more before has collapsed: lower the optimizer's "
+                    "learning_rate",
+                    step,
+                    prefix,
+                    row["normalized_entropy"],
+                )
         value = score(rows, config.metric)
         if value is None:
             _log.warning(
