@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
 
@@ -207,13 +208,16 @@ def test_a_killed_worker_costs_no_event_and_no_score(
         assert server.end() == 0
         assert not any(map(is_alive, pids))
 
-    with serving(export, histories, compiled, "--workers=2") as server:  # and without its front
+    sockets = tempfile.mkdtemp(dir="/tmp")  # a socket's path is short
+    options = (export, histories, compiled, "--workers=2")
+    with serving(*options, TMPDIR=sockets) as server:  # and without its front
         pids = [server.started[k] for k in "01"]
         server.end(signal.SIGKILL)
         deadline = time.monotonic() + 60
         while any(map(is_alive, pids)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        os.rmdir(sockets)  # nothing is left
 
 
 @pytest.mark.slow

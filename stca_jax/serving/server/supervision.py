@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import logging
 import os
+import pathlib
 import signal
 import threading
 from collections.abc import Sequence
@@ -130,11 +131,20 @@ class WorkerProcess:
 
 
 def end_with_parent() -> None:
-    """Ends this worker at once when its front does: two servers must not append to one cache."""
+    """Ends this worker at once when its front does: two servers must not append to one cache.
+
+    What a front deletes that ends by itself goes as well: the worker's files, and their folder with
+    the last of them.
+    """
+    served = pathlib.Path(os.environ[SERVED])
 
     def wait() -> None:
         while os.read(0, 1):  # not by sys.stdin, whose lock would be held at the end
             pass
+        for file in (served, served.with_suffix("")):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            served.parent.rmdir()
         os._exit(1)
 
     threading.Thread(target=wait, name="parent", daemon=True).start()
