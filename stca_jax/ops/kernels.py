@@ -73,6 +73,20 @@ class Unencoded(NamedTuple):
     covered: Bool[Array, "R L 1"]
 
 
+class Outcome(NamedTuple):
+    """What the backward pass needs to know of the forward pass, and of the loss.
+
+    Attributes:
+      log_sum_exp: float32, as `Kernels.forward` returned it.
+      delta: float32, such that d(score) = weight * (d(weight) - delta).
+      d_output: Gradient of the weighted sums, in the dtype of the queries.
+    """
+
+    log_sum_exp: Float[Array, "J G 1 C"]
+    delta: Float[Array, "J G 1 C"]
+    d_output: Float[Array, "J G E C"]
+
+
 class Kernels(GroupedImplementation):
     """Pallas kernels, forward and backward, of one kind of device.
 
@@ -115,16 +129,14 @@ class Kernels(GroupedImplementation):
 
     @abc.abstractmethod
     def backward(
-        self, tiling: Tiling, inputs: Inputs, d_output: Array, log_sum_exp: Array, delta: Array
+        self, tiling: Tiling, inputs: Inputs, outcome: Outcome
     ) -> tuple[Array, tuple[Array, ...]]:
         """Gradients of the queries, and of `Inputs.history`.
 
         Args:
           tiling: How the batch is cut.
           inputs: Of the forward pass.
-          d_output: Gradient of the weighted sums [J, G, E, C], in the dtype of the queries.
-          log_sum_exp: As `forward` returned it.
-          delta: float32 [J, G, 1, C], such that d(score) = weight * (d(weight) - delta).
+          outcome: Of it.
 
         Returns:
           Of the shapes of `inputs`: float32 for the queries, the keys' dtype for the history.
@@ -161,9 +173,7 @@ class Kernels(GroupedImplementation):
         tiling: Tiling,
         inputs: Inputs,
         unencoded: Unencoded,
-        d_output: Array,
-        log_sum_exp: Array,
-        delta: Array,
+        outcome: Outcome,
     ) -> tuple[Array, HistoryEncoder, Float[Array, "R n D"]]:
         """Gradients of the queries, see `backward`, and those that `encode_backward` returns.
 
@@ -171,11 +181,9 @@ class Kernels(GroupedImplementation):
           tiling: As for `backward`.
           inputs: As for `backward`; keys and values are one array, what `encode` made.
           unencoded: Of what it did.
-          d_output: As for `backward`.
-          log_sum_exp: As for `backward`.
-          delta: As for `backward`.
+          outcome: As for `backward`.
         """
-        d_query, (d_key,) = self.backward(tiling, inputs, d_output, log_sum_exp, delta)
+        d_query, (d_key,) = self.backward(tiling, inputs, outcome)
         d_encoded = d_key[:, 0, :, : unencoded.tokens.shape[-1]]
         return d_query, *self.encode_backward(unencoded, d_encoded)
 
@@ -313,16 +321,16 @@ def _backward(
     d_output, d_log_sum_exp = (jnp.where(nonempty, x, 0) for x in cotangents)
     # d(score) = weight * (d(weight) - delta), log-sum-exp included: its gradient is the weight.
     delta = (d_output * output).sum(2, keepdims=True) - d_log_sum_exp
-    statistics = (d_output.astype(inputs.query.dtype), log_sum_exp, delta)
+    outcome = Outcome(log_sum_exp, delta, d_output.astype(inputs.query.dtype))
     gradients: dict[str, Any] = dict.fromkeys(Inputs._fields)  # None: integers have no gradient
     d_unencoded: Any = None
     if unencoded is None:
         backward = functools.partial(kernels.backward, tiling)
-        d_query, d_history = _lowered_for(kernels, backward, inputs, *statistics)
+        d_query, d_history = _lowered_for(kernels, backward, inputs, outcome)
         gradients |= dict(zip(("key", "value"), d_history, strict=False))
     else:
         layer_backward = functools.partial(kernels.layer_backward, tiling)
-        d_query, *d_layer = _lowered_for(kernels, layer_backward, inputs, unencoded, *statistics)
+        d_query, *d_layer = _lowered_for(kernels, layer_backward, inputs, unencoded, outcome)
         d_unencoded = _gradients(unencoded, *d_layer)
     gradients["query"] = d_query.astype(inputs.query.dtype)
     return Inputs(**gradients), d_unencoded

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from stca_jax.ops import encoder_tpu
 from stca_jax.ops.attention_kernels import dot, mask_scores, score_gradients, softmax_step
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.kernels import Inputs, Kernels, Unencoded
+from stca_jax.ops.kernels import Inputs, Kernels, Outcome, Unencoded
 from stca_jax.ops.tiled import LOWEST_PEAK
 from stca_jax.ops.tiles import BlockSizes, Tiling
 
@@ -96,13 +96,13 @@ class MosaicKernels(Kernels):
         )(inputs.first, inputs.last, inputs.start, inputs.end, inputs.query, *inputs.history)
 
     def backward(
-        self, tiling: Tiling, inputs: Inputs, d_output: Array, log_sum_exp: Array, delta: Array
+        self, tiling: Tiling, inputs: Inputs, outcome: Outcome
     ) -> tuple[Array, tuple[Array, ...]]:
         """See `Kernels`."""
         J, G, E, C = inputs.query.shape
         spec = _target_specs(E, C)
-        arguments = (inputs.first, inputs.last, inputs.start, inputs.end, log_sum_exp, delta,
-                     inputs.query, d_output)  # fmt: skip
+        arguments = (inputs.first, inputs.last, inputs.start, inputs.end, outcome.log_sum_exp,
+                     outcome.delta, inputs.query, outcome.d_output)  # fmt: skip
         targets = [spec.row, spec.row, spec.head_row, spec.head_row, spec.wide, spec.wide]
         d_query = pl.pallas_call(
             functools.partial(_query_kernel, tile=tiling.history),

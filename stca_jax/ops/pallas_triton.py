@@ -22,7 +22,7 @@ from jaxtyping import Array
 from stca_jax.ops import attention_triton, encoder_triton
 from stca_jax.ops.attention_triton import band_specs, share_spec, shares
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.kernels import Inputs, Kernels, Unencoded
+from stca_jax.ops.kernels import Inputs, Kernels, Outcome, Unencoded
 from stca_jax.ops.tiled import LOWEST_PEAK
 from stca_jax.ops.tiles import BlockSizes, Tiling
 
@@ -152,10 +152,10 @@ class TritonKernels(Kernels):
         return output, jnp.where(joined > LOWEST_PEAK, joined, 0)
 
     def backward(
-        self, tiling: Tiling, inputs: Inputs, d_output: Array, log_sum_exp: Array, delta: Array
+        self, tiling: Tiling, inputs: Inputs, outcome: Outcome
     ) -> tuple[Array, tuple[Array, ...]]:
         """See `Kernels`."""
-        statistics = (log_sum_exp, delta, inputs.query, d_output)
+        statistics = (outcome.log_sum_exp, outcome.delta, inputs.query, outcome.d_output)
         _, G, E, C = inputs.query.shape
         specs = attention_triton.history_specs(tiling, E, C)
         bands = attention_triton.target_bands(inputs, tiling, tiling.history)
@@ -174,12 +174,10 @@ class TritonKernels(Kernels):
         tiling: Tiling,
         inputs: Inputs,
         unencoded: Unencoded,
-        d_output: Array,
-        log_sum_exp: Array,
-        delta: Array,
+        outcome: Outcome,
     ) -> tuple[Array, HistoryEncoder, Array]:
         """See `Kernels`: gradients of encoded tokens never reach memory."""
-        statistics = (log_sum_exp, delta, inputs.query, d_output)
+        statistics = (outcome.log_sum_exp, outcome.delta, inputs.query, outcome.d_output)
         layer = encoder_triton.make_layer(unencoded, self.interpret)
         self._check_shared_memory(layer.tile(layer.cuts.layer), inputs)
         incoming = attention_triton.of_attention(inputs, tiling, layer, statistics)
