@@ -182,7 +182,7 @@ def run_seeds(
             result = run_entry(comparison, entry, settings[entry.name], seed)
             if result is not None and result.signal is not None:
                 return result
-        if not set_diverged_aside(comparison, entry):
+        if len(settings_to_try(entry)) == 1 or not set_diverged_aside(comparison, entry):
             return None
         del settings[entry.name]
 
@@ -190,8 +190,6 @@ def run_seeds(
 def set_diverged_aside(comparison: _Comparison, entry: Entry) -> bool:
     """Whether a seed ended below its settings' own search and another's; if so, moves them all."""
     search = comparison.workdir / entry.name / "search.jsonl"
-    if not search.exists():
-        return False
     evaluation = comparison.base.evaluation
     sign = 1 if evaluation.larger_is_better else -1
     rows = [row for row in read_json_lines(search) if not row["diverged"]]
@@ -199,7 +197,9 @@ def set_diverged_aside(comparison: _Comparison, entry: Entry) -> bool:
     (chosen,) = (row["settings"] for row in rows if row["chosen"])
     own = reached.pop(chosen)
     seeds = sorted(search.parent.glob("seed-*"))
-    worst = min(sign * validation(seed)[evaluation.metric] for seed in seeds)
+    # One that an earlier launch was interrupted in has no validation yet.
+    ended = [validation(seed)[evaluation.metric] for seed in seeds if is_scored(seed)]
+    worst = min(sign * value for value in ended)
     if not reached or worst >= min(own, max(reached.values())):
         return False
     _log.warning(
@@ -232,14 +232,19 @@ def validation(directory: pathlib.Path) -> Row:
     return [r for r in load_run(directory, "").rows if r["split"] == "validation"][-1]
 
 
-def searched_settings(comparison: _Comparison, entry: Entry) -> dict[str, Any] | TrainingResult:
-    """The best settings that have not diverged; how a training ended that was interrupted."""
+def settings_to_try(entry: Entry) -> list[dict[str, Any]]:
+    """What the launch asks for; if it is one alone, there is no search."""
     search = dict(text.split("=", 1) for text in _SEARCH.value)
-    tried = make_settings(
+    return make_settings(
         entry.config,
         [float(factor) for factor in _RATE_FACTORS.value],
         {name: values.split(",") for name, values in search.items()},
     )
+
+
+def searched_settings(comparison: _Comparison, entry: Entry) -> dict[str, Any] | TrainingResult:
+    """The best settings that have not diverged; how a training ended that was interrupted."""
+    tried = settings_to_try(entry)
     if len(tried) == 1:
         return tried[0]
     steps = comparison.steps(entry, _SEARCH_SHARE.value)

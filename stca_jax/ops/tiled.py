@@ -123,7 +123,7 @@ def _forward(tiling: Tiling, query: Array, weights: TokenWeights, blocks: _Block
         keys, values = _first_and_last(
             _keys_and_values(weights, blocks.tokens[block], ranges.covered[block])
         )
-        values = values.swapaxes(1, 2)
+        values = values.swapaxes(1, 2)  # once here: XLA is slow to turn them in each pair's product
 
         def pair_step(p: Array, state: _Softmax) -> _Softmax:
             pair = _pair(tiling, ranges, block, p)
@@ -145,7 +145,7 @@ def _forward(tiling: Tiling, query: Array, weights: TokenWeights, blocks: _Block
     state = _Softmax(
         jnp.full(shape, LOWEST_PEAK, jnp.float32),
         jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*query.shape[:2], query.shape[3], query.shape[2]), jnp.float32),
+        jnp.zeros(query.swapaxes(2, 3).shape, jnp.float32),
     )
     peak, total, summed = lax.fori_loop(0, ranges.pairs.num_blocks, block_step, state)
     nonempty = total > 0
@@ -173,7 +173,7 @@ def _backward(tiling: Tiling, residuals, cotangents):
             blocks.tokens[block],
         )
         keys, values = _first_and_last(encoded)
-        turned_keys = keys.swapaxes(1, 2)
+        turned_keys = keys.swapaxes(1, 2)  # as the values of the forward pass
 
         def pair_step(p: Array, carry):
             d_query, d_encoded, d_score_block = carry
@@ -219,7 +219,7 @@ def _backward(tiling: Tiling, residuals, cotangents):
         return d_query, d_weights, _Blocks(d_tokens, d_score)
 
     gradients = (
-        jnp.zeros((*query.shape[:2], query.shape[3], query.shape[2]), jnp.float32),
+        jnp.zeros(query.swapaxes(2, 3).shape, jnp.float32),
         jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights),
         jax.tree.map(jnp.zeros_like, blocks),
     )

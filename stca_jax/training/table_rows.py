@@ -33,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from stca_jax.batch import RequestBatch
-from stca_jax.ops.sorting import sort_ids
+from stca_jax.ops.sorting import distinct_ids
 from stca_jax.schema import Schema
 from stca_jax.training.exchange import Rounds, RowsByTable, exchange
 from stca_jax.training.optimizer import RowOptimizer, RowSlots, RowStep
@@ -239,11 +239,11 @@ def _pad_to_multiple(ids: Int[Array, "R n"], multiple: int) -> Int[Array, "R N"]
 
 def _touch_on_device(ids: Mapping[str, Int[Array, "r n"]], *, num_rows: int) -> TouchedRows:
     flat = jnp.concatenate([i.reshape(-1) for i in ids.values()])
-    rows, position = sort_ids(stored_row(jnp.clip(flat, 0, num_rows - 1), num_rows))
-    place = jnp.cumsum(jnp.diff(rows, prepend=rows[:1]) != 0)  # among the distinct rows
-    distinct = jnp.full(min(flat.size, num_rows), num_rows, rows.dtype)
-    distinct = distinct.at[place].set(rows, indices_are_sorted=True)
-    places = jnp.zeros_like(position).at[position].set(place, unique_indices=True)
+    distinct, places = distinct_ids(
+        stored_row(jnp.clip(flat, 0, num_rows - 1), num_rows),
+        size=min(flat.size, num_rows),
+        fill_value=num_rows,
+    )
     by_level, offset = {}, 0
     for level, i in ids.items():
         by_level[level] = places[offset : offset + i.size].reshape(i.shape)
@@ -314,14 +314,11 @@ def _update_on_device(
     ) -> tuple[Array, RowSlots, Array]:
         # All gradients of a row arrive in one round, one from each device that touched it.
         block = state[0]
-        rows, inverse = jnp.unique(
-            asked.reshape(-1),
-            size=min(asked.size, len(block) + 1),
-            fill_value=len(block),
-            return_inverse=True,
+        rows, places = distinct_ids(
+            asked.reshape(-1), size=min(asked.size, len(block) + 1), fill_value=len(block)
         )
         flat = received.reshape(-1, block.shape[1])
-        total = jax.ops.segment_sum(flat, inverse, num_segments=len(rows))
+        total = jax.ops.segment_sum(flat, places, num_segments=len(rows))
         return apply(state, rows, total)
 
     if num_devices == 1:

@@ -77,6 +77,7 @@ def test_comparison_runs_once_and_writes_tables_and_page(tmp_path, data_dir):
     assert len(list(entry.glob("diverged/*/seed-0"))) == 1
     assert seed.exists()  # trained anew
     finished = times()
+    (entry / "seed-1").mkdir()  # as a launch with more seeds leaves it that was killed
     status, output = run(*arguments, timeout=900)
     assert status == 0, output
     assert times() == finished

@@ -1,10 +1,12 @@
 """Sorting against NumPy's stable sort."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from stca_jax.ops.sorting import sort_ids
+from stca_jax.ops.sorting import distinct_ids, sort_ids
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 1_000, 65_536, 65_537, 150_000])
@@ -25,3 +27,14 @@ def test_garbage_stays_a_permutation():
     found, position = sort_ids(ids)
     np.testing.assert_array_equal(position, [1, 3, 2, 0, 4])
     np.testing.assert_array_equal(found, ids[position])
+
+
+@pytest.mark.parametrize(("size", "largest"), [(1, 5), (1_000, 9), (1_000, 10**6), (70_000, 99)])
+def test_distinct_ids_equal_numpys(size, largest):
+    ids = np.random.default_rng(size).integers(0, largest, size, dtype=np.int32)
+    expected, inverse = np.unique(ids, return_inverse=True)
+    found, places = jax.jit(
+        functools.partial(distinct_ids, size=len(expected) + 3, fill_value=largest)
+    )(ids)
+    np.testing.assert_array_equal(found, [*expected, *[largest] * 3])
+    np.testing.assert_array_equal(places, inverse)

@@ -141,9 +141,9 @@ def end_with_parent() -> None:
     def wait() -> None:
         while os.read(0, 1):  # not by sys.stdin, whose lock would be held at the end
             pass
-        for file in (served, served.with_suffix("")):
-            file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # whatever comes, it ends
+            for file in (served, served.with_suffix("")):
+                file.unlink(missing_ok=True)
             served.parent.rmdir()
         os._exit(1)
 
