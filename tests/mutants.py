@@ -48,6 +48,7 @@ _SHORT = _TRAINER + "test_requests_of_short_histories_are_left_out_everywhere"
 _AVERAGE = _STEP + "test_predictions_are_of_the_average"
 _SKIPPED = _STEP + "test_skipped_step_changes_nothing"
 _IDS = "tests/data/test_log_coverage.py::"
+_LAYER = "tests/ops/test_kernels.py::test_tiles_of_a_layer_on_tpus"
 _ENCODER = "tests/ops/test_encoder_kernels.py::"
 
 MUTANTS = (
@@ -193,9 +194,20 @@ MUTANTS = (
            "if offset > width:", "if False:", _ENCODER + "test_values_and_gradients"),
     Mutant("gradients of uncovered tokens", "stca_jax/ops/encoder_tpu.py",
            "jnp.where(mask > 0, x, 0)", "x", _ENCODER + "test_values_and_gradients"),
-    Mutant("tiles of tokens taken for history tiles", "stca_jax/ops/attention_triton.py",
+    Mutant("tiles of tokens taken for history tiles", "stca_jax/ops/tiles.py",
            "x[:, None] * tiling.history", "x[:, None] * tile",
            "tests/ops/test_kernels.py::test_layer_without_scores"),
+    Mutant("a layer in two halves on TPUs", "stca_jax/ops/pallas_tpu.py",
+           "if incoming is None:", "if True:",
+           "tests/ops/test_kernels.py::test_gradients_of_encoded_tokens_are_not_stored"),
+    Mutant("targets that do not read a tile on TPUs", "stca_jax/ops/attention_tpu.py",
+           "jnp.clip(j, begin[n], jnp.maximum(end[n] - 1, begin[n]))", "begin[n]", _LAYER),
+    Mutant("bands of history tiles taken for tokens on TPUs", "stca_jax/ops/attention_tpu.py",
+           "last[target_tile] * history", "last[target_tile]", _LAYER),
+    Mutant("tokens that no target reads on TPUs", "stca_jax/ops/attention_tpu.py",
+           "refs.d_tokens[...] = jnp.zeros_like(refs.d_tokens)", "pass", _LAYER),
+    Mutant("gradients of the tile before on TPUs", "stca_jax/ops/attention_tpu.py",
+           "dtype)\n        summed[...] = jnp.zeros_like(summed)", "dtype)", _LAYER),
     Mutant("shares of tokens overlap", "stca_jax/ops/encoder_triton.py",
            "begin = pl.program_id(1) * most", "begin = pl.program_id(1)",
            _ENCODER + "test_shares_of_the_tokens"),

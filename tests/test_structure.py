@@ -79,13 +79,9 @@ EXCEPTIONS = {
     **{
         f"stca_jax/ops/{name}": "a Pallas kernel is given one reference per array"
         for name in (
-            "encoder_tpu.py::_backward_kernel",
-            "encoder_tpu.py::_forward_kernel",
             "encoder_triton.py::_forward_kernel",
             "encoder_triton.py::_token_kernel",
             "encoder_triton.py::_weight_kernel",
-            "pallas_tpu.py::_key_kernel",
-            "pallas_tpu.py::_query_kernel",
         )
     },
     "experiments/benchmarks/sequence_modules.py::torch_steps": "PyTorch's side of a comparison",

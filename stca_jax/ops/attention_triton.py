@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from stca_jax.ops.attention_kernels import dot, mask_scores, score_gradients, softmax_step
 from stca_jax.ops.encoder_kernels import Parts
 from stca_jax.ops.encoder_triton import Incoming, Layer, parts_of
 from stca_jax.ops.kernels import Inputs
 from stca_jax.ops.tiled import LOWEST_PEAK, NO_SCORE
-from stca_jax.ops.tiles import Tiling
+from stca_jax.ops.tiles import Tiling, target_bands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,21 +96,6 @@ def share_spec(*block: int) -> pl.BlockSpec:
 def shares(*shape: int) -> jax.ShapeDtypeStruct:
     """Of what all programs write."""
     return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def target_bands(
-    inputs: Inputs, tiling: Tiling, tile: int
-) -> tuple[Int[Array, "R tiles"], Int[Array, "R tiles"]]:
-    """First and one past the last target tile of the row that need each tile of so many tokens."""
-    first, last = (x[:, None] * tiling.history for x in (inputs.first, inputs.last))
-    begin = tile * jnp.arange(inputs.key.shape[2] // tile)
-    needs = (first < begin + tile) & (begin < last)
-    needs = needs.reshape(tiling.rows, tiling.target_tiles_per_row, -1)
-    after_last = needs.shape[1] - needs[:, ::-1].argmax(1)
-    return (
-        needs.argmax(1).astype(jnp.int32),
-        jnp.where(needs.any(1), after_last, 0).astype(jnp.int32),
-    )
 
 
 def _share(first: Any, last: Any) -> tuple[Array, Array]:
@@ -252,7 +237,7 @@ def of_attention(
         return _history_gradients(_Targets(*refs), encoded, lambda: encoded, position, 1)[0]
 
     cut = layer.cuts.layer
-    bands = target_bands(inputs, tiling, layer.tile(cut))
+    bands = target_bands(inputs.first, inputs.last, tiling, layer.tile(cut))
     arrays = (*bands, inputs.start, inputs.end, *statistics)
     return Incoming(cut, arrays, specs.backward(0), of_tile)
 

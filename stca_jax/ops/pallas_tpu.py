@@ -8,16 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from stca_jax.ops import encoder_tpu
-from stca_jax.ops.attention_kernels import dot, mask_scores, score_gradients, softmax_step
+from stca_jax.ops import attention_tpu, encoder_tpu
+from stca_jax.ops.attention_tpu import Targets, key_specs, target_specs
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.kernels import Inputs, Kernels, Outcome, Unencoded
-from stca_jax.ops.tiled import LOWEST_PEAK
 from stca_jax.ops.tiles import BlockSizes, Tiling
 
 # Mosaic gives a kernel 16 MiB of VMEM by default on every generation since v4; the compiler needs
@@ -64,19 +62,20 @@ class MosaicKernels(Kernels):
         self, unencoded: Unencoded, d_encoded: Array
     ) -> tuple[HistoryEncoder, Array]:
         """See `Kernels`."""
-        return encoder_tpu.encode_backward(unencoded, d_encoded, self.interpret)
+        incoming = encoder_tpu.of_array(unencoded, d_encoded)
+        return encoder_tpu.encode_backward(unencoded, incoming, self.interpret)
 
     def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
         """See `Kernels`."""
         J, G, E, C = inputs.query.shape
         _check_vmem(tiling, inputs)
-        spec = _target_specs(E, C)
+        spec = target_specs(E, C)
         return pl.pallas_call(
-            functools.partial(_forward_kernel, tile=tiling.history),
+            functools.partial(attention_tpu.forward_kernel, tile=tiling.history),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=(J, G, tiling.tiles_per_row),
-                in_specs=[spec.row, spec.row, spec.wide, *_key_specs(tiling, inputs)],
+                in_specs=[spec.row, spec.row, spec.wide, *key_specs(tiling, inputs)],
                 out_specs=[spec.wide, spec.head_row],
                 scratch_shapes=[
                     pltpu.VMEM((1, C), jnp.float32),
@@ -99,17 +98,34 @@ class MosaicKernels(Kernels):
         self, tiling: Tiling, inputs: Inputs, outcome: Outcome
     ) -> tuple[Array, tuple[Array, ...]]:
         """See `Kernels`."""
+        d_query = self._query_gradients(tiling, inputs, outcome)
+        return d_query, self._history_gradients(tiling, inputs, outcome)
+
+    def layer_backward(
+        self,
+        tiling: Tiling,
+        inputs: Inputs,
+        unencoded: Unencoded,
+        outcome: Outcome,
+    ) -> tuple[Array, HistoryEncoder, Array]:
+        """See `Kernels`: gradients of encoded tokens do not leave VMEM, where there is room."""
+        incoming = attention_tpu.of_attention(tiling, inputs, unencoded, outcome)
+        if incoming is None:
+            return super().layer_backward(tiling, inputs, unencoded, outcome)
+        return (
+            self._query_gradients(tiling, inputs, outcome),
+            *encoder_tpu.encode_backward(unencoded, incoming, self.interpret),
+        )
+
+    def _query_gradients(self, tiling: Tiling, inputs: Inputs, outcome: Outcome) -> Array:
         J, G, E, C = inputs.query.shape
-        spec = _target_specs(E, C)
-        arguments = (inputs.first, inputs.last, inputs.start, inputs.end, outcome.log_sum_exp,
-                     outcome.delta, inputs.query, outcome.d_output)  # fmt: skip
-        targets = [spec.row, spec.row, spec.head_row, spec.head_row, spec.wide, spec.wide]
-        d_query = pl.pallas_call(
-            functools.partial(_query_kernel, tile=tiling.history),
+        spec = target_specs(E, C)
+        return pl.pallas_call(
+            functools.partial(attention_tpu.query_kernel, tile=tiling.history),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=(J, G, tiling.tiles_per_row),
-                in_specs=[*targets, *_key_specs(tiling, inputs)],
+                in_specs=[*spec.backward, *key_specs(tiling, inputs)],
                 out_specs=spec.wide,
                 scratch_shapes=[pltpu.VMEM((E, C), jnp.float32)],
             ),
@@ -119,25 +135,24 @@ class MosaicKernels(Kernels):
             ),
             interpret=self.interpret,
             name="target_to_history_backward_query",
-        )(*arguments, *inputs.history)
-        return d_query, self._history_gradients(tiling, arguments, inputs.history)
+        )(inputs.first, inputs.last, *Targets.of(inputs, outcome), *inputs.history)
 
     def _history_gradients(
-        self, tiling: Tiling, arguments: tuple[Array, ...], history: tuple[Array, ...]
+        self, tiling: Tiling, inputs: Inputs, outcome: Outcome
     ) -> tuple[Array, ...]:
-        R, G, _, E = history[0].shape
-        C = arguments[2].shape[-1]
+        history = inputs.history
+        R, G, _, E = inputs.key.shape
+        C = inputs.query.shape[-1]
         per_row = tiling.target_tiles_per_row
-        spec = _target_specs(E, C, lambda r, g, i, j: (r * per_row + j, g))
+        spec = target_specs(E, C, lambda r, g, i, j, *_: (r * per_row + j, g))
         block = pl.BlockSpec((1, 1, tiling.history, E), lambda r, g, i, j, *_: (r, g, i, 0))
         accumulator = pltpu.VMEM((tiling.history, E), jnp.float32)
-        targets = [spec.row, spec.row, spec.head_row, spec.head_row, spec.wide, spec.wide]
         d_history = pl.pallas_call(
-            functools.partial(_key_kernel, tile=tiling.history, tiles_per_row=per_row),
+            functools.partial(attention_tpu.key_kernel, tile=tiling.history, tiles_per_row=per_row),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=(R, G, tiling.tiles_per_row, per_row),
-                in_specs=[*targets, *[block] * len(history)],
+                in_specs=[*spec.backward, *[block] * len(history)],
                 out_specs=[block] * len(history),
                 scratch_shapes=[accumulator] * len(history),
             ),
@@ -147,44 +162,8 @@ class MosaicKernels(Kernels):
             ),
             interpret=self.interpret,
             name="target_to_history_backward_key",
-        )(*arguments, *history)
+        )(inputs.first, inputs.last, *Targets.of(inputs, outcome), *history)
         return tuple(d_history)
-
-
-@dataclasses.dataclass(frozen=True)
-class _TargetSpecs:
-    """Blocks of arrays by target tile: [J, 1, C], [J, G, 1, C] and [J, G, E, C]."""
-
-    row: pl.BlockSpec
-    head_row: pl.BlockSpec
-    wide: pl.BlockSpec
-
-
-def _target_specs(E: int, C: int, tile_of: Any = lambda j, g, *_: (j, g)) -> _TargetSpecs:
-    """Specs for grids whose first four ids `tile_of` maps to target tile and group."""
-
-    def index(*ids: Any) -> tuple[Any, ...]:
-        return (*tile_of(*ids[:4]), 0, 0)
-
-    def row(*ids: Any) -> tuple[Any, ...]:
-        return (tile_of(*ids[:4])[0], 0, 0)
-
-    return _TargetSpecs(
-        row=pl.BlockSpec((1, 1, C), row),
-        head_row=pl.BlockSpec((1, 1, 1, C), index),
-        wide=pl.BlockSpec((1, 1, E, C), index),
-    )
-
-
-def _key_specs(tiling: Tiling, inputs: Inputs) -> list[pl.BlockSpec]:
-    """Keys and values of the band; past its end the last block stays, and nothing is fetched."""
-
-    def index(j: Any, g: Any, i: Any, first: Any, last: Any) -> tuple[Any, ...]:
-        inside = jnp.clip(first[j] + i, 0, jnp.maximum(last[j] - 1, 0))
-        return lax.div(j, jnp.int32(tiling.target_tiles_per_row)), g, inside, 0
-
-    block = (1, 1, tiling.history, inputs.key.shape[-1])
-    return [pl.BlockSpec(block, index)] * len(inputs.history)
 
 
 def _check_vmem(tiling: Tiling, inputs: Inputs) -> None:
@@ -201,86 +180,3 @@ def _check_vmem(tiling: Tiling, inputs: Inputs) -> None:
             f"{needed / 2**20:.0f} MiB of VMEM; the kernel has {_VMEM_BYTES / 2**20:.0f} MiB. "
             "Pass smaller block_sizes"
         )
-
-
-def _forward_kernel(first, last, start, end, query, *refs, tile):
-    *history, output, log_sum_exp, peak, total, summed = refs
-    j, i = pl.program_id(0), pl.program_id(2)
-
-    @pl.when(i == 0)
-    def _():
-        peak[...] = jnp.full_like(peak, LOWEST_PEAK)
-        total[...] = jnp.zeros_like(total)
-        summed[...] = jnp.zeros_like(summed)
-
-    @pl.when(first[j] + i < last[j])
-    def _():
-        score = dot(history[0][0, 0], query[0, 0], 1, 0)
-        score = mask_scores(score, start[0], end[0], (first[j] + i) * tile)
-        weight, rescale, peak[...], total[...] = softmax_step(score, peak[...], total[...])
-        block = history[-1][0, 0]
-        summed[...] = summed[...] * rescale + dot(block, weight.astype(block.dtype), 0, 0)
-
-    @pl.when(i == pl.num_programs(2) - 1)
-    def _():
-        nonempty = total[...] > 0
-        safe_total = jnp.where(nonempty, total[...], 1)
-        output[0, 0] = summed[...] / safe_total
-        log_sum_exp[0, 0] = jnp.where(nonempty, peak[...] + jnp.log(safe_total), 0)
-
-
-def _gradients(ranges, statistics, query, d_output, history, position):
-    """[t, C] weights and gradients of the scores, in the dtype of the keys."""
-    start, end = (x[0] for x in ranges)
-    score = mask_scores(dot(history[0][0, 0], query[0, 0], 1, 0), start, end, position)
-    d_weight = dot(history[-1][0, 0], d_output[0, 0], 1, 0)
-    factors = score_gradients(score, d_weight, *(x[0, 0] for x in statistics))
-    weight, d_score = (x.astype(query.dtype) for x in factors)
-    return weight, d_score
-
-
-def _query_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, *refs, tile):
-    *history, d_query, summed = refs
-    j, i = pl.program_id(0), pl.program_id(2)
-
-    @pl.when(i == 0)
-    def _():
-        summed[...] = jnp.zeros_like(summed)
-
-    @pl.when(first[j] + i < last[j])
-    def _():
-        _, d_score = _gradients(
-            (start, end), (log_sum_exp, delta), query, d_output, history, (first[j] + i) * tile
-        )
-        summed[...] += dot(history[0][0, 0], d_score, 0, 0)
-
-    @pl.when(i == pl.num_programs(2) - 1)
-    def _():
-        d_query[0, 0] = summed[...]
-
-
-def _key_kernel(first, last, start, end, log_sum_exp, delta, query, d_output, *refs, tile,
-                tiles_per_row):  # fmt: skip
-    arrays = len(refs) // 3
-    history, d_history, sums = refs[:arrays], refs[arrays : 2 * arrays], refs[2 * arrays :]
-    r, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    target_tile = r * tiles_per_row + j
-
-    @pl.when(j == 0)
-    def _():
-        for summed in sums:
-            summed[...] = jnp.zeros_like(summed)
-
-    @pl.when((first[target_tile] <= i) & (i < last[target_tile]))
-    def _():
-        weight, d_score = _gradients(
-            (start, end), (log_sum_exp, delta), query, d_output, history, i * tile
-        )
-        # Where keys are the values, both gradients are of one array.
-        sums[0][...] += dot(d_score, query[0, 0], 1, 1)
-        sums[-1][...] += dot(weight, d_output[0, 0], 1, 1)
-
-    @pl.when(j == tiles_per_row - 1)
-    def _():
-        for d_ref, summed in zip(d_history, sums, strict=True):
-            d_ref[0, 0] = summed[...].astype(d_ref.dtype)

@@ -24,7 +24,7 @@ from stca_jax.ops.attention_triton import band_specs, share_spec, shares
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.kernels import Inputs, Kernels, Outcome, Unencoded
 from stca_jax.ops.tiled import LOWEST_PEAK
-from stca_jax.ops.tiles import BlockSizes, Tiling
+from stca_jax.ops.tiles import BlockSizes, Tiling, target_bands
 
 # Sides of the smallest matrix product of the tensor cores that Triton offers.
 _SMALLEST = 16
@@ -158,7 +158,7 @@ class TritonKernels(Kernels):
         statistics = (outcome.log_sum_exp, outcome.delta, inputs.query, outcome.d_output)
         _, G, E, C = inputs.query.shape
         specs = attention_triton.history_specs(tiling, E, C)
-        bands = attention_triton.target_bands(inputs, tiling, tiling.history)
+        bands = target_bands(inputs.first, inputs.last, tiling, tiling.history)
         d_history = self._call(
             attention_triton.key_kernel,
             grid=(tiling.tiles_per_row, G, tiling.rows),

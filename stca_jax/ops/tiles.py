@@ -175,6 +175,28 @@ def untile_targets(x: Array, tiling: Tiling, targets: int) -> Array:
     return x.reshape(tiling.rows, padded, *x.shape[2:])[:, :targets]
 
 
+def target_bands(
+    first: Int[Array, " J"], last: Int[Array, " J"], tiling: Tiling, tile: int
+) -> tuple[Int[Array, "R tiles"], Int[Array, "R tiles"]]:
+    """First and one past the last target tile of the row that need each tile of so many tokens.
+
+    Args:
+      first: First history tile that each target tile needs.
+      last: One past the last one; not above `first` if none.
+      tiling: How the batch is cut.
+      tile: Tokens of a tile; they divide the padded row, and need not be those of a history tile.
+    """
+    first, last = (x[:, None] * tiling.history for x in (first, last))
+    begin = tile * jnp.arange(tiling.tiles_per_row * tiling.history // tile)
+    needs = (first < begin + tile) & (begin < last)
+    needs = needs.reshape(tiling.rows, tiling.target_tiles_per_row, -1)
+    after_last = needs.shape[1] - needs[:, ::-1].argmax(1)
+    return (
+        needs.argmax(1).astype(jnp.int32),
+        jnp.where(needs.any(1), after_last, 0).astype(jnp.int32),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class PairList:
     """The pairs of tiles that a range touches, block by block.

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from test_attention import ORDERS, ragged_case
 
-from stca_jax.ops import pallas_triton
+from stca_jax.ops import encoder_tpu, pallas_triton
 from stca_jax.ops.attention import AttentionOptions, target_to_history_attention
 from stca_jax.ops.pallas_tpu import MosaicKernels
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
@@ -70,6 +70,44 @@ def test_layer_without_scores(kernels, history, dtype, tolerance):
         case, dtype=dtype, tolerance=tolerance, implementation=kernels, order="absorbed",
         block_sizes=sizes,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradients_of_encoded_tokens_are_not_stored(monkeypatch, name):
+    def refuse(*_):
+        raise AssertionError("gradients of keys are stored")
+
+    for method in ("backward", "encode_backward"):
+        monkeypatch.setattr(type(KERNELS[name]), method, refuse)
+    case = make_case([[0, 5, 9]], [[39, 30, 9]], 39, fused=True)  # no other test has compiled it
+    assert_matches_oracle(case, implementation=KERNELS[name], order="absorbed", block_sizes=SMALL)
+
+
+@pytest.mark.parametrize("history", [16, 64])
+def test_tiles_of_a_layer_on_tpus(monkeypatch, history):
+    """Tiles of 32 tokens, of which some are read by few target tiles, and some by none."""
+    monkeypatch.setattr(encoder_tpu, "_TILE", 32)
+    start = np.array([0, 20, 3, 40, 45, 60, 100, 70, 101, 7]) + np.arange(4)[:, None]
+    end = start + np.array([9, 0, 12, 30, 20, 1, 5, 0, 2, 40])
+    case = make_case(start, end, 190, fused=True, skip=True)
+    assert_matches_oracle(
+        case, implementation=KERNELS["mosaic_tpu"], order="absorbed",
+        block_sizes=BlockSizes(history=history, targets=2),
+    )  # fmt: skip
+
+
+def test_layer_that_vmem_has_no_room_for(monkeypatch):
+    """But for its two halves, one after the other."""
+    monkeypatch.setattr(encoder_tpu, "_VMEM_BYTES", 1_040_000)
+    halves, encode_backward = [], MosaicKernels.encode_backward
+    monkeypatch.setattr(
+        MosaicKernels, "encode_backward",
+        lambda *arguments: halves.append(1) or encode_backward(*arguments),
+    )  # fmt: skip
+    case = make_case([[0, 5, 9]], [[38, 30, 9]], 38, fused=True)  # no other test has compiled it
+    kernels = KERNELS["mosaic_tpu"]
+    assert_matches_oracle(case, implementation=kernels, order="absorbed", block_sizes=SMALL)
+    assert halves
 
 
 @ANY_KERNELS
@@ -182,6 +220,13 @@ def test_no_races(kernels, strict_interpreter, capfd):
         case, implementation=kernels(interpret=strict_interpreter), order="projected",
         block_sizes=SMALL,
     )  # fmt: skip
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_no_races_in_a_layer_on_tpus(strict_interpreter, capfd):
+    kernels, case = MosaicKernels(interpret=strict_interpreter), ragged_case(fused=True)
+    assert_matches_oracle(case, implementation=kernels, order="absorbed", block_sizes=SMALL)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
