@@ -22,6 +22,7 @@ from stca_jax.experiments.benchmarks.compiled_bytes import (
     moved,
     passes,
 )
+from stca_jax.ops.pallas_mosaic_gpu import HopperKernels
 from stca_jax.ops.pallas_tpu import MosaicKernels
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 from stca_jax.training.cross_compile import compile_only, topology_devices
@@ -32,6 +33,9 @@ _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Comput
 _ROWS = flags.DEFINE_integer("rows", 8, "R.")
 _LENGTH = flags.DEFINE_integer("length", 10_240, "L.")
 _TARGETS = flags.DEFINE_integer("targets", 16, "M.")
+_IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation", "triton", ["triton", "mosaic_gpu"], "Kernels of a GPU."
+)
 _DETAILS = flags.DEFINE_bool("details", False, "Print every instruction.")
 
 
@@ -39,9 +43,10 @@ def main() -> None:
     """Compiles, counts and prints."""
     compile_only()
     _, (device, *_) = topology_devices(_TOPOLOGY.value)
-    kernels: MosaicKernels | TritonKernels = MosaicKernels()
+    kernels: MosaicKernels | TritonKernels | HopperKernels = MosaicKernels()
     if device.platform != "tpu":
-        kernels = TritonKernels(GPUS[device.compute_capability])
+        triton = TritonKernels(GPUS[device.compute_capability])
+        kernels = triton if _IMPLEMENTATION.value == "triton" else HopperKernels()
     print(f"{'d':>5s} {'passes':12s} {'in XLA':>8s} {'kernels':>8s}   temporary MB")
     for width in map(int, _WIDTHS.value):
         size = Size(_ROWS.value, _LENGTH.value, _TARGETS.value, width, _DTYPE.value)

@@ -37,7 +37,7 @@ def in_process_of_its_own(module: str, name: str, *arguments: str) -> None:
 def compiled_step(
     devices: Sequence[Any], implementation: Any, order: str, dtype: Any, *,
     length: int = L, sharded: bool = False, fused: bool = False, score: bool = False,
-    sizes: Any = None, compiler_options: dict[str, Any] | None = None,
+    sizes: Any = None, width: int = D, compiler_options: dict[str, Any] | None = None,
 ) -> Any:  # fmt: skip
     """Forward and backward of the op, on the first device or, sharded, on 2 x 4 of them."""
     shape = (2, 4) if sharded else (1, 1)
@@ -61,13 +61,13 @@ def compiled_step(
             out = target_to_history_attention(query, tokens, w_key, w_value, ranges, **options)
         return out.output.astype(jnp.float32).sum() + jnp.tanh(out.log_sum_exp).sum()
 
-    heads = (D, H, D // H)
-    encoder = HistoryEncoder(
-        array((D, 2 * D), dtype), array((D, 2 * D), dtype), array((2 * D, D), dtype),
-        array((D,), jnp.float32), array((D,), jnp.float32),
-    )  # fmt: skip
+    heads = (width, H, width // H)
+    up = array((width, 2 * width), dtype)
+    norm = [array((width,), jnp.float32)] * 2
+    encoder = HistoryEncoder(up, up, array((2 * width, width), dtype), *norm)
     arguments = (
-        array((R, M, H, D // H), dtype, "data"), array((R, length, D), dtype, "data", "sequence"),
+        array((R, M, H, width // H), dtype, "data"),
+        array((R, length, width), dtype, "data", "sequence"),
         encoder, array(heads, dtype), array(heads, dtype),
         array((R, length, H), jnp.float32, "data", "sequence"),
         array((R, M), jnp.int32, "data"), array((R, M), jnp.int32, "data"),

@@ -1,7 +1,10 @@
-"""Compiles the Triton kernels for GPUs on a machine without one: they fit, and store no scores."""
+"""Compiles the kernels for GPUs on a machine without one: they fit, and store no scores."""
 
+import contextlib
 import functools
 import itertools
+import os
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from compiled_step import D, L, R, compiled_step, in_process_of_its_own, stores_
 
 from stca_jax.experiments.benchmarks import compiled_bytes
 from stca_jax.ops.match import match_statistics
+from stca_jax.ops.pallas_mosaic_gpu import HopperKernels
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 from stca_jax.ops.soft_match import soft_counts
 from stca_jax.ops.tiles import BlockSizes
@@ -110,6 +114,56 @@ def check_passes(gpu: str, dtype: str, *widths: str) -> None:
         assert compiled_bytes.passes(step.as_text(), size) < PASSES[width], width
 
 
+@contextlib.contextmanager
+def assembled():
+    """What the assembler says of the kernels of Mosaic, which are compiled by one of their own."""
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+    said, stdout = [], os.dup(1)
+    with tempfile.TemporaryFile() as text:
+        os.dup2(text.fileno(), 1)
+        try:
+            yield said
+        finally:
+            os.dup2(stdout, 1)
+        text.seek(0)
+        said += text.read().decode().splitlines()
+
+
+def check_mosaic(gpu: str) -> None:
+    """The kernels of Hopper: they fit, spill no registers, and store neither scores nor units."""
+    kernels, device = HopperKernels(), devices_of(gpu)[0]
+    with assembled() as said:
+        size = compiled_bytes.Size(R, 10_240, 16, 64, "bfloat16")
+        layer = compiled_bytes.layer_step(size, kernels, device).as_text()
+        encoder = compiled_bytes.encoder_step(size, kernels, device).as_text()
+        for order, score in (("absorbed", False), ("projected", False), ("absorbed", True)):
+            # Scores widen the tokens, beyond what a program holds at d = 256.
+            step = compiled_step(
+                [device], kernels, order, "bfloat16", score=score, width=192 if score else D
+            )  # fmt: skip
+            assert not stores_scores(step.as_text())
+    assert compiled_bytes.passes(layer, size) < 12.7
+    assert compiled_bytes.passes(encoder, size) < 9.6
+    names = {line.split("'")[1] for line in said if "entry function" in line}
+    assert {name.removesuffix("_mosaic_gpu_kernel") for name in names} == {
+        *(f"target_to_history_{x}" for x in ("forward", "backward_query", "backward_key")),
+        *(f"history_encoder_{x}" for x in ("forward", "backward_tokens", "backward_weights")),
+    }
+    spilled = [int(line.split()[4]) for line in said if "spill stores" in line and "frame" in line]
+    assert len(spilled) >= len(names)
+    assert max(spilled) < 64, spilled  # bytes of a thread, in one kernel at d = 256
+
+
+def check_mosaic_limits(gpu: str) -> None:
+    step = functools.partial(compiled_step, devices_of(gpu), HopperKernels())
+    with pytest.raises(ValueError, match=r"takes bfloat16, not float32.* Use implementation"):
+        step("absorbed", "float32")
+    with pytest.raises(ValueError, match=r"tokens x 64 .* width 320, .*KiB.*order=\"projected\""):
+        step("absorbed", "bfloat16", score=True)
+    with pytest.raises(ValueError, match=r"blocks of 512 tokens .* Pass smaller block_sizes"):
+        step("absorbed", "bfloat16", sizes=BlockSizes(history=512, targets=8))
+
+
 def check_all(gpu: str) -> None:
     for order, dtype in itertools.product(("absorbed", "projected"), ("bfloat16", "float32")):
         check_single(gpu, order, dtype)
@@ -190,6 +244,14 @@ def check_export(gpu: str) -> None:
 
 def test_bfloat16_on_one_h100():
     in_process_of_its_own(MODULE, "check_single", "H100", "absorbed", "bfloat16")
+
+
+def test_kernels_of_mosaic():
+    in_process_of_its_own(MODULE, "check_mosaic", "H100")
+
+
+def test_limits_of_the_kernels_of_mosaic():
+    in_process_of_its_own(MODULE, "check_mosaic_limits", "H100")
 
 
 def test_encoder_in_bfloat16_on_an_h100():

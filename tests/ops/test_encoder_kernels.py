@@ -16,6 +16,7 @@ from stca_jax.experiments.benchmarks.compiled_bytes import weights
 from stca_jax.ops.attention import IMPLEMENTATIONS
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.kernels import Unencoded, encode_tokens
+from stca_jax.ops.pallas_mosaic_gpu import HopperKernels
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 
 
@@ -161,10 +162,13 @@ def test_shares_of_the_tokens():
 def test_wide_tokens_are_encoded_by_xla():
     """In front of the kernels of the attention."""
     case = ragged_case(D=264, fused=True, skip=True)
-    for kernels in KERNELS.values():
-        assert kernels.can_encode(weights(256), jnp.bfloat16)
+    widest = {"mosaic_tpu": 256, "triton": 256, "mosaic_gpu": 128}
+    for name, kernels in KERNELS.items():
+        assert kernels.can_encode(weights(widest[name]), jnp.bfloat16)
         assert not kernels.can_encode(weights(256), jnp.float16)
         assert not kernels.can_encode(weights(512), jnp.float32)
         assert not dataclasses.replace(kernels, encodes=False).can_encode(weights(64), jnp.float32)
     assert not KERNELS["triton"].can_encode(weights(264), jnp.float32)
+    assert not KERNELS["mosaic_gpu"].can_encode(weights(136), jnp.bfloat16)
+    assert not HopperKernels().can_encode(weights(64), jnp.float32)  # interpreted only
     assert_matches_oracle(case, implementation=KERNELS["triton"], block_sizes=SMALL)

@@ -16,13 +16,25 @@ from test_attention import ORDERS, ragged_case
 
 from stca_jax.ops import encoder_tpu, pallas_triton
 from stca_jax.ops.attention import AttentionOptions, target_to_history_attention
+from stca_jax.ops.pallas_mosaic_gpu import HopperKernels
 from stca_jax.ops.pallas_tpu import MosaicKernels
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 from stca_jax.ops.tiles import BlockSizes
 
-# The smallest tiles of both: 23 tokens are two of them, and no multiple.
+try:
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+except ImportError:  # before JAX 0.12
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+# The smallest tiles of most: 23 tokens are two of them, and no multiple.
 SMALL = BlockSizes(history=16, targets=4)
-KERNELS = {"mosaic_tpu": MosaicKernels(interpret=True), "triton": TritonKernels(interpret=True)}
+# Threads of its programs race if they can; the smallest tiles of a Hopper are 64 tokens.
+HOPPER = InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+KERNELS = {
+    "mosaic_tpu": MosaicKernels(interpret=True),
+    "triton": TritonKernels(interpret=True),
+    "mosaic_gpu": HopperKernels(interpret=HOPPER, multiprocessors=1),
+}
 ON_DEVICE = [
     pytest.param("mosaic_tpu", marks=pytest.mark.tpu, id="mosaic_tpu_device"),
     pytest.param("triton", marks=pytest.mark.gpu, id="triton_device"),
@@ -211,16 +223,23 @@ def strict_interpreter(monkeypatch):
     )
 
 
+def race(capfd, call) -> bool:
+    """Whether the interpreter sees one."""
+    try:
+        call()
+        said = capfd.readouterr().out
+    except jax.errors.JaxRuntimeError as error:  # since JAX 0.12
+        said = str(error)
+    return "RACE DETECTED" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", [MosaicKernels, TritonKernels])
 def test_no_races(kernels, strict_interpreter, capfd):
     # The strict interpreter does not know Triton's masked loads, by which tokens are encoded.
     case = ragged_case(score=True, fused=kernels is MosaicKernels)
-    assert_matches_oracle(
-        case, implementation=kernels(interpret=strict_interpreter), order="projected",
-        block_sizes=SMALL,
-    )  # fmt: skip
-    assert "RACE DETECTED" not in capfd.readouterr().out
+    options = {"implementation": kernels(interpret=strict_interpreter), "order": "projected"}
+    assert not race(capfd, lambda: assert_matches_oracle(case, block_sizes=SMALL, **options))
 
 
 @pytest.mark.slow
@@ -238,17 +257,18 @@ def test_races_are_seen(monkeypatch, strict_interpreter, capfd):
         lambda *block: pl.BlockSpec((None,) * 3 + block, lambda j, g, s: (0, j, g, 0, 0)),
     )  # fmt: skip
     case = make_case([[0, 5, 9]], [[40, 30, 9]], 40)
-    run(case, implementation=TritonKernels(interpret=strict_interpreter), block_sizes=SMALL)
-    assert "RACE DETECTED" in capfd.readouterr().out
+    kernels = TritonKernels(interpret=strict_interpreter)
+    assert race(capfd, lambda: run(case, implementation=kernels, block_sizes=SMALL))
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize(
-    ("implementation", "platform"), [("mosaic_tpu", "tpu"), ("triton", "cuda")]
+    ("implementation", "platform"),
+    [("mosaic_tpu", "tpu"), ("triton", "cuda"), ("mosaic_gpu", "cuda")],
 )
 def test_other_platforms_are_refused(implementation, platform, jit):
     case = ragged_case()
-    p = jax.tree.map(jnp.asarray, case.problem)
+    p = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), case.problem)
 
     def attend(query):
         return target_to_history_attention(
