@@ -49,6 +49,7 @@ _AVERAGE = _STEP + "test_predictions_are_of_the_average"
 _SKIPPED = _STEP + "test_skipped_step_changes_nothing"
 _IDS = "tests/data/test_log_coverage.py::"
 _LAYER = "tests/ops/test_kernels.py::test_tiles_of_a_layer_on_tpus"
+_HOPPER = "tests/ops/test_pallas_mosaic_gpu.py::"
 _ENCODER = "tests/ops/test_encoder_kernels.py::"
 
 MUTANTS = (
@@ -208,6 +209,16 @@ MUTANTS = (
            "refs.d_tokens[...] = jnp.zeros_like(refs.d_tokens)", "pass", _LAYER),
     Mutant("gradients of the tile before on TPUs", "stca_jax/ops/attention_tpu.py",
            "dtype)\n        summed[...] = jnp.zeros_like(summed)", "dtype)", _LAYER),
+    Mutant("skip without a gradient on an H100", "stca_jax/ops/encoder_mosaic_gpu.py",
+           "d if layer.skip else jnp.zeros_like(d)", "jnp.zeros_like(d)",
+           _ENCODER + "test_values_and_gradients"),
+    Mutant("padded columns normalised on an H100", "stca_jax/ops/encoder_mosaic_gpu.py",
+           "if width < y.shape[1]:", "if False:", _ENCODER + "test_values_and_gradients"),
+    Mutant("sums not rescaled on an H100", "stca_jax/ops/attention_mosaic_gpu.py",
+           "summed = summed * along_rows(rescale, summed.shape)", "summed = summed * 1",
+           _HOPPER + "test_shares_of_a_band"),
+    Mutant("shares of tokens overlap on an H100", "stca_jax/ops/encoder_mosaic_gpu.py",
+           "begin = share * most", "begin = share", _HOPPER + "test_shares_of_the_tokens"),
     Mutant("shares of tokens overlap", "stca_jax/ops/encoder_triton.py",
            "begin = pl.program_id(1) * most", "begin = pl.program_id(1)",
            _ENCODER + "test_shares_of_the_tokens"),
