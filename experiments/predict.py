@@ -26,6 +26,7 @@ from stca_jax.errors import UserError
 from stca_jax.experiments import launch
 from stca_jax.files import replacing
 from stca_jax.serving import Events, Scorer, ServingModel, SqliteHistories
+from stca_jax.serving.threads import compute_with_one_thread
 
 _MODEL = flags.DEFINE_string("model", None, "Folder that experiments.export wrote.", required=True)
 _REQUESTS = flags.DEFINE_string("requests", None, "Parquet file of requests.", required=True)
@@ -38,6 +39,7 @@ _HISTORY = "history_"
 
 def main() -> None:
     """Scores every row."""
+    compute_with_one_thread()
     histories = SqliteHistories(_HISTORIES.value) if _HISTORIES.value else None
     model = ServingModel.load(_MODEL.value)
     scorer = Scorer(model, histories, encoded=_ENCODED.value or None)

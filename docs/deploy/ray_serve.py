@@ -17,7 +17,9 @@ from stca_jax.serving.redis_histories import RedisHistories
 REPLICAS = int(os.environ.get("STCA_REPLICAS", "2"))
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 1})
+@serve.deployment(
+    ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": {"PJRT_NPROC": "1"}}}
+)
 class Replica:
     """One scorer."""
 

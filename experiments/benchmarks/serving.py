@@ -50,6 +50,7 @@ from stca_jax.export.replay import replay
 from stca_jax.input.dataset import RequestDataset
 from stca_jax.schema import SECONDS_PER_DAY
 from stca_jax.serving import Events, Scorer, ScoreRequest, ServingModel
+from stca_jax.serving.threads import compute_with_one_thread
 from stca_jax.workdir import checkpoint_step, load_workdir_config, restore_for_evaluation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
@@ -70,6 +71,7 @@ _BYTES = 512 << 20
 
 def main() -> None:
     """Prints the tables."""
+    compute_with_one_thread()
     workdir = launch.local_path("workdir", _WORKDIR.value)
     config = load_workdir_config(workdir)
     step = checkpoint_step(workdir, _STEP.value)

@@ -137,7 +137,9 @@ def _open(options: argparse.Namespace) -> Scorer:
     import jax  # only now: the front process needs no device
 
     from stca_jax.serving import Scorer, ServingModel
+    from stca_jax.serving.threads import compute_with_one_thread
 
+    compute_with_one_thread()
     if options.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", options.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

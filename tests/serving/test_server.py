@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import pathlib
 import resource
 import shutil
 import signal
@@ -198,6 +200,21 @@ def test_going_on_with_another_export_loses_no_request(
         ready = server.client.get("/v2/health/ready")
         assert (ready.status_code, ready.json()) == (503, {"ready": False})
         assert server.process.wait(SECONDS) == 0
+
+
+def products_threads(pid):
+    """Threads of a process that XLA multiplies matrices with."""
+    names = [task.joinpath("comm") for task in pathlib.Path(f"/proc/{pid}/task").iterdir()]
+    return sum(name.read_text().startswith("tf_XLAEigen") for name in names)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="reads Linux' /proc")
+def test_one_thread_computes_unless_told_otherwise(export, compiled):
+    with serving(export, compiled, PJRT_NPROC="3") as server:
+        assert products_threads(server.process.pid) == 3
+    os.environ.pop("PJRT_NPROC", None)
+    with serving(export, compiled) as server:
+        assert products_threads(server.process.pid) == 1
 
 
 def test_a_taken_port_and_a_folder_without_a_model_are_said_at_once(tmp_path):
