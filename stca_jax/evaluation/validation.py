@@ -93,7 +93,7 @@ class Validation:
                 _log.warning(
                     "step %d: %s is hardly better than the mean label (normalized entropy %.4f); "
                     "a model that knew more before has collapsed: lower the optimizer's "
-                    "learning_rate",
+                    "learning_rate, or set its weight_decay to 0.1",
                     step,
                     prefix,
                     row["normalized_entropy"],
