@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 
 from stca_jax import config as config_lib
+from stca_jax.allocator import keep_freed_memory
 from stca_jax.evaluation.best import marked_steps
 from stca_jax.evaluation.validation import Validation
 from stca_jax.experiment import (
@@ -79,6 +80,7 @@ def _train(
     check_lock: Callable[[], None],
 ) -> TrainingResult:
     check_workdir(workdir, config)
+    keep_freed_memory()
     validation = Validation(
         dataset, config.input, config.evaluation, workdir, config.checkpoint.every_steps
     )
