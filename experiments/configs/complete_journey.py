@@ -2,7 +2,7 @@
 
 Command: python -m experiments.train --config=experiments/configs/complete_journey.py --workdir=DIR
 Reaches: test AUC .843 at 4,000 events, .713 at 50 (python -m experiments.evaluate --workdir=DIR)
-Measured: mean of seeds 0, 1, 2, 3 to 5 minutes each, a core of a busy AMD EPYC server (AVX-512),
+Measured: mean of seeds 0, 1, 2, a minute and a half each, a core of an AMD EPYC server (AVX-512),
 2026-11-29, version 2.0.0 of the dataset; what each option is for: docs/similarity.md
 
 One row a batch: for a mesh of several devices, raise input.rows_per_batch.
