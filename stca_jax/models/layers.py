@@ -55,8 +55,8 @@ def in_chunks(function: Callable[[Any], Array], rows: Any) -> Array:
 def in_two_axes(function: Callable[[Array], Array], x: Float[Array, "... in"]) -> Array:
     """`function(x)`, which maps the last axis; on one CPU device of a matrix.
 
-    There, XLA copies operands of products with more axes, to turn them: the FFN over a row of 4,608
-    tokens takes 1.7 times as long.  Several devices may divide those axes.
+    There, XLA copies operands of products with more axes, to turn them.  Several devices may divide
+    those axes.
     """
     if not _on_one_cpu():
         return function(x)

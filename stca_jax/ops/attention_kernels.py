@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,6 +10,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from stca_jax.ops.tiled import NO_SCORE
+
+
+def split(refs: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
+    """So many references of a kernel each, and the rest of them."""
+    parts, begin = [], 0
+    for count in counts:
+        parts.append(refs[begin : begin + count])
+        begin += count
+    return [*parts, refs[begin:]]
 
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from stca_jax.ops.attention_kernels import split
 from stca_jax.ops.encoder_mosaic_gpu import Incoming, Layer
 from stca_jax.ops.kernels import Inputs, Outcome
 from stca_jax.ops.mosaic_gpu import (
@@ -31,7 +32,7 @@ from stca_jax.ops.mosaic_gpu import (
     matrix,
     pipeline,
     read,
-    split,
+    write,
 )
 from stca_jax.ops.tiled import LOWEST_PEAK, NO_SCORE
 from stca_jax.ops.tiles import Tiling, target_bands
@@ -151,10 +152,8 @@ def query_gradients(k: Kernel, inputs: Inputs, outcome: Outcome) -> Float[Array,
             return k.products.add(summed, (d_score.astype(k.dtype), keys))
 
         zeros = jnp.zeros((C, E), jnp.float32)
-        sums[...] = _over_band(k, (first, last), history, step, zeros)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(sums, d_query.at[share, j, g])
-        plgpu.wait_smem_to_gmem(0)
+        summed = _over_band(k, (first, last), history, step, zeros)
+        write(summed, sums, d_query.at[share, j, g])
 
     vectors = [k.vector(x) for x in (jnp.int32, jnp.int32, jnp.float32, jnp.float32)]
     shares = kernel(
@@ -187,10 +186,7 @@ def history_gradients(k: Kernel, inputs: Inputs, outcome: Outcome) -> tuple[Arra
             k, targets, (tiles_s[0], tiles_s[-1]), (r, g, i * t), band, sums
         )
         for summed, s, d in zip(sums, tiles_s, d_history, strict=True):
-            s[...] = summed.astype(k.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(s, d.at[r, g, rows])
-        plgpu.wait_smem_to_gmem(0)
+            write(summed, s, d.at[r, g, rows])
 
     return tuple(kernel(
         body,

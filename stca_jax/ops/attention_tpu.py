@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from stca_jax.ops.attention_kernels import dot, mask_scores, score_gradients, softmax_step
+from stca_jax.ops.attention_kernels import dot, mask_scores, score_gradients, softmax_step, split
 from stca_jax.ops.encoder_tpu import (
     Incoming,
     Refs,
@@ -188,9 +188,9 @@ def query_kernel(first, last, *refs, tile):
 
 def key_kernel(first, last, *refs, tile, tiles_per_row):
     """Gradients of a tile of keys and values, target tile by target tile."""
-    targets, refs = Targets(*refs[:6]), refs[6:]
-    arrays = len(refs) // 3
-    history, d_history, sums = refs[:arrays], refs[arrays : 2 * arrays], refs[2 * arrays :]
+    arrays = (len(refs) - 6) // 3
+    targets, history, d_history, sums = split(refs, 6, arrays, arrays)
+    targets = Targets(*targets)
     r, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     target_tile = r * tiles_per_row + j
 

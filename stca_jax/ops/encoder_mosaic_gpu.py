@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from stca_jax.ops.attention_kernels import split
 from stca_jax.ops.encoder import LAYER_NORM_EPSILON, HistoryEncoder
 from stca_jax.ops.encoder_kernels import hidden_gradients, hidden_units
 from stca_jax.ops.kernels import Unencoded, pad_to
@@ -33,7 +34,6 @@ from stca_jax.ops.mosaic_gpu import (
     matrix,
     pipeline,
     read,
-    split,
     write,
 )
 
@@ -89,9 +89,10 @@ class Layer:
         numbers = [plgpu.SMEM((self.padded[0],), jnp.float32)] * len(self.norm)
         return [plgpu.SMEM((TILE,), self.covered.dtype), *numbers]
 
-    def array(self, dtype: Any = None) -> jax.ShapeDtypeStruct:
-        """Of the shape of the tokens."""
-        return jax.ShapeDtypeStruct(self.tokens.shape, dtype or self.tokens.dtype)
+    @property
+    def array(self) -> jax.ShapeDtypeStruct:
+        """Like the tokens."""
+        return jax.ShapeDtypeStruct(self.tokens.shape, self.tokens.dtype)
 
     def by_row(self, x: Float[Array, "N D"], length: int) -> Float[Array, "R n D"]:
         """Without padding."""
@@ -156,7 +157,7 @@ def encode(layer: Layer) -> Float[Array, "R L D"]:
         write(_scaled(normal, norm), x, encoded.at[rows])
 
     encoded = kernel(
-        body, "history_encoder_forward", {"tile": layer.tiles}, layer.array(),
+        body, "history_encoder_forward", {"tile": layer.tiles}, layer.array,
         [layer.tile, *layer.vectors, plgpu.Barrier(num_arrivals=4)], layer.interpret,
     )(layer.covered, layer.tokens, *layer.weights, *layer.norm)  # fmt: skip
     return layer.by_row(encoded, layer.lengths[2])
@@ -205,7 +206,7 @@ def _token_gradients(layer: Layer, incoming: Incoming) -> list[Array]:
     sums = [plgpu.SMEM((D,), jnp.float32)] * 2
     return kernel(
         body, "history_encoder_backward_tokens", {"tile": layer.tiles},
-        [layer.array(), layer.array(), jax.ShapeDtypeStruct((layer.tiles, 2, D), jnp.float32)],
+        [layer.array, layer.array, jax.ShapeDtypeStruct((layer.tiles, 2, D), jnp.float32)],
         [layer.tile, layer.tile, *layer.vectors, *sums, plgpu.Barrier(num_arrivals=4),
          *incoming.scratch],
         layer.interpret,

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
-from stca_jax.ops.attention_kernels import dot
+from stca_jax.ops.attention_kernels import dot, split
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.encoder_kernels import hidden_gradients, hidden_units, norm_gradients, normalise
 from stca_jax.ops.kernels import Unencoded
@@ -290,10 +290,10 @@ def _forward_kernel(covered, tokens, *refs, skip):
 
 
 def _backward_kernel(*refs, incoming, skip):
-    prefetched, refs = refs[: len(incoming.prefetched)], refs[len(incoming.prefetched) :]
-    (covered, tokens), weights, refs = refs[:2], refs[2:7], refs[7:]
-    arrays, refs = refs[: len(incoming.arrays)], refs[len(incoming.arrays) :]
-    d_tokens, sums, scratch = refs[0], refs[1:6], refs[6:]
+    counts = (len(incoming.prefetched), 2, 5, len(incoming.arrays), 1, 5)
+    prefetched, (covered, tokens), weights, arrays, (d_tokens,), sums, scratch = split(
+        refs, *counts
+    )
 
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0) & (pl.program_id(3) == 0))
     def _():

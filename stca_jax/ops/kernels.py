@@ -379,6 +379,11 @@ def _lowered_for(kernels: Kernels, call: Callable[..., Any], *arguments: Any) ->
     return lax.platform_dependent(*arguments, **{kernels.platform: call}, default=refuse)
 
 
+def compute_capability() -> str:
+    """Of this process's GPU, as NVIDIA names it; other makers' are no numbers."""
+    return str(getattr(jax.local_devices()[0], "compute_capability", "unknown"))
+
+
 def _refuse(*_: Any, message: str) -> Any:
     raise ValueError(message)
 

@@ -150,15 +150,6 @@ def kernel(
     )  # fmt: skip
 
 
-def split(refs: Sequence[Any], *counts: int) -> list[Any]:
-    """So many references each, and the rest of them."""
-    parts, begin = [], 0
-    for count in counts:
-        parts.append(refs[begin : begin + count])
-        begin += count
-    return [*parts, refs[begin:]]
-
-
 def read(pairs: Sequence[tuple[Any, Any]], barrier: Any) -> None:
     """Copies to shared memory what is in global memory; `barrier` expects as many arrivals."""
     for source, target in pairs:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.kernels import Inputs, Kernels, Outcome, Unencoded
+from stca_jax.ops.kernels import Inputs, Kernels, Outcome, Unencoded, compute_capability
 from stca_jax.ops.tiles import BlockSizes, Tiling
 
 _TILE = 64  # rows of the smallest product of the tensor cores
@@ -44,7 +44,7 @@ class HopperKernels(Kernels):
         reason = super().unavailable(platform)
         if reason or self.interpret or jax.default_backend() != "gpu":
             return reason
-        capability = getattr(jax.local_devices()[0], "compute_capability", "unknown")
+        capability = compute_capability()
         if capability == "9.0":
             return None
         return (

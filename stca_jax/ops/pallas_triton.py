@@ -22,7 +22,7 @@ from jaxtyping import Array
 from stca_jax.ops import attention_triton, encoder_triton
 from stca_jax.ops.attention_triton import band_specs, share_spec, shares
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.kernels import Inputs, Kernels, Outcome, Unencoded
+from stca_jax.ops.kernels import Inputs, Kernels, Outcome, Unencoded, compute_capability
 from stca_jax.ops.tiled import LOWEST_PEAK
 from stca_jax.ops.tiles import BlockSizes, Tiling, target_bands
 
@@ -73,7 +73,7 @@ class TritonKernels(Kernels):
         """For this process's GPU; without one, for an A100, to be compiled elsewhere."""
         if jax.default_backend() != "gpu":
             return cls()
-        return cls(GPUS.get(_compute_capability(), _OTHER_GPU))
+        return cls(GPUS.get(compute_capability(), _OTHER_GPU))
 
     @property
     def platform(self) -> str | None:
@@ -85,7 +85,7 @@ class TritonKernels(Kernels):
         reason = super().unavailable(platform)
         if reason or self.interpret or jax.default_backend() != "gpu":
             return reason
-        capability = _compute_capability()
+        capability = compute_capability()
         major = capability.split(".")[0]  # other makers' are no numbers
         if major.isdigit() and int(major) >= 8:
             return None
@@ -231,7 +231,3 @@ class TritonKernels(Kernels):
 def _warps(width: int) -> int:
     """Of a program for keys of that width."""
     return 4 if width <= 128 else 8
-
-
-def _compute_capability() -> str:
-    return str(getattr(jax.local_devices()[0], "compute_capability", "unknown"))
