@@ -166,5 +166,6 @@ def _compiled(device: jax.Device, options: Any, step: Any, *arguments: Any) -> A
     mesh = Mesh(np.array([device]), ("data",))
     everywhere = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: x.update(sharding=everywhere), arguments)
-    with jax.set_mesh(mesh):
+    # Mosaic takes what a GPU can do from the default device.
+    with jax.set_mesh(mesh), jax.default_device(device):
         return jax.jit(step).lower(*placed).compile(**options)

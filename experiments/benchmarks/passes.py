@@ -22,12 +22,15 @@ from stca_jax.experiments.benchmarks.compiled_bytes import (
     moved,
     passes,
 )
-from stca_jax.ops.pallas_mosaic_gpu import HopperKernels
+from stca_jax.ops.pallas_mosaic_gpu import GPUS as MOSAIC_GPUS
+from stca_jax.ops.pallas_mosaic_gpu import MosaicGpuKernels
 from stca_jax.ops.pallas_tpu import MosaicKernels
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 from stca_jax.training.cross_compile import compile_only, topology_devices
 
-_TOPOLOGY = flags.DEFINE_string("topology", "h100:1", "h100:1, a100:1 or a slice of v5e: see plan.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "h100:1", "Such as a100:1, b200:1 or v5e:2x2: see plan."
+)
 _WIDTHS = flags.DEFINE_list("width", ["64", "256"], "d; heads are 16 wide, or 32 from d = 256 on.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Compute dtype.")
 _ROWS = flags.DEFINE_integer("rows", 8, "R.")
@@ -43,10 +46,11 @@ def main() -> None:
     """Compiles, counts and prints."""
     compile_only()
     _, (device, *_) = topology_devices(_TOPOLOGY.value)
-    kernels: MosaicKernels | TritonKernels | HopperKernels = MosaicKernels()
+    kernels: MosaicKernels | TritonKernels | MosaicGpuKernels = MosaicKernels()
     if device.platform != "tpu":
-        triton = TritonKernels(GPUS[device.compute_capability])
-        kernels = triton if _IMPLEMENTATION.value == "triton" else HopperKernels()
+        gpu = device.compute_capability
+        triton, mosaic = TritonKernels(GPUS[gpu]), MosaicGpuKernels(MOSAIC_GPUS[gpu])
+        kernels = triton if _IMPLEMENTATION.value == "triton" else mosaic
     print(f"{'d':>5s} {'passes':12s} {'in XLA':>8s} {'kernels':>8s}   temporary MB")
     for width in map(int, _WIDTHS.value):
         size = Size(_ROWS.value, _LENGTH.value, _TARGETS.value, width, _DTYPE.value)

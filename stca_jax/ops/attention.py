@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.implementation import Implementation, Order, Tokens, Weights
-from stca_jax.ops.pallas_mosaic_gpu import HopperKernels
+from stca_jax.ops.pallas_mosaic_gpu import MosaicGpuKernels
 from stca_jax.ops.pallas_tpu import MosaicKernels
 from stca_jax.ops.pallas_triton import TritonKernels
 from stca_jax.ops.reference import Reference
@@ -37,7 +37,7 @@ IMPLEMENTATIONS: Mapping[str, type[Implementation]] = {
     "xla": Tiled,
     "mosaic_tpu": MosaicKernels,
     "triton": TritonKernels,
-    "mosaic_gpu": HopperKernels,
+    "mosaic_gpu": MosaicGpuKernels,
 }
 # The first that can run is taken.  The kernels of Mosaic are not among them: they are checked by
 # interpreter and compiler, but have not been seen running on a device.
@@ -51,9 +51,9 @@ class AttentionOptions(NamedTuple):
       order: "absorbed" or "projected"; None takes the one with fewer FLOPs for as many targets as
         `targets_per_token` expects to read a token.
       implementation: "reference" (einsums), "xla" (tiles that follow the ranges; anywhere),
-        "mosaic_tpu", "triton" or "mosaic_gpu" (Pallas kernels of TPUs, of NVIDIA GPUs, and of its
-        H100 and H200 in bfloat16; lowering them for another platform raises ValueError), or one of
-        your own. None: `best_implementation`.
+        "mosaic_tpu", "triton" or "mosaic_gpu" (Pallas kernels of TPUs, of NVIDIA GPUs, and of
+        those in bfloat16 without Triton; lowering them for another platform raises ValueError), or
+        one of your own. None: `best_implementation`.
       block_sizes: Tile sizes, where the defaults do not suit.
     """
 

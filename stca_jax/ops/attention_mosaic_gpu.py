@@ -20,20 +20,7 @@ from jaxtyping import Array, Float
 from stca_jax.ops.attention_kernels import split
 from stca_jax.ops.encoder_mosaic_gpu import Incoming, Layer
 from stca_jax.ops.kernels import Inputs, Outcome
-from stca_jax.ops.mosaic_gpu import (
-    TILE,
-    Products,
-    Turned,
-    along_columns,
-    along_rows,
-    block,
-    kernel,
-    layout,
-    matrix,
-    pipeline,
-    read,
-    write,
-)
+from stca_jax.ops.mosaic_gpu import TILE, Generation, Turned, along_columns, along_rows, kernel
 from stca_jax.ops.tiled import LOWEST_PEAK, NO_SCORE
 from stca_jax.ops.tiles import Tiling, target_bands
 
@@ -47,7 +34,7 @@ class Kernel(NamedTuple):
       dtype: Of the keys.
       arrays: Of keys and values: one if they are the same.
       shares: Programs that share the band of a target tile.
-      interpret: See `kernel`.
+      gpu: What runs them.
     """
 
     tiling: Tiling
@@ -55,28 +42,23 @@ class Kernel(NamedTuple):
     dtype: Any
     arrays: int
     shares: int
-    interpret: Any
-
-    @property
-    def products(self) -> Products:
-        """Of its kernels."""
-        return Products(bool(self.interpret))
+    gpu: Generation
 
     @property
     def queries(self) -> Any:
         """Shared memory of the queries of a target tile, or of the gradients of its outputs."""
-        return matrix(*self.shape[2:], self.dtype)
+        return self.gpu.matrix(*self.shape[2:], self.dtype)
 
     def vector(self, dtype: Any) -> Any:
         """Shared memory of a number per target and head of a target tile."""
         return plgpu.SMEM(self.shape[3:], dtype)
 
 
-def kernel_of(tiling: Tiling, inputs: Inputs, shares: int, interpret: Any) -> Kernel:
+def kernel_of(tiling: Tiling, inputs: Inputs, shares: int, gpu: Generation) -> Kernel:
     """Of these inputs."""
     J, G, E, C = inputs.query.shape
     arrays = len(inputs.history)
-    return Kernel(tiling, (J, G, E, C), inputs.key.dtype, arrays, shares, interpret)
+    return Kernel(tiling, (J, G, E, C), inputs.key.dtype, arrays, shares, gpu)
 
 
 def forward(k: Kernel, inputs: Inputs) -> tuple[Array, Array]:
@@ -85,19 +67,20 @@ def forward(k: Kernel, inputs: Inputs) -> tuple[Array, Array]:
 
     def body(first, last, start, end, query, *refs):
         history, rest = split(refs, k.arrays)
-        output, log_sum_exp, q, start_s, end_s, sums, row, barrier = rest
+        results, own, (sums, row, barrier) = split(rest, 2, 3)
+        output, log_sum_exp = results
         j, g, share = (lax.axis_index(x) for x in ("tile", "group", "share"))
-        read([(query.at[j, g], q), (start.at[j], start_s), (end.at[j], end_s)], barrier)
+        q, *ranges = k.gpu.read([query.at[j, g], start.at[j], end.at[j]], own, barrier)
 
         def step(position, keys, values, carry):
             summed, peak, total = carry
-            score = k.products.product((Turned(q), Turned(keys)))
-            score = _mask(score, start_s[...], end_s[...], position, 1)
+            score = k.gpu.product((Turned(q), Turned(keys)))
+            score = _mask(k, score, ranges, position, 1)
             new = jnp.maximum(peak, score.max(1))
             weight = jnp.exp(score - along_rows(new, score.shape))
             rescale = jnp.exp(peak - new)
             summed = summed * along_rows(rescale, summed.shape)
-            summed = k.products.add(summed, (weight.astype(k.dtype), values))
+            summed = k.gpu.add(summed, (weight.astype(k.dtype), values))
             return summed, new, total * rescale + weight.sum(1)
 
         zeros = (
@@ -108,12 +91,11 @@ def forward(k: Kernel, inputs: Inputs) -> tuple[Array, Array]:
         summed, peak, total = _over_band(k, (first, last), history, step, zeros)
         nonempty = total > 0
         safe = jnp.where(nonempty, total, 1.0)
-        sums[...] = summed / along_rows(safe, summed.shape)
-        row[...] = jnp.where(nonempty, peak + jnp.log(safe), LOWEST_PEAK)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(sums, output.at[share, j, g])
-        plgpu.copy_smem_to_gmem(row, log_sum_exp.at[share, j, g])
-        plgpu.wait_smem_to_gmem(0)
+        k.gpu.write(
+            (summed / along_rows(safe, summed.shape), sums, output.at[share, j, g]),
+            (jnp.where(nonempty, peak + jnp.log(safe), LOWEST_PEAK), row,
+             log_sum_exp.at[share, j, g]),
+        )  # fmt: skip
 
     shape = (k.shares, J, G, C)
     output, log_sum_exp = kernel(
@@ -123,7 +105,7 @@ def forward(k: Kernel, inputs: Inputs) -> tuple[Array, Array]:
         [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, E), shape)],
         [k.queries, k.vector(jnp.int32), k.vector(jnp.int32), plgpu.SMEM((C, E), jnp.float32),
          k.vector(jnp.float32), plgpu.Barrier(num_arrivals=3)],
-        k.interpret,
+        k.gpu,
     )(inputs.first, inputs.last, inputs.start[:, 0], inputs.end[:, 0], inputs.query,
       *inputs.history)  # fmt: skip
     joined = jax.nn.logsumexp(log_sum_exp, axis=0)
@@ -136,26 +118,25 @@ def query_gradients(k: Kernel, inputs: Inputs, outcome: Outcome) -> Float[Array,
     J, G, E, C = k.shape
 
     def body(first, last, start, end, log_sum_exp, delta, query, d_output, *refs):
-        history, (d_query, q, d_o, *vectors, sums, barrier) = split(refs, k.arrays)
+        history, (d_query, *own, sums, barrier) = split(refs, k.arrays)
         j, g, share = (lax.axis_index(x) for x in ("tile", "group", "share"))
-        sources = (start.at[j], end.at[j], log_sum_exp.at[j, g], delta.at[j, g])
-        matrices = [(query.at[j, g], q), (d_output.at[j, g], d_o)]
-        read([*matrices, *zip(sources, vectors, strict=True)], barrier)
-        start_s, end_s, log_sum_exp_s, delta_s = vectors
+        sources = [x.at[j, g] for x in (query, d_output, log_sum_exp, delta)]
+        sources += [start.at[j], end.at[j]]
+        q, d_o, log_sum_exp_s, delta_s, *ranges = k.gpu.read(sources, own, barrier)
 
         def step(position, keys, values, summed):
-            score = k.products.product((Turned(q), Turned(keys)))
-            score = _mask(score, start_s[...], end_s[...], position, 1)
-            weight = jnp.exp(score - along_rows(log_sum_exp_s[...], score.shape))
-            d_weight = k.products.product((Turned(d_o), Turned(values)))
-            d_score = weight * (d_weight - along_rows(delta_s[...], score.shape))
-            return k.products.add(summed, (d_score.astype(k.dtype), keys))
+            score = k.gpu.product((Turned(q), Turned(keys)))
+            score = _mask(k, score, ranges, position, 1)
+            weight = jnp.exp(score - along_rows(k.gpu.numbers(log_sum_exp_s, 0), score.shape))
+            d_weight = k.gpu.product((Turned(d_o), Turned(values)))
+            d_score = weight * (d_weight - along_rows(k.gpu.numbers(delta_s, 0), score.shape))
+            return k.gpu.add(summed, (d_score.astype(k.dtype), keys))
 
         zeros = jnp.zeros((C, E), jnp.float32)
         summed = _over_band(k, (first, last), history, step, zeros)
-        write(summed, sums, d_query.at[share, j, g])
+        k.gpu.write((summed, sums, d_query.at[share, j, g]))
 
-    vectors = [k.vector(x) for x in (jnp.int32, jnp.int32, jnp.float32, jnp.float32)]
+    vectors = [k.vector(x) for x in (jnp.float32, jnp.float32, jnp.int32, jnp.int32)]
     shares = kernel(
         body,
         "target_to_history_backward_query",
@@ -163,7 +144,7 @@ def query_gradients(k: Kernel, inputs: Inputs, outcome: Outcome) -> Float[Array,
         jax.ShapeDtypeStruct((k.shares, J, G, C, E), jnp.float32),
         [k.queries, k.queries, *vectors, plgpu.SMEM((C, E), jnp.float32),
          plgpu.Barrier(num_arrivals=6)],
-        k.interpret,
+        k.gpu,
     )(inputs.first, inputs.last, *statistics(inputs, outcome), *inputs.history)  # fmt: skip
     return shares.sum(0).swapaxes(2, 3)
 
@@ -176,25 +157,25 @@ def history_gradients(k: Kernel, inputs: Inputs, outcome: Outcome) -> tuple[Arra
 
     def body(*refs):
         bands, targets, history, d_history, scratch = split(refs, 2, 6, k.arrays, k.arrays)
-        *tiles_s, barrier = scratch
         i, g, r = (lax.axis_index(x) for x in ("tile", "group", "row"))
         rows = pl.ds(i * t, t)
-        read([(x.at[r, g, rows], s) for x, s in zip(history, tiles_s, strict=True)], barrier)
+        *own, barrier = scratch
+        tiles_s = k.gpu.read([x.at[r, g, rows] for x in history], own, barrier)
         band = tuple(x[r, i] for x in bands)
         sums = [jnp.zeros((t, E), jnp.float32)] * k.arrays
         sums = add_history_gradients(
             k, targets, (tiles_s[0], tiles_s[-1]), (r, g, i * t), band, sums
         )
         for summed, s, d in zip(sums, tiles_s, d_history, strict=True):
-            write(summed, s, d.at[r, g, rows])
+            k.gpu.write((summed, s, d.at[r, g, rows]))
 
     return tuple(kernel(
         body,
         "target_to_history_backward_key",
         {"tile": tiles, "group": G, "row": k.tiling.rows},
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs.history],
-        [*[matrix(t, E, k.dtype)] * k.arrays, plgpu.Barrier(num_arrivals=k.arrays)],
-        k.interpret,
+        [*[k.gpu.matrix(t, E, k.dtype)] * k.arrays, plgpu.Barrier(num_arrivals=k.arrays)],
+        k.gpu,
     )(*bands, *statistics(inputs, outcome), *inputs.history))  # fmt: skip
 
 
@@ -240,28 +221,29 @@ def add_history_gradients(
     def step(n, start, end, log_sum_exp, delta, query, d_output, sums):
         del n
         keys, values = history
-        score = k.products.product((keys, query))
-        score = _mask(score, start[...], end[...], position, 0)
-        weight = jnp.exp(score - along_columns(log_sum_exp[...], score.shape))
-        d_weight = k.products.product((values, d_output))
-        d_score = weight * (d_weight - along_columns(delta[...], score.shape))
+        score = k.gpu.product((keys, query))
+        score = _mask(k, score, (start, end), position, 0)
+        weight = jnp.exp(score - along_columns(k.gpu.numbers(log_sum_exp, 1), score.shape))
+        d_weight = k.gpu.product((values, d_output))
+        d_score = weight * (d_weight - along_columns(k.gpu.numbers(delta, 1), score.shape))
         parts = (
             (d_score.astype(k.dtype), Turned(query)),
             (weight.astype(k.dtype), Turned(d_output)),
         )
         if len(sums) == 1:
-            return [k.products.add(sums[0], *parts)]
-        return [k.products.add(s, p) for s, p in zip(sums, parts, strict=True)]
+            return [k.gpu.add(sums[0], *parts)]
+        return [k.gpu.add(s, p) for s, p in zip(sums, parts, strict=True)]
 
     def tile(n: Any) -> Any:
         return row * per_row + band[0] + n
 
+    block, layout = k.gpu.block, k.gpu.layout(k.dtype)
     specs = [
         *[block((None, C), lambda n: (tile(n), 0))] * 2,
         *[block((None, None, C), lambda n: (tile(n), group, 0))] * 2,
-        *[block((None, None, E, C), lambda n: (tile(n), group, 0, 0), layout(k.dtype))] * 2,
+        *[block((None, None, E, C), lambda n: (tile(n), group, 0, 0), layout)] * 2,
     ]
-    return pipeline(step, jnp.maximum(band[1] - band[0], 0), specs, sums, *targets)
+    return k.gpu.pipeline(step, jnp.maximum(band[1] - band[0], 0), specs, sums, *targets)
 
 
 def _over_band(
@@ -274,18 +256,20 @@ def _over_band(
     begin = first + share * most
     steps = jnp.clip(last - begin, 0, most)
     row = lax.div(j, jnp.int32(k.tiling.target_tiles_per_row))
-    spec = block((None, None, t, k.shape[2]), lambda n: (row, g, begin + n, 0), layout(k.dtype))
+    spec = k.gpu.block(
+        (None, None, t, k.shape[2]), lambda n: (row, g, begin + n, 0), k.gpu.layout(k.dtype)
+    )
 
     def body(n: Any, *refs: Any) -> Any:
         *tiles, carry = refs
         return step((begin + n) * t, tiles[0], tiles[-1], carry)
 
-    return pipeline(body, steps, [spec] * k.arrays, carry, *history)
+    return k.gpu.pipeline(body, steps, [spec] * k.arrays, carry, *history)
 
 
-def _mask(score: Array, start: Array, end: Array, position: Any, axis: int) -> Array:
+def _mask(k: Kernel, score: Array, ranges: Sequence[Any], position: Any, axis: int) -> Array:
     """Scores whose tokens, along `axis`, are from `position` on; `NO_SCORE` outside a range."""
-    spread = along_rows if axis == 1 else along_columns
+    along, other = (along_rows, 0) if axis == 1 else (along_columns, 1)
+    start, end = (along(k.gpu.numbers(x, other), score.shape) for x in ranges)
     token = position + lax.broadcasted_iota(jnp.int32, score.shape, axis)
-    inside = (token >= spread(start, score.shape)) & (token < spread(end, score.shape))
-    return jnp.where(inside, score, NO_SCORE)
+    return jnp.where((token >= start) & (token < end), score, NO_SCORE)

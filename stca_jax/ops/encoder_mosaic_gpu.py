@@ -16,26 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from stca_jax.ops.attention_kernels import split
 from stca_jax.ops.encoder import LAYER_NORM_EPSILON, HistoryEncoder
 from stca_jax.ops.encoder_kernels import hidden_gradients, hidden_units
 from stca_jax.ops.kernels import Unencoded, pad_to
-from stca_jax.ops.mosaic_gpu import (
-    TILE,
-    Products,
-    Turned,
-    along_columns,
-    along_rows,
-    block,
-    kernel,
-    layout,
-    matrix,
-    pipeline,
-    read,
-    write,
-)
+from stca_jax.ops.mosaic_gpu import TILE, Generation, Turned, along_columns, along_rows, kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +37,7 @@ class Layer:
       lengths: R, n and L: rows, and tokens of one, without and with the padding of `covered`.
       shape: D and F without padding.
       skip: See `HistoryEncoder`.
-      interpret: See `kernel`.
+      gpu: What runs its kernels.
     """
 
     weights: tuple[Float[Array, "D F"], ...]
@@ -60,12 +47,7 @@ class Layer:
     lengths: tuple[int, int, int]
     shape: tuple[int, int]
     skip: bool
-    interpret: Any
-
-    @property
-    def products(self) -> Products:
-        """Of its kernels."""
-        return Products(bool(self.interpret))
+    gpu: Generation
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -81,7 +63,7 @@ class Layer:
     @property
     def tile(self) -> Any:
         """Shared memory of a tile of tokens."""
-        return matrix(TILE, self.padded[0], self.tokens.dtype)
+        return self.gpu.matrix(TILE, self.padded[0], self.tokens.dtype)
 
     @property
     def vectors(self) -> list[Any]:
@@ -123,13 +105,13 @@ def of_array(layer: Layer, d_encoded: Float[Array, "R L D"]) -> Incoming:
     def of_tile(arrays: Sequence[Any], scratch: Sequence[Any], encoded: Any, tile: Any) -> Array:
         del encoded
         (d_s, barrier), rows = scratch, pl.ds(tile * TILE, TILE)
-        read([(arrays[0].at[rows], d_s)], barrier)
+        layer.gpu.read([arrays[0].at[rows]], [d_s], barrier)
         return d_s[...].astype(jnp.float32)
 
     return Incoming((d_encoded,), [layer.tile, plgpu.Barrier()], of_tile)
 
 
-def make_layer(unencoded: Unencoded, interpret: Any) -> Layer:
+def make_layer(unencoded: Unencoded, gpu: Generation) -> Layer:
     """What the kernels take of such a layer, whose tokens are at most 128 wide."""
     encoder, tokens, covered = unencoded
     width, hidden = encoder.up.shape
@@ -141,24 +123,24 @@ def make_layer(unencoded: Unencoded, interpret: Any) -> Layer:
     covered = pad_to(covered, R, padded, 1).reshape(-1).astype(tokens.dtype)
     lengths = (R, tokens.shape[1], L)
     tokens = pad_to(tokens, R, padded, D).reshape(-1, D)
-    return Layer(weights, norm, tokens, covered, lengths, (width, hidden), encoder.skip, interpret)
+    return Layer(weights, norm, tokens, covered, lengths, (width, hidden), encoder.skip, gpu)
 
 
 def encode(layer: Layer) -> Float[Array, "R L D"]:
     """See `Kernels.encode`."""
 
     def body(covered, tokens, *refs):
-        weights, scale_bias, (encoded, x, covered_s, *norm, barrier) = split(refs, 3, 2)
+        weights, scale_bias, (encoded, *own, barrier) = split(refs, 3, 2)
         rows = pl.ds(lax.axis_index("tile") * TILE, TILE)
         sources = (tokens.at[rows], covered.at[rows], *scale_bias)
-        read(list(zip(sources, (x, covered_s, *norm), strict=True)), barrier)
-        _clean(x, covered_s)
+        x, covered_s, *norm = layer.gpu.read(sources, own, barrier)
+        _clean(layer, x, covered_s)
         normal, _ = _normalise(layer, _ffn(layer, x, weights))
-        write(_scaled(normal, norm), x, encoded.at[rows])
+        layer.gpu.write((_scaled(layer, normal, norm), x, encoded.at[rows]))
 
     encoded = kernel(
         body, "history_encoder_forward", {"tile": layer.tiles}, layer.array,
-        [layer.tile, *layer.vectors, plgpu.Barrier(num_arrivals=4)], layer.interpret,
+        [layer.tile, *layer.vectors, plgpu.Barrier(num_arrivals=4)], layer.gpu,
     )(layer.covered, layer.tokens, *layer.weights, *layer.norm)  # fmt: skip
     return layer.by_row(encoded, layer.lengths[2])
 
@@ -181,27 +163,24 @@ def _token_gradients(layer: Layer, incoming: Incoming) -> list[Array]:
     def body(covered, tokens, *refs):
         weights, scale_bias, arrays, results, own, sums, rest = split(refs, 3, 2, given, 3, 5, 2)
         d_tokens, d_output, d_norm = results
-        (x, y, covered_s, *norm), (barrier, *scratch) = own, rest
+        (y, *own), (barrier, *scratch) = own, rest
         tile = lax.axis_index("tile")
         rows = pl.ds(tile * TILE, TILE)
         sources = (tokens.at[rows], covered.at[rows], *scale_bias)
-        read(list(zip(sources, (x, covered_s, *norm), strict=True)), barrier)
-        _clean(x, covered_s)
+        x, covered_s, *norm = layer.gpu.read(sources, own, barrier)
+        _clean(layer, x, covered_s)
         normal, inverse = _normalise(layer, _ffn(layer, x, weights))
-        y[...] = _scaled(normal, norm).astype(y.dtype)
-        plgpu.commit_smem()
+        y[...] = _scaled(layer, normal, norm).astype(y.dtype)
+        layer.gpu.commit()
         d = incoming.of_tile(arrays, scratch, y, tile)
-        d = jnp.where(along_rows(covered_s[...], d.shape) > 0, d, 0.0)
-        for ref, total in zip(sums, ((normal * d).sum(0), d.sum(0)), strict=True):
-            ref[...] = total
-        d = _norm_gradients(layer, normal, inverse, d * along_columns(norm[0][...], d.shape))
-        y[...] = d.astype(y.dtype)
-        plgpu.commit_smem()
-        for k, ref in enumerate(sums):
-            plgpu.copy_smem_to_gmem(ref, d_norm.at[tile, k])
-        plgpu.copy_smem_to_gmem(y, d_output.at[rows])
+        d = jnp.where(_is_covered(layer, covered_s, d.shape), d, 0.0)
+        totals = ((normal * d).sum(0), d.sum(0))
+        d = d * along_columns(layer.gpu.numbers(norm[0], 1), d.shape)
+        d = _norm_gradients(layer, normal, inverse, d)
+        tiles = zip(totals, sums, (d_norm.at[tile, k] for k in range(2)), strict=True)
+        layer.gpu.write(*tiles, (d, y, d_output.at[rows]), wait=False)
         d = _input_gradients(layer, x, y, weights, d)
-        write(d, x, d_tokens.at[rows])
+        layer.gpu.write((d, x, d_tokens.at[rows]))
 
     sums = [plgpu.SMEM((D,), jnp.float32)] * 2
     return kernel(
@@ -209,79 +188,83 @@ def _token_gradients(layer: Layer, incoming: Incoming) -> list[Array]:
         [layer.array, layer.array, jax.ShapeDtypeStruct((layer.tiles, 2, D), jnp.float32)],
         [layer.tile, layer.tile, *layer.vectors, *sums, plgpu.Barrier(num_arrivals=4),
          *incoming.scratch],
-        layer.interpret,
+        layer.gpu,
     )(layer.covered, layer.tokens, *layer.weights, *layer.norm, *incoming.arrays)  # fmt: skip
 
 
 def _weight_gradients(layer: Layer, d_y: Float[Array, "N D"], programs: int) -> list[Array]:
     """Of W_u, W_v and W_o."""
-    (D, F), dtype, p = layer.padded, layer.tokens.dtype, layer.products
-    chunk = TILE // 2
+    (D, F), dtype, gpu = layer.padded, layer.tokens.dtype, layer.gpu
+    chunk = TILE // 2  # the sums of more do not fit the registers
     shares = min(layer.tiles, -(-programs * chunk // F))
     most = -(-layer.tiles // shares)
 
     def body(covered, tokens, d_output, *refs):
         weights, gradients, chunks, (factor, total, barrier) = split(refs, 3, 3, 3)
-        up, gate, out = chunks
         c, share = lax.axis_index("chunk"), lax.axis_index("share")
         columns = pl.ds(c * chunk, chunk)
-        read([(w.at[:, columns], s) for w, s in zip(weights, chunks, strict=True)], barrier)
+        up, gate, out = gpu.read([w.at[:, columns] for w in weights], chunks, barrier)
         begin = share * most
 
         def add(summed, tokens, units):
             factor[...] = units.astype(dtype)
-            plgpu.commit_smem()
-            return p.add(summed, (Turned(tokens), factor))
+            gpu.commit()
+            return gpu.add(summed, (Turned(tokens), factor))
 
         def step(n, covered_s, x, d_y, sums):
             del n
-            _clean(x, covered_s)
-            u, v = p.product((x, up)), p.product((x, gate))
+            _clean(layer, x, covered_s)
+            u, v = gpu.product((x, up)), gpu.product((x, gate))
             sums = [*sums[:2], add(sums[2], d_y, hidden_units(u, v))]
-            d_u, d_v = hidden_gradients(u, v, p.product((d_y, out)))
+            d_u, d_v = hidden_gradients(u, v, gpu.product((d_y, out)))
             return [add(sums[0], x, d_u), add(sums[1], x, d_v), sums[2]]
 
         specs = [
-            block((TILE,), lambda n: (begin + n,)),
-            *[block((TILE, D), lambda n: (begin + n, 0), layout(dtype, chunk))] * 2,
+            gpu.block((TILE,), lambda n: (begin + n,)),
+            *[gpu.block((TILE, D), lambda n: (begin + n, 0), gpu.layout(dtype, chunk))] * 2,
         ]
         steps = jnp.clip(layer.tiles - begin, 0, most)
         zeros = [jnp.zeros((D, chunk), jnp.float32)] * 3
-        sums = pipeline(step, steps, specs, zeros, covered, tokens, d_output)
+        sums = gpu.pipeline(step, steps, specs, zeros, covered, tokens, d_output)
         for s, d in zip(sums, gradients, strict=True):
-            write(s, total, d.at[share, :, columns])
+            gpu.write((s, total, d.at[share, :, columns]))
 
     sums = kernel(
         body, "history_encoder_backward_weights", {"chunk": F // chunk, "share": shares},
         [jax.ShapeDtypeStruct((shares, D, F), jnp.float32)] * 3,
-        [*[matrix(D, chunk, dtype, chunk)] * 3, matrix(TILE, chunk, dtype, chunk),
+        [*[gpu.matrix(D, chunk, dtype, chunk)] * 3, gpu.matrix(TILE, chunk, dtype, chunk),
          plgpu.SMEM((D, chunk), jnp.float32), plgpu.Barrier(num_arrivals=3)],
-        layer.interpret,
+        gpu,
     )(layer.covered, layer.tokens, d_y, *layer.weights)  # fmt: skip
     return [x.sum(0) for x in sums]
 
 
-def _clean(x: Any, covered: Any) -> None:
+def _clean(layer: Layer, x: Any, covered: Any) -> None:
     """Zero where nothing is covered, which may hold anything."""
     tokens = x[...]
-    x[...] = jnp.where(along_rows(covered[...], tokens.shape) > 0, tokens, jnp.zeros_like(tokens))
-    plgpu.commit_smem()
+    x[...] = jnp.where(_is_covered(layer, covered, tokens.shape), tokens, jnp.zeros_like(tokens))
+    layer.gpu.commit()
+
+
+def _is_covered(layer: Layer, covered: Any, shape: Sequence[int]) -> Bool[Array, "t D"]:
+    return along_rows(layer.gpu.numbers(covered, 0), shape) > 0
 
 
 def _over_chunks(layer: Layer, step: Callable[..., Array], weights: Any, carry: Array) -> Array:
     """`step(up, gate, out, carry)` over the chunks of hidden units."""
     D, F = layer.padded
-    spec = block((D, TILE), lambda c: (0, c), layout(layer.tokens.dtype))
-    return pipeline(lambda c, *refs: step(*refs), F // TILE, [spec] * 3, carry, *weights)
+    gpu = layer.gpu
+    spec = gpu.block((D, TILE), lambda c: (0, c), gpu.layout(layer.tokens.dtype))
+    return gpu.pipeline(lambda c, *refs: step(*refs), F // TILE, [spec] * 3, carry, *weights)
 
 
 def _ffn(layer: Layer, x: Any, weights: Any) -> Float[Array, "t D"]:
     """float32 y of a tile."""
-    p = layer.products
+    gpu = layer.gpu
 
     def step(up: Any, gate: Any, out: Any, y: Array) -> Array:
-        hidden = hidden_units(p.product((x, up)), p.product((x, gate)))
-        return p.add(y, (hidden.astype(x.dtype), Turned(out)))
+        hidden = hidden_units(gpu.product((x, up)), gpu.product((x, gate)))
+        return gpu.add(y, (hidden.astype(x.dtype), Turned(out)))
 
     tokens = x[...].astype(jnp.float32)
     return _over_chunks(layer, step, weights, tokens if layer.skip else jnp.zeros_like(tokens))
@@ -289,12 +272,12 @@ def _ffn(layer: Layer, x: Any, weights: Any) -> Float[Array, "t D"]:
 
 def _input_gradients(layer: Layer, x: Any, d_y: Any, weights: Any, d: Array) -> Array:
     """Of the tokens, from those of y: in shared memory in the tokens' dtype, and as they are."""
-    p = layer.products
+    gpu = layer.gpu
 
     def step(up: Any, gate: Any, out: Any, d_x: Array) -> Array:
-        u, v = p.product((x, up)), p.product((x, gate))
-        d_u, d_v = hidden_gradients(u, v, p.product((d_y, out)))
-        return p.add(d_x, (d_u.astype(x.dtype), Turned(up)), (d_v.astype(x.dtype), Turned(gate)))
+        u, v = gpu.product((x, up)), gpu.product((x, gate))
+        d_u, d_v = hidden_gradients(u, v, gpu.product((d_y, out)))
+        return gpu.add(d_x, (d_u.astype(x.dtype), Turned(up)), (d_v.astype(x.dtype), Turned(gate)))
 
     return _over_chunks(layer, step, weights, d if layer.skip else jnp.zeros_like(d))
 
@@ -309,8 +292,8 @@ def _normalise(layer: Layer, y: Float[Array, "t D"]) -> tuple[Array, Float[Array
     return y * along_rows(inverse, y.shape), inverse
 
 
-def _scaled(normal: Float[Array, "t D"], norm: Sequence[Any]) -> Float[Array, "t D"]:
-    scale, bias = (along_columns(x[...], normal.shape) for x in norm)
+def _scaled(layer: Layer, normal: Float[Array, "t D"], norm: Sequence[Any]) -> Array:
+    scale, bias = (along_columns(layer.gpu.numbers(x, 1), normal.shape) for x in norm)
     return normal * scale + bias
 
 

@@ -1,10 +1,11 @@
-"""GPU kernels of the op for Hopper, by Pallas' Mosaic GPU: what follows its deprecated Triton."""
+"""GPU kernels of the op by Pallas' Mosaic GPU: what follows its deprecated Triton."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +18,56 @@ from stca_jax.ops.tiles import BlockSizes, Tiling
 _TILE = 64  # rows of the smallest product of the tensor cores
 _WIDEST = 256  # columns of the largest
 _WIDEST_ENCODED = 128  # what a program holds of wider tokens does not fit its registers
-_SHARED_MEMORY = 232_448  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class HopperKernels(Kernels):
-    """`Kernels` of NVIDIA's H100 and H200, for bfloat16.
+class Gpu:
+    """What the kernels have to know of a GPU.
 
     Attributes:
-      interpret: False, or parameters of JAX's interpreter, which takes float32 as well.
-      encodes: Encode the tokens too, where they can; without it, XLA does.
-      multiprocessors: How many the GPU has; each is given two programs.
+      generation: How it multiplies, see `mosaic_gpu.Generation`.
+      shared_memory: Bytes of shared memory a program may have.
+      multiprocessors: How many there are; each is given two programs.
+      rows: Most of a product.
     """
 
+    generation: Literal["Ampere", "Hopper", "Blackwell"]
+    shared_memory: int
+    multiprocessors: int
+    rows: int = _WIDEST
+
+
+# By compute capability.
+GPUS = {
+    "8.0": Gpu("Ampere", 166_912, 108),  # A100
+    "8.6": Gpu("Ampere", 101_376, 84),  # A40, RTX 3090
+    "8.9": Gpu("Ampere", 101_376, 142),  # L40S, RTX 4090
+    "9.0": Gpu("Hopper", 232_448, 132),  # H100, H200
+    "10.0": Gpu("Blackwell", 232_448, 148, rows=128),  # B200
+    "10.3": Gpu("Blackwell", 232_448, 148, rows=128),  # B300
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicGpuKernels(Kernels):
+    """`Kernels` of NVIDIA GPUs from Ampere (A100) on, for bfloat16.
+
+    Attributes:
+      gpu: The GPU whose instructions and limits hold.
+      interpret: False, or parameters of JAX's interpreter, which takes float32 as well.
+      encodes: Encode the tokens too, where they can; without it, XLA does.
+    """
+
+    gpu: Gpu = GPUS["9.0"]
     interpret: Any = False
     encodes: bool = True
-    multiprocessors: int = 132
+
+    @classmethod
+    def here(cls) -> MosaicGpuKernels:
+        """For this process's GPU; without one, for an H100, to be compiled elsewhere."""
+        if jax.default_backend() != "gpu":
+            return cls()
+        return cls(GPUS.get(compute_capability(), GPUS["9.0"]))
 
     @property
     def platform(self) -> str | None:
@@ -40,17 +75,23 @@ class HopperKernels(Kernels):
         return None if self.interpret else "cuda"
 
     def unavailable(self, platform: str) -> str | None:
-        """See `Implementation`; a GPU that is not in this process is taken for a Hopper."""
+        """See `Implementation`; a GPU that is not in this process is taken for a known one."""
         reason = super().unavailable(platform)
-        if reason or self.interpret or jax.default_backend() != "gpu":
+        if reason or self.interpret:
             return reason
-        capability = compute_capability()
-        if capability == "9.0":
-            return None
-        return (
-            'implementation="mosaic_gpu" needs an H100 or H200, of compute capability 9.0; this '
-            f'GPU has {capability}. Use implementation="triton" or "xla"'
-        )
+        capability = compute_capability() if jax.default_backend() == "gpu" else "9.0"
+        if capability not in GPUS:
+            return (
+                'implementation="mosaic_gpu" needs a GPU of compute capability '
+                f"{', '.join(GPUS)}; this one has {capability}. "
+                'Use implementation="triton" or "xla"'
+            )
+        if self.gpu.generation == "Ampere" and not _has_register_products():
+            return (
+                'implementation="mosaic_gpu" needs JAX 0.12 or later for the products of an '
+                f'{self.gpu.generation}; this is {jax.__version__}. Use implementation="triton"'
+            )
+        return None
 
     def default_block_sizes(self, heads_per_group: int, width: int, dtype: Any) -> BlockSizes:
         """See `Kernels`: the smallest tiles of the tensor cores."""
@@ -70,27 +111,27 @@ class HopperKernels(Kernels):
 
     def encode(self, unencoded: Unencoded) -> Array:
         """See `Kernels`."""
-        encoder = _imported("encoder")
-        return encoder.encode(encoder.make_layer(unencoded, self.interpret))
+        encoder = _imported("encoder_mosaic_gpu")
+        return encoder.encode(encoder.make_layer(unencoded, self._generation))
 
     def encode_backward(
         self, unencoded: Unencoded, d_encoded: Array
     ) -> tuple[HistoryEncoder, Array]:
         """See `Kernels`."""
-        encoder = _imported("encoder")
-        layer = encoder.make_layer(unencoded, self.interpret)
+        encoder = _imported("encoder_mosaic_gpu")
+        layer = encoder.make_layer(unencoded, self._generation)
         incoming = encoder.of_array(layer, d_encoded)
-        return encoder.encode_backward(layer, incoming, 2 * self.multiprocessors)
+        return encoder.encode_backward(layer, incoming, 2 * self.gpu.multiprocessors)
 
     def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
         """See `Kernels`."""
-        return _imported("attention").forward(self._kernel(tiling, inputs), inputs)
+        return _imported("attention_mosaic_gpu").forward(self._kernel(tiling, inputs), inputs)
 
     def backward(
         self, tiling: Tiling, inputs: Inputs, outcome: Outcome
     ) -> tuple[Array, tuple[Array, ...]]:
         """See `Kernels`."""
-        attention, kernel = _imported("attention"), self._kernel(tiling, inputs)
+        attention, kernel = _imported("attention_mosaic_gpu"), self._kernel(tiling, inputs)
         d_history = attention.history_gradients(kernel, inputs, outcome)
         return attention.query_gradients(kernel, inputs, outcome), d_history
 
@@ -98,22 +139,26 @@ class HopperKernels(Kernels):
         self, tiling: Tiling, inputs: Inputs, unencoded: Unencoded, outcome: Outcome
     ) -> tuple[Array, HistoryEncoder, Array]:
         """See `Kernels`: gradients of encoded tokens never reach memory."""
-        attention, encoder = _imported("attention"), _imported("encoder")
+        attention, encoder = _imported("attention_mosaic_gpu"), _imported("encoder_mosaic_gpu")
         kernel = self._kernel(tiling, inputs)
-        layer = encoder.make_layer(unencoded, self.interpret)
+        layer = encoder.make_layer(unencoded, self._generation)
         incoming = attention.of_attention(kernel, layer, inputs, outcome)
         return (
             attention.query_gradients(kernel, inputs, outcome),
-            *encoder.encode_backward(layer, incoming, 2 * self.multiprocessors),
+            *encoder.encode_backward(layer, incoming, 2 * self.gpu.multiprocessors),
         )
+
+    @functools.cached_property
+    def _generation(self) -> Any:
+        return getattr(_imported("mosaic_gpu"), self.gpu.generation)(self.interpret)
 
     def _kernel(self, tiling: Tiling, inputs: Inputs) -> Any:
         if reason := self.unavailable("gpu"):
             raise ValueError(reason)
         self._check(tiling, inputs)
         J, G = inputs.query.shape[:2]
-        shares = min(tiling.tiles_per_row, -(-2 * self.multiprocessors // (J * G)))
-        return _imported("attention").kernel_of(tiling, inputs, shares, self.interpret)
+        shares = min(tiling.tiles_per_row, -(-2 * self.gpu.multiprocessors // (J * G)))
+        return _imported("attention_mosaic_gpu").kernel_of(tiling, inputs, shares, self._generation)
 
     def _check(self, tiling: Tiling, inputs: Inputs) -> None:
         t, (E, C), dtype = tiling.history, inputs.query.shape[2:], inputs.key.dtype
@@ -124,16 +169,22 @@ class HopperKernels(Kernels):
             )
         # Queries and gradients of outputs, sums, and two stages of keys and values.
         needed = 2 * 2 * E * C + 4 * E * C + 2 * 2 * len(inputs.history) * t * E
-        if E > _WIDEST or t > _WIDEST or needed > _SHARED_MEMORY:
+        gpu = self.gpu
+        if E > _WIDEST or max(t, C) > gpu.rows or needed > gpu.shared_memory:
             raise ValueError(
                 f"blocks of {t} tokens x {C} targets and heads, width {E}, need about "
                 f"{needed / 2**10:.0f} KiB of shared memory; a program has "
-                f"{_SHARED_MEMORY / 2**10:.0f} KiB, and products of at most {_WIDEST} columns. "
+                f"{gpu.shared_memory / 2**10:.0f} KiB, and products of at most {_WIDEST} columns "
+                f"and {gpu.rows} rows. "
                 'Pass smaller block_sizes, order="projected" for narrower tokens, or '
                 'implementation="triton"'
             )
 
 
+def _has_register_products() -> bool:
+    return hasattr(importlib.import_module("jax.experimental.pallas.mosaic_gpu"), "mma")
+
+
 def _imported(part: str) -> Any:
     """Late: this takes a tenth of a second, and not every build of JAX has it."""
-    return importlib.import_module(f"stca_jax.ops.{part}_mosaic_gpu")
+    return importlib.import_module(f"stca_jax.ops.{part}")

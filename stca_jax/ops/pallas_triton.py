@@ -50,6 +50,7 @@ class Gpu:
 GPUS = {
     "8.0": Gpu(shared_memory=166_912, multiprocessors=108, columns=32),  # A100
     "9.0": Gpu(shared_memory=232_448, multiprocessors=132, columns=64),  # H100, H200
+    "10.0": Gpu(shared_memory=232_448, multiprocessors=148, columns=64),  # B200
 }
 _OTHER_GPU = Gpu(shared_memory=101_376, multiprocessors=108, columns=32)
 

@@ -1,7 +1,8 @@
 """Compiles a train step for machines that are not here, and reads what the compiler says of them.
 
 Topologies are TPU slices as Cloud TPU names them (v5e, v5p and v6e; needs `pip install libtpu`)
-or GPUs of one node, h100:8 or a100:8 (needs `pip install jax-cuda13-plugin jax-cuda13-pjrt`).
+or GPUs of one node, such as h100:8 (a100, h100, h200 and b200; needs `pip install
+jax-cuda13-plugin jax-cuda13-pjrt`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _GPUS: Mapping[str, Mapping[str, Any]] = {
     "a100": dict(major=8, cores=108, clock=1.41, l2=40 * 2**20, block=166912, sm=167936),
     "h100": dict(major=9, cores=132, clock=1.98, l2=50 * 2**20, block=232448, sm=233472),
     "h200": dict(major=9, cores=132, clock=1.98, l2=50 * 2**20, block=232448, sm=233472),
+    "b200": dict(major=10, cores=148, clock=1.96, l2=126 * 2**20, block=232448, sm=233472),
 }
 
 

@@ -16,7 +16,7 @@ from stca_jax.experiments.benchmarks.compiled_bytes import weights
 from stca_jax.ops.attention import IMPLEMENTATIONS
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.kernels import Unencoded, encode_tokens
-from stca_jax.ops.pallas_mosaic_gpu import HopperKernels
+from stca_jax.ops.pallas_mosaic_gpu import MosaicGpuKernels
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 
 
@@ -170,5 +170,5 @@ def test_wide_tokens_are_encoded_by_xla():
         assert not dataclasses.replace(kernels, encodes=False).can_encode(weights(64), jnp.float32)
     assert not KERNELS["triton"].can_encode(weights(264), jnp.float32)
     assert not KERNELS["mosaic_gpu"].can_encode(weights(136), jnp.bfloat16)
-    assert not HopperKernels().can_encode(weights(64), jnp.float32)  # interpreted only
+    assert not MosaicGpuKernels().can_encode(weights(64), jnp.float32)  # interpreted only
     assert_matches_oracle(case, implementation=KERNELS["triton"], block_sizes=SMALL)

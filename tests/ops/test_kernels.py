@@ -16,7 +16,8 @@ from test_attention import ORDERS, ragged_case
 
 from stca_jax.ops import encoder_tpu, pallas_triton
 from stca_jax.ops.attention import AttentionOptions, target_to_history_attention
-from stca_jax.ops.pallas_mosaic_gpu import HopperKernels
+from stca_jax.ops.pallas_mosaic_gpu import GPUS as MOSAIC_GPUS
+from stca_jax.ops.pallas_mosaic_gpu import MosaicGpuKernels
 from stca_jax.ops.pallas_tpu import MosaicKernels
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 from stca_jax.ops.tiles import BlockSizes
@@ -33,7 +34,9 @@ HOPPER = InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
 KERNELS = {
     "mosaic_tpu": MosaicKernels(interpret=True),
     "triton": TritonKernels(interpret=True),
-    "mosaic_gpu": HopperKernels(interpret=HOPPER, multiprocessors=1),
+    "mosaic_gpu": MosaicGpuKernels(
+        dataclasses.replace(MOSAIC_GPUS["9.0"], multiprocessors=1), HOPPER
+    ),
 }
 ON_DEVICE = [
     pytest.param("mosaic_tpu", marks=pytest.mark.tpu, id="mosaic_tpu_device"),

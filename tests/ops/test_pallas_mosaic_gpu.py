@@ -1,5 +1,6 @@
-"""Kernels of Hopper: shares of a band, races, and what is refused."""
+"""Mosaic's GPU kernels: shares of a band, races, and what is refused."""
 
+import dataclasses
 import types
 
 import jax
@@ -12,14 +13,15 @@ from test_attention import ORDERS, ragged_case
 from test_kernels import HOPPER, KERNELS, SMALL, race
 
 from stca_jax.ops.attention import best_implementation
-from stca_jax.ops.pallas_mosaic_gpu import HopperKernels
+from stca_jax.ops.pallas_mosaic_gpu import GPUS, MosaicGpuKernels
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 3])
 def test_shares_of_a_band(multiprocessors):
     """Two or five programs share five tiles: uneven shares, and shares of nothing."""
     case = make_case([[0, 17, 270, 50]], [[300, 290, 271, 50]], 300, score=True)
-    kernels = HopperKernels(HOPPER, multiprocessors=multiprocessors)
+    gpu = dataclasses.replace(GPUS["9.0"], multiprocessors=multiprocessors)
+    kernels = MosaicGpuKernels(gpu, HOPPER)
     assert_matches_oracle(case, implementation=kernels, order="absorbed", block_sizes=SMALL)
 
 
@@ -27,7 +29,7 @@ def test_shares_of_the_tokens():
     """Six programs have ten tiles of each chunk of hidden units."""
     start, end = random_ranges(np.random.default_rng(0), 2, 5, 300)
     case = make_case(start, end, 300, D=40, fused=True, skip=True)
-    kernels = HopperKernels(HOPPER, multiprocessors=9)
+    kernels = MosaicGpuKernels(dataclasses.replace(GPUS["9.0"], multiprocessors=9), HOPPER)
     assert_matches_oracle(case, implementation=kernels, order="absorbed", block_sizes=SMALL)
 
 
@@ -39,10 +41,14 @@ SEES_RACES = pytest.mark.skipif(
 
 @SEES_RACES
 @pytest.mark.parametrize(("order", "score"), [("absorbed", False), ("projected", True)])
-def test_no_races(order, score, capfd):
+@pytest.mark.parametrize("capability", ["9.0", "10.0"])
+def test_no_races(capability, order, score, capfd):
+    """Products of a Blackwell are its own here, with their memory and barriers."""
     start, end = random_ranges(np.random.default_rng(0), 1, 5, 300)
     case = make_case(start, end, 300, fused=True, score=score)
-    options = {"implementation": KERNELS["mosaic_gpu"], "order": order, "block_sizes": SMALL}
+    gpu = dataclasses.replace(GPUS[capability], multiprocessors=1)
+    kernels = MosaicGpuKernels(gpu, HOPPER)
+    options = {"implementation": kernels, "order": order, "block_sizes": SMALL}
     assert not race(capfd, lambda: assert_matches_oracle(case, **options))
 
 
@@ -58,20 +64,37 @@ def test_races_are_seen(forgotten, monkeypatch, capfd):
     jax.clear_caches()
 
 
-def test_other_gpus_are_refused(monkeypatch):
+def on_gpu(monkeypatch, capability):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    device = types.SimpleNamespace(compute_capability="8.0")
+    device = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    with pytest.raises(ValueError, match=r"9\.0; this GPU has 8\.0\. Use implementation=\"triton"):
+
+
+@pytest.mark.parametrize("capability", ["7.5", "12.0", "gfx942"])
+def test_other_gpus_are_refused(capability, monkeypatch):
+    on_gpu(monkeypatch, capability)
+    reason = rf"8\.0, 8\.6, .*; this one has {capability}\. Use implementation=\"triton"
+    with pytest.raises(ValueError, match=reason):
         run(ragged_case(), jnp.bfloat16, implementation="mosaic_gpu")
+
+
+def test_gpus_are_told_apart(monkeypatch):
+    for capability, gpu in GPUS.items():
+        on_gpu(monkeypatch, capability)
+        assert MosaicGpuKernels.here().gpu == gpu
+
+
+def test_an_ampere_needs_a_newer_jax(monkeypatch):
+    monkeypatch.delattr(plgpu, "mma", raising=False)
+    kernels = MosaicGpuKernels(GPUS["8.0"])
+    with pytest.raises(ValueError, match=r"needs JAX 0.12 .*this is \d.*implementation=\"triton"):
+        run(ragged_case(), jnp.bfloat16, implementation=kernels)
 
 
 def test_nobody_gets_it_unasked(monkeypatch):
     """Until it has been seen running on a device."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    device = types.SimpleNamespace(compute_capability="9.0")
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert HopperKernels().unavailable("gpu") is None
+    on_gpu(monkeypatch, "9.0")
+    assert MosaicGpuKernels().unavailable("gpu") is None
     assert best_implementation() == "triton"
 
 
