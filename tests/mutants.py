@@ -49,6 +49,7 @@ _AVERAGE = _STEP + "test_predictions_are_of_the_average"
 _SKIPPED = _STEP + "test_skipped_step_changes_nothing"
 _IDS = "tests/data/test_log_coverage.py::"
 _LAYER = "tests/ops/test_kernels.py::test_tiles_of_a_layer_on_tpus"
+_WHERE_READ = "test_tokens_are_encoded_where_they_are_read"
 _HOPPER = "tests/ops/test_pallas_mosaic_gpu.py::"
 _ENCODER = "tests/ops/test_encoder_kernels.py::"
 
@@ -219,6 +220,16 @@ MUTANTS = (
            _HOPPER + "test_shares_of_a_band"),
     Mutant("shares of tokens overlap on an H100", "stca_jax/ops/encoder_mosaic_gpu.py",
            "begin = share * most", "begin = share", _HOPPER + "test_shares_of_the_tokens"),
+    Mutant("bands of history tiles taken for tokens' tiles", "stca_jax/ops/attention_triton.py",
+           "-(-inputs.last * tiling.history // tile)", "inputs.last",
+           _ENCODER + _WHERE_READ),
+    Mutant("encoded tokens kept in the first tile", "stca_jax/ops/attention_triton.py",
+           "ref[rows, p] = x", "ref[pl.ds(0, tile), p] = x", _ENCODER + _WHERE_READ),
+    Mutant("encoded tokens of all rows in one on an H100",
+           "stca_jax/ops/attention_mosaic_gpu.py",
+           "pl.ds((j * tiles + i) * TILE, TILE)", "pl.ds(i * TILE, TILE)", _ENCODER + _WHERE_READ),
+    Mutant("encoded tokens not kept on TPUs", "stca_jax/ops/attention_tpu.py",
+           "ref[0, 0] = encoded", "pass", _ENCODER + _WHERE_READ),
     Mutant("shares of tokens overlap", "stca_jax/ops/encoder_triton.py",
            "begin = pl.program_id(1) * most", "begin = pl.program_id(1)",
            _ENCODER + "test_shares_of_the_tokens"),

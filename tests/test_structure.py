@@ -79,7 +79,6 @@ EXCEPTIONS = {
     **{
         f"stca_jax/ops/{name}": "a Pallas kernel is given one reference per array"
         for name in (
-            "encoder_triton.py::_forward_kernel",
             "encoder_triton.py::_token_kernel",
             "encoder_triton.py::_weight_kernel",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stca_jax.ops.attention import AttentionOptions, history_layer
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.kernels import Kernels, Unencoded, encode_tokens
+from stca_jax.ops.encoder_kernels import Unencoded
+from stca_jax.ops.kernels import Kernels, encode_tokens
 from stca_jax.ranges import Ranges
 
 
@@ -131,24 +133,37 @@ def encoder_step(size: Size, kernels: Kernels, device: jax.Device, **options: An
 
 def layer_step(size: Size, kernels: Kernels, device: jax.Device, **options: Any) -> Any:
     """Compiles a layer's history path in the absorbed order, forward and backward."""
+    layer, inputs, output, ranges = _layer(size, kernels)
+
+    def step(ranges: Any, cotangents: Any, *inputs: Any) -> Any:
+        out, gradients = jax.vjp(functools.partial(layer, ranges), *inputs)
+        return out, gradients(cotangents)
+
+    return _compiled(device, options, step, ranges, output, *inputs)
+
+
+def layer_forward(size: Size, kernels: Kernels, device: jax.Device, **options: Any) -> Any:
+    """The same, forward alone, as a score or an evaluation is computed."""
+    layer, inputs, _, ranges = _layer(size, kernels)
+    return _compiled(device, options, layer, ranges, *inputs)
+
+
+def _layer(size: Size, kernels: Kernels) -> tuple[Any, tuple[Any, ...], Any, Ranges]:
+    """A layer's history path as a function of ranges and inputs; abstract inputs and output."""
     R, L, M, d, dtype = size
     attention = AttentionOptions("absorbed", kernels)
 
-    def step(ranges: Any, cotangents: Any, *inputs: Any) -> Any:
-        def layer(query: Any, tokens: Any, encoder: Any, w_key: Any, w_value: Any) -> Any:
-            given = (query, tokens, encoder, w_key, w_value, ranges)
-            return tuple(history_layer(*given, options=attention))
-
-        out, gradients = jax.vjp(layer, *inputs)
-        return out, gradients(cotangents)
+    def layer(ranges: Any, query: Any, tokens: Any, encoder: Any, w_key: Any, w_value: Any) -> Any:
+        given = (query, tokens, encoder, w_key, w_value, ranges)
+        return tuple(history_layer(*given, options=attention))
 
     heads, span = (size.heads, d // size.heads), jax.ShapeDtypeStruct((R, M), jnp.int32)
     query = jax.ShapeDtypeStruct((R, M, *heads), dtype)
     log_sum_exp = jax.ShapeDtypeStruct(query.shape[:3], jnp.float32)
     projection = jax.ShapeDtypeStruct((d, *heads), dtype)
     tokens = jax.ShapeDtypeStruct((R, L, d), dtype)
-    return _compiled(device, options, step, Ranges(span, span), (query, log_sum_exp), query, tokens,
-                     weights(d), projection, projection)  # fmt: skip
+    inputs = (query, tokens, weights(d), projection, projection)
+    return layer, inputs, (query, log_sum_exp), Ranges(span, span)
 
 
 def weights(d: int) -> HistoryEncoder:

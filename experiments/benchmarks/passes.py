@@ -5,7 +5,8 @@
 Compiles for a device that need not be here, and adds up the bytes of the operands and results of
 every instruction of the compiled program. Nothing runs: what caches save, and what a kernel reads
 twice, is not seen. A step cannot do with fewer than three: tokens read, read again, gradients
-written. `history FFN` is E1 alone, `layer` E1, E3 and E4, each forward and backward.
+written; a score with fewer than one. `history FFN` is E1 alone, `layer` E1, E3 and E4, each forward
+and backward; `score` is the layer forward.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from stca_jax.experiments import launch
 from stca_jax.experiments.benchmarks.compiled_bytes import (
     Size,
     encoder_step,
+    layer_forward,
     layer_step,
     moved,
     passes,
@@ -41,6 +43,8 @@ _IMPLEMENTATION = flags.DEFINE_enum(
 )
 _DETAILS = flags.DEFINE_bool("details", False, "Print every instruction.")
 
+_STEPS = {"history FFN": encoder_step, "layer": layer_step, "score": layer_forward}
+
 
 def main() -> None:
     """Compiles, counts and prints."""
@@ -54,7 +58,7 @@ def main() -> None:
     print(f"{'d':>5s} {'passes':12s} {'in XLA':>8s} {'kernels':>8s}   temporary MB")
     for width in map(int, _WIDTHS.value):
         size = Size(_ROWS.value, _LENGTH.value, _TARGETS.value, width, _DTYPE.value)
-        for name, step in (("history FFN", encoder_step), ("layer", layer_step)):
+        for name, step in _STEPS.items():
             compiled = [
                 step(size, dataclasses.replace(kernels, encodes=e), device) for e in (False, True)
             ]

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from stca_jax.ops.attention_kernels import split
-from stca_jax.ops.encoder_mosaic_gpu import Incoming, Layer
+from stca_jax.ops.encoder_mosaic_gpu import Incoming, Layer, encoded_tile
 from stca_jax.ops.kernels import Inputs, Outcome
 from stca_jax.ops.mosaic_gpu import TILE, Generation, Turned, along_columns, along_rows, kernel
 from stca_jax.ops.tiled import LOWEST_PEAK, NO_SCORE
@@ -57,57 +57,147 @@ class Kernel(NamedTuple):
 def kernel_of(tiling: Tiling, inputs: Inputs, shares: int, gpu: Generation) -> Kernel:
     """Of these inputs."""
     J, G, E, C = inputs.query.shape
-    arrays = len(inputs.history)
-    return Kernel(tiling, (J, G, E, C), inputs.key.dtype, arrays, shares, gpu)
+    arrays = max(1, len(inputs.history))
+    return Kernel(tiling, (J, G, E, C), inputs.query.dtype, arrays, shares, gpu)
 
 
 def forward(k: Kernel, inputs: Inputs) -> tuple[Array, Array]:
     """See `Kernels.forward`."""
-    J, G, E, C = k.shape
 
     def body(first, last, start, end, query, *refs):
-        history, rest = split(refs, k.arrays)
-        results, own, (sums, row, barrier) = split(rest, 2, 3)
-        output, log_sum_exp = results
-        j, g, share = (lax.axis_index(x) for x in ("tile", "group", "share"))
-        q, *ranges = k.gpu.read([query.at[j, g], start.at[j], end.at[j]], own, barrier)
+        history, results, own, rest = split(refs, k.arrays, 2, 3)
+        j, g = (lax.axis_index(x) for x in ("tile", "group"))
+        q, *ranges = k.gpu.read([query.at[j, g], start.at[j], end.at[j]], own, rest[-1])
+        _attend(k, (q, *ranges), results, rest, lambda step, carry: _over_band(
+            k, (first, last), history, step, carry
+        ))  # fmt: skip
 
-        def step(position, keys, values, carry):
-            summed, peak, total = carry
-            score = k.gpu.product((Turned(q), Turned(keys)))
-            score = _mask(k, score, ranges, position, 1)
-            new = jnp.maximum(peak, score.max(1))
-            weight = jnp.exp(score - along_rows(new, score.shape))
-            rescale = jnp.exp(peak - new)
-            summed = summed * along_rows(rescale, summed.shape)
-            summed = k.gpu.add(summed, (weight.astype(k.dtype), values))
-            return summed, new, total * rescale + weight.sum(1)
+    shares = _attention_kernel(k, body, "target_to_history_forward")(
+        inputs.first, inputs.last, inputs.start[:, 0], inputs.end[:, 0], inputs.query,
+        *inputs.history,
+    )  # fmt: skip
+    return _joined(*shares)
 
-        zeros = (
-            jnp.zeros((C, E), jnp.float32),
-            jnp.full((C,), LOWEST_PEAK, jnp.float32),
-            jnp.zeros((C,), jnp.float32),
-        )
-        summed, peak, total = _over_band(k, (first, last), history, step, zeros)
-        nonempty = total > 0
-        safe = jnp.where(nonempty, total, 1.0)
-        k.gpu.write(
-            (summed / along_rows(safe, summed.shape), sums, output.at[share, j, g]),
-            (jnp.where(nonempty, peak + jnp.log(safe), LOWEST_PEAK), row,
-             log_sum_exp.at[share, j, g]),
-        )  # fmt: skip
 
-    shape = (k.shares, J, G, C)
-    output, log_sum_exp = kernel(
-        body,
-        "target_to_history_forward",
-        {"share": k.shares, "group": G, "tile": J},
-        [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, E), shape)],
-        [k.queries, k.vector(jnp.int32), k.vector(jnp.int32), plgpu.SMEM((C, E), jnp.float32),
-         k.vector(jnp.float32), plgpu.Barrier(num_arrivals=3)],
-        k.gpu,
+def layer_forward(
+    k: Kernel, layer: Layer, inputs: Inputs, keep: bool
+) -> tuple[Array, Array, Array | None]:
+    """See `Kernels.layer_forward`: a row has one target tile, history tiles are of 64 tokens."""
+    D, tiles = layer.padded[0], layer.tiles // layer.lengths[0]
+
+    def body(first, last, start, end, query, covered, tokens, *refs):
+        weights, scale_bias, results, kept, own, rest = split(refs, 3, 2, 2, keep, 5)
+        encoded, *rest = rest
+        j, g = (lax.axis_index(x) for x in ("tile", "group"))
+        sources = [query.at[j, g], start.at[j], end.at[j], *scale_bias]
+        q, start_s, end_s, *norm = k.gpu.read(sources, own, rest[-1])
+
+        def over(step: Any, carry: Any) -> Any:
+            def tile(i: Any, covered_s: Any, x: Any, carry: Any) -> Any:
+                value = encoded_tile(layer, x, covered_s, weights, norm)
+                if keep:
+                    rows = pl.ds((j * tiles + i) * TILE, TILE)
+                    k.gpu.write((value, encoded, kept[0].at[rows]), wait=False)
+                else:
+                    encoded[...] = value.astype(encoded.dtype)
+                    k.gpu.commit()
+                carry = step(i * TILE, encoded, encoded, carry)
+                k.gpu.wait()
+                return carry
+
+            begin, steps = _share(k, (first[j], last[j]))
+            n0 = j * tiles + begin
+            specs = [
+                k.gpu.block((TILE,), lambda n: (n0 + n,)),
+                k.gpu.block((TILE, D), lambda n: (n0 + n, 0), k.gpu.layout(k.dtype)),
+            ]
+            return k.gpu.pipeline(
+                lambda n, *refs: tile(begin + n, *refs), steps, specs, carry, covered, tokens
+            )
+
+        _attend(k, (q, start_s, end_s), results, rest, over)
+
+    numbers = [plgpu.SMEM((D,), jnp.float32)] * 2
+    output, log_sum_exp, *kept = _attention_kernel(
+        k, body, "history_layer_forward", [*numbers, layer.tile], [layer.array] * keep
     )(inputs.first, inputs.last, inputs.start[:, 0], inputs.end[:, 0], inputs.query,
-      *inputs.history)  # fmt: skip
+      layer.covered, layer.tokens, *layer.weights, *layer.norm)  # fmt: skip
+    key = kept[0].reshape(layer.lengths[0], 1, -1, D) if keep else None
+    return *_joined(output, log_sum_exp), key
+
+
+def _attention_kernel(
+    k: Kernel, body: Any, name: str, scratch: Sequence[Any] = (), results: Sequence[Any] = ()
+) -> Any:
+    """Of programs that share bands.
+
+    Args:
+      k: Static.
+      body: Results are weighted sums and log-sum-exps of shares, then `results`; scratch is a
+        target tile's queries and ranges, then `scratch`, then what `_attend` takes.
+      name: See `kernel`.
+      scratch: See `body`; all but the last one are read with the queries.
+      results: See `body`.
+    """
+    J, G, E, C = k.shape
+    shape = (k.shares, J, G, C)
+    return kernel(
+        body, name, {"share": k.shares, "group": G, "tile": J},
+        [*[jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, E), shape)], *results],
+        [k.queries, k.vector(jnp.int32), k.vector(jnp.int32), *scratch,
+         plgpu.SMEM((C, E), jnp.float32), k.vector(jnp.float32),
+         plgpu.Barrier(num_arrivals=3 + max(0, len(scratch) - 1))],
+        k.gpu,
+    )  # fmt: skip
+
+
+def _attend(
+    k: Kernel, targets: Sequence[Any], results: Sequence[Any], scratch: Sequence[Any], over: Any
+) -> None:
+    """Stores weighted sums and log-sum-exps of a target tile over a share of its band.
+
+    Args:
+      k: Static.
+      targets: Queries and ranges.
+      results: Where to, by share, target tile and group.
+      scratch: For each of them, and a barrier.
+      over: `over(step, carry)` has `step(position, keys, values, carry)` done for every tile.
+    """
+    E, C = k.shape[2:]
+    q, *ranges = targets
+
+    def step(position, keys, values, carry):
+        summed, peak, total = carry
+        score = k.gpu.product((Turned(q), Turned(keys)))
+        score = _mask(k, score, ranges, position, 1)
+        new = jnp.maximum(peak, score.max(1))
+        weight = jnp.exp(score - along_rows(new, score.shape))
+        rescale = jnp.exp(peak - new)
+        summed = summed * along_rows(rescale, summed.shape)
+        summed = k.gpu.add(summed, (weight.astype(k.dtype), values))
+        return summed, new, total * rescale + weight.sum(1)
+
+    zeros = (
+        jnp.zeros((C, E), jnp.float32),
+        jnp.full((C,), LOWEST_PEAK, jnp.float32),
+        jnp.zeros((C,), jnp.float32),
+    )
+    summed, peak, total = over(step, zeros)
+    nonempty = total > 0
+    safe = jnp.where(nonempty, total, 1.0)
+    place = tuple(lax.axis_index(x) for x in ("share", "tile", "group"))
+    output, log_sum_exp = (x.at[place] for x in results)
+    sums, row, _ = scratch
+    k.gpu.write(
+        (summed / along_rows(safe, summed.shape), sums, output),
+        (jnp.where(nonempty, peak + jnp.log(safe), LOWEST_PEAK), row, log_sum_exp),
+    )
+
+
+def _joined(
+    output: Float[Array, "s J G C E"], log_sum_exp: Float[Array, "s J G C"]
+) -> tuple[Array, Array]:
+    """What the programs that share a band found, as `Kernels.forward` returns it."""
     joined = jax.nn.logsumexp(log_sum_exp, axis=0)
     output = (output * jnp.exp(log_sum_exp - joined)[..., None]).sum(0)
     return output.swapaxes(2, 3), jnp.where(joined > LOWEST_PEAK, joined, 0)[:, :, None]
@@ -250,11 +340,8 @@ def _over_band(
     k: Kernel, band: tuple[Any, Any], history: Sequence[Any], step: Any, carry: Any
 ) -> Any:
     """`step(position, keys, values, carry)` over this program's share of a band."""
-    j, g, share = (lax.axis_index(x) for x in ("tile", "group", "share"))
-    (first, last), t = (x[j] for x in band), k.tiling.history
-    most = pl.cdiv(jnp.maximum(last - first, 0), k.shares)
-    begin = first + share * most
-    steps = jnp.clip(last - begin, 0, most)
+    j, g, t = lax.axis_index("tile"), lax.axis_index("group"), k.tiling.history
+    begin, steps = _share(k, tuple(x[j] for x in band))
     row = lax.div(j, jnp.int32(k.tiling.target_tiles_per_row))
     spec = k.gpu.block(
         (None, None, t, k.shape[2]), lambda n: (row, g, begin + n, 0), k.gpu.layout(k.dtype)
@@ -265,6 +352,14 @@ def _over_band(
         return step((begin + n) * t, tiles[0], tiles[-1], carry)
 
     return k.gpu.pipeline(body, steps, [spec] * k.arrays, carry, *history)
+
+
+def _share(k: Kernel, band: tuple[Any, ...]) -> tuple[Array, Array]:
+    """The first history tile of this program's share of a band, and how many it has."""
+    first, last = band
+    most = pl.cdiv(jnp.maximum(last - first, 0), k.shares)
+    begin = first + lax.axis_index("share") * most
+    return begin, jnp.clip(last - begin, 0, most)
 
 
 def _mask(k: Kernel, score: Array, ranges: Sequence[Any], position: Any, axis: int) -> Array:

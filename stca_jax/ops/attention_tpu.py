@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from stca_jax.ops.attention_kernels import dot, mask_scores, score_gradients, softmax_step, split
+from stca_jax.ops.encoder import HistoryEncoder
+from stca_jax.ops.encoder_kernels import Unencoded
 from stca_jax.ops.encoder_tpu import (
     Incoming,
     Refs,
@@ -26,11 +28,12 @@ from stca_jax.ops.encoder_tpu import (
     cores_and_rows,
     encoded_tile,
     ffn_of_tile,
+    forward_fits,
     padded,
     tokens_of_tile,
     where_covered,
 )
-from stca_jax.ops.kernels import Inputs, Outcome, Unencoded
+from stca_jax.ops.kernels import Inputs, Outcome
 from stca_jax.ops.tiled import LOWEST_PEAK
 from stca_jax.ops.tiles import Tiling, target_bands
 
@@ -73,20 +76,59 @@ def target_specs(E: int, C: int, tile_of: Any = lambda j, g, *_: (j, g)) -> Targ
     )
 
 
-def key_specs(tiling: Tiling, inputs: Inputs) -> list[pl.BlockSpec]:
-    """Keys and values of the band; past its end the last block stays, and nothing is fetched."""
+def band_block(tiling: Tiling, *block: int, group: bool = False) -> pl.BlockSpec:
+    """A tile of the band, of arrays by row, group if they have it, and history tile or token.
+
+    Past the band's end the last block stays, and nothing is fetched.
+    """
 
     def index(j: Any, g: Any, i: Any, first: Any, last: Any) -> tuple[Any, ...]:
         inside = jnp.clip(first[j] + i, 0, jnp.maximum(last[j] - 1, 0))
-        return lax.div(j, jnp.int32(tiling.target_tiles_per_row)), g, inside, 0
+        row = lax.div(j, jnp.int32(tiling.target_tiles_per_row))
+        return row, *[g] * group, inside, *[0] * (len(block) - 1)
 
-    block = (1, 1, tiling.history, inputs.key.shape[-1])
-    return [pl.BlockSpec(block, index)] * len(inputs.history)
+    return pl.BlockSpec((1, *[1] * group, *block), index)
+
+
+def key_specs(tiling: Tiling, inputs: Inputs) -> list[pl.BlockSpec]:
+    """Keys and values of the band."""
+    spec = band_block(tiling, tiling.history, inputs.query.shape[2], group=True)
+    return [spec] * len(inputs.history)
 
 
 def forward_kernel(first, last, start, end, query, *refs, tile):
     """Softmax and weighted sums of a target tile, history tile by history tile."""
     *history, output, log_sum_exp, peak, total, summed = refs
+
+    def read() -> tuple[Array, Array]:
+        return history[0][0, 0], history[-1][0, 0]
+
+    targets, results = (start, end, query), (output, log_sum_exp)
+    _attend((first, last), targets, read, results, (peak, total, summed), tile)
+
+
+def layer_kernel(first, last, start, end, query, *refs, tile, skip):
+    """The same, of tokens that it encodes, and stores if there is where."""
+    (covered, tokens), weights, results, (*kept, peak, total, summed) = split(refs, 2, 5, 2)
+
+    def read() -> tuple[Array, Array]:
+        _, _, y = ffn_of_tile(where_covered(covered, tokens[0]), weights, skip)
+        encoded = encoded_tile(y, weights).astype(tokens.dtype)
+        for ref in kept:
+            ref[0, 0] = encoded
+        return encoded, encoded
+
+    _attend((first, last), (start, end, query), read, results, (peak, total, summed), tile)
+
+
+def _attend(
+    bands: tuple[Any, Any], targets: tuple[Any, Any, Any],
+    read: Callable[[], tuple[Array, Array]], results: Sequence[Any],
+    scratch: tuple[Any, Any, Any], tile: int,
+) -> None:  # fmt: skip
+    """A step of a target tile: of its band, the keys and values that it reads."""
+    (first, last), (start, end, query) = bands, targets
+    peak, total, summed = scratch
     j, i = pl.program_id(0), pl.program_id(2)
 
     @pl.when(i == 0)
@@ -97,18 +139,26 @@ def forward_kernel(first, last, start, end, query, *refs, tile):
 
     @pl.when(first[j] + i < last[j])
     def _():
-        score = dot(history[0][0, 0], query[0, 0], 1, 0)
+        key, value = read()
+        score = dot(key, query[0, 0], 1, 0)
         score = mask_scores(score, start[0], end[0], (first[j] + i) * tile)
         weight, rescale, peak[...], total[...] = softmax_step(score, peak[...], total[...])
-        block = history[-1][0, 0]
-        summed[...] = summed[...] * rescale + dot(block, weight.astype(block.dtype), 0, 0)
+        summed[...] = summed[...] * rescale + dot(value, weight.astype(value.dtype), 0, 0)
 
     @pl.when(i == pl.num_programs(2) - 1)
     def _():
+        output, log_sum_exp = results
         nonempty = total[...] > 0
         safe_total = jnp.where(nonempty, total[...], 1)
         output[0, 0] = summed[...] / safe_total
         log_sum_exp[0, 0] = jnp.where(nonempty, peak[...] + jnp.log(safe_total), 0)
+
+
+def fits_layer(tiling: Tiling, inputs: Inputs, encoder: HistoryEncoder) -> bool:
+    """Whether VMEM has room for `layer_kernel`."""
+    E, C = inputs.query.shape[2:]
+    room = Room(fixed=2 * 4 * E * padded(C) * 4, token=4 * padded(C) * 4)
+    return forward_fits(tiling.history, encoder, inputs.query.dtype, room)
 
 
 class Targets(NamedTuple):
@@ -226,7 +276,8 @@ def of_attention(
       None if VMEM has room for few tokens at a time, or for none.
     """
     E, C = inputs.query.shape[2:]
-    (D, F), dtype, length = unencoded.encoder.up.shape, inputs.key.dtype, inputs.key.shape[2]
+    (D, F), length = unencoded.encoder.up.shape, unencoded.covered.shape[1]
+    dtype = inputs.query.dtype
     tile = tokens_of_tile(length, unencoded.encoder, dtype, _room(E, C, dtype.itemsize))
     if tile < min(_PRODUCT_ROWS, tokens_of_tile(length, unencoded.encoder, dtype)):
         return None

@@ -16,12 +16,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from stca_jax.ops.attention_kernels import dot, mask_scores, score_gradients, softmax_step
+from stca_jax.ops.attention_kernels import dot, mask_scores, score_gradients, softmax_step, split
 from stca_jax.ops.encoder_kernels import Parts
-from stca_jax.ops.encoder_triton import Incoming, Layer, parts_of
+from stca_jax.ops.encoder_triton import Incoming, Layer, encoded_tile, parts_of, whole
 from stca_jax.ops.kernels import Inputs
 from stca_jax.ops.tiled import LOWEST_PEAK, NO_SCORE
 from stca_jax.ops.tiles import Tiling, target_bands
+from stca_jax.ops.triton_cuts import Cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,26 +128,49 @@ def forward_kernel(first, last, start, end, query, *refs, tile):
     """Partial softmax of a target tile over a share of its band."""
     *history, output, log_sum_exp = refs
     parts = parts_of(query.shape[0])
-    queries = [query[p, :] for p in parts]
-    ranges = start[...], end[...]
-    C = query.shape[1]
 
-    def step(i, carry):
+    def read(i: Any) -> tuple[Parts, Parts]:
+        return _keys_and_values(history, pl.ds(i * tile, tile), parts)
+
+    band, ranges = _share(first[0], last[0]), (start[...], end[...])
+    _attend(query, band, ranges, read, (output, log_sum_exp))
+
+
+def layer_kernel(first, last, start, end, query, *refs, static, tile):
+    """The same, of tokens that it encodes, and stores if there is where."""
+    (covered, tokens), weights, results, kept = split(refs, 2, 5, 2)
+
+    def read(i: Any) -> tuple[Parts, Parts]:
+        rows = pl.ds(i * tile, tile)
+        encoded = encoded_tile(covered, tokens, weights, rows, static)
+        for ref in kept:
+            for p, x in zip(static.parts, encoded, strict=True):
+                ref[rows, p] = x
+        return encoded, encoded
+
+    band, ranges = _share(first[0], last[0]), (start[...], end[...])
+    _attend(query, band, ranges, read, results)
+
+
+def _attend(
+    query: Any, band: tuple[Any, Any], ranges: tuple[Any, Any],
+    read: Callable[[Any], tuple[Parts, Parts]], results: Sequence[Any],
+) -> None:  # fmt: skip
+    """Stores weighted sums and log-sum-exps of a target tile, over tiles of keys and values."""
+    queries = [query[p, :] for p in parts_of(query.shape[0])]
+    row = (1, query.shape[1])
+
+    def step(i: Any, carry: Any) -> Any:
         peak, total, *summed = carry
-        tokens = pl.ds(i * tile, tile)
-        score = _product([history[0][tokens, p] for p in parts], queries)
-        score = mask_scores(score, *ranges, i * tile)
+        keys, values = read(i)
+        score = mask_scores(_product(keys, queries), *ranges, i * len(keys[0]))
         weight, rescale, peak, total = softmax_step(score, peak, total)
         weight = weight.astype(query.dtype)
-        summed = [
-            x * rescale + dot(history[-1][tokens, p], weight, 0, 0)
-            for x, p in zip(summed, parts, strict=True)
-        ]
+        summed = [x * rescale + dot(v, weight, 0, 0) for x, v in zip(summed, values, strict=True)]
         return peak, total, *summed
 
-    row = (1, C)
     peak, total, *summed = lax.fori_loop(
-        *_share(first[0], last[0]),
+        *band,
         step,
         (
             jnp.full(row, LOWEST_PEAK, jnp.float32),
@@ -154,11 +178,49 @@ def forward_kernel(first, last, start, end, query, *refs, tile):
             *(jnp.zeros(q.shape, jnp.float32) for q in queries),
         ),
     )
+    output, log_sum_exp = results
     nonempty = total > 0
     safe_total = jnp.where(nonempty, total, 1)
-    for p, x in zip(parts, summed, strict=True):
+    for p, x in zip(parts_of(query.shape[0]), summed, strict=True):
         output[p, :] = x / safe_total
     log_sum_exp[...] = jnp.where(nonempty, peak + jnp.log(safe_total), NO_SCORE)
+
+
+def layer_forward(
+    inputs: Inputs, tiling: Tiling, layer: Layer, cut: Cut, programs: int, keep: bool
+) -> list[Array]:
+    """Weighted sums and log-sum-exps of shares, see `forward_kernel`, and the encoded tokens.
+
+    Args:
+      inputs: Of rows with one target tile each, without keys.
+      tiling: How the batch is cut.
+      layer: Encodes the tokens.
+      cut: Of its programs.
+      programs: About as many share the tokens.
+      keep: Store what is encoded.
+    """
+    J, G, E, C = inputs.query.shape
+    R, L, _ = layer.covered.shape
+    tile, specs = layer.tile(cut), band_specs(tiling, E, C)
+    band = inputs.first * tiling.history // tile, -(-inputs.last * tiling.history // tile)
+    splits = min(L // tile, -(-programs // J))
+    rows = [
+        pl.BlockSpec((None, *x.shape[1:]), lambda j, g, s: (j, 0, 0))
+        for x in (layer.covered, layer.tokens)
+    ]
+    return layer.call(
+        layer_kernel,
+        cut,
+        grid=(J, G, splits),
+        in_specs=[*specs.ranges, specs.wide, *rows, *map(whole, layer.weights)],
+        out_specs=[share_spec(E, C), share_spec(1, C), *[specs.key] * keep],
+        out_shape=[
+            shares(splits, J, G, E, C),
+            shares(splits, J, G, 1, C),
+            *[jax.ShapeDtypeStruct((R, G, L, E), layer.tokens.dtype)] * keep,
+        ],
+        name="history_layer_forward",
+    )(*band, inputs.start, inputs.end, inputs.query, layer.covered, layer.tokens, *layer.weights)
 
 
 class _Targets(NamedTuple):

@@ -9,15 +9,31 @@ Triton has powers of two only.  W_o is stored as [D, F] here, like W_u and W_v.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from stca_jax.ops.attention_kernels import dot
-from stca_jax.ops.encoder import LAYER_NORM_EPSILON
+from stca_jax.ops.encoder import LAYER_NORM_EPSILON, HistoryEncoder
 
 Parts = list[Array]
+
+
+class Unencoded(NamedTuple):
+    """Tokens, and what encodes them.
+
+    Attributes:
+      encoder: Weights of any dtype.
+      tokens: What is not covered may hold anything.
+      covered: Padded with False to whole history tiles.
+    """
+
+    encoder: HistoryEncoder
+    tokens: Float[Array, "R n D"]
+    covered: Bool[Array, "R L 1"]
 
 
 def products(x: Parts, weight: Parts) -> Float[Array, "t f"]:

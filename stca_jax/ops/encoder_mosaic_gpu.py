@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float
 
 from stca_jax.ops.attention_kernels import split
 from stca_jax.ops.encoder import LAYER_NORM_EPSILON, HistoryEncoder
-from stca_jax.ops.encoder_kernels import hidden_gradients, hidden_units
-from stca_jax.ops.kernels import Unencoded, pad_to
+from stca_jax.ops.encoder_kernels import Unencoded, hidden_gradients, hidden_units
+from stca_jax.ops.kernels import pad_to
 from stca_jax.ops.mosaic_gpu import TILE, Generation, Turned, along_columns, along_rows, kernel
 
 
@@ -134,15 +134,23 @@ def encode(layer: Layer) -> Float[Array, "R L D"]:
         rows = pl.ds(lax.axis_index("tile") * TILE, TILE)
         sources = (tokens.at[rows], covered.at[rows], *scale_bias)
         x, covered_s, *norm = layer.gpu.read(sources, own, barrier)
-        _clean(layer, x, covered_s)
-        normal, _ = _normalise(layer, _ffn(layer, x, weights))
-        layer.gpu.write((_scaled(layer, normal, norm), x, encoded.at[rows]))
+        value = encoded_tile(layer, x, covered_s, weights, norm)
+        layer.gpu.write((value, x, encoded.at[rows]))
 
     encoded = kernel(
         body, "history_encoder_forward", {"tile": layer.tiles}, layer.array,
         [layer.tile, *layer.vectors, plgpu.Barrier(num_arrivals=4)], layer.gpu,
     )(layer.covered, layer.tokens, *layer.weights, *layer.norm)  # fmt: skip
     return layer.by_row(encoded, layer.lengths[2])
+
+
+def encoded_tile(
+    layer: Layer, x: Any, covered: Any, weights: Sequence[Any], norm: Sequence[Any]
+) -> Float[Array, "t D"]:
+    """float32 E1 of a tile of tokens in shared memory, of which those covered stay there."""
+    _clean(layer, x, covered)
+    normal, _ = _normalise(layer, _ffn(layer, x, weights))
+    return _scaled(layer, normal, norm)
 
 
 def encode_backward(

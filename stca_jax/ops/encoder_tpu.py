@@ -18,8 +18,13 @@ from jaxtyping import Array, Bool, Float
 
 from stca_jax.ops.attention_kernels import dot, split
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.encoder_kernels import hidden_gradients, hidden_units, norm_gradients, normalise
-from stca_jax.ops.kernels import Unencoded
+from stca_jax.ops.encoder_kernels import (
+    Unencoded,
+    hidden_gradients,
+    hidden_units,
+    norm_gradients,
+    normalise,
+)
 
 _VMEM_BYTES = 14 * 2**20  # see `pallas_tpu`
 _LANES = 128
@@ -112,6 +117,22 @@ def tokens_of_tile(length: int, encoder: HistoryEncoder, dtype: Any, beside: Roo
     return next(tiles, 0)
 
 
+def forward_fits(tile: int, encoder: HistoryEncoder, dtype: Any, beside: Room) -> bool:
+    """Whether that many tokens are encoded at once beside the weights, tokens twice.
+
+    Args:
+      tile: Tokens.
+      encoder: Whose weights.
+      dtype: Of the tokens.
+      beside: What else has to fit.
+    """
+    D, F = map(padded, encoder.up.shape)
+    size = jnp.dtype(dtype).itemsize
+    exact = 2 if size == 4 else 1  # as in `tokens_of_tile`
+    token = 2 * 2 * D * size + exact * 4 * (F + D) * 4 + beside.token
+    return tile * token + 2 * 3 * D * F * size + beside.fixed <= _VMEM_BYTES
+
+
 def padded(columns: int) -> int:
     """Columns that an array of so many has in VMEM."""
     return -(-columns // _LANES) * _LANES
@@ -131,20 +152,20 @@ def encode(unencoded: Unencoded, interpret: Any) -> Float[Array, "R L D"]:
     encoder, tokens, covered = unencoded
     R, L, _ = covered.shape
     tile = tokens_of_tile(L, encoder, tokens.dtype)
-    weights = _weights(encoder, tokens.dtype)
+    weights = weights_of(encoder, tokens.dtype)
     block = pl.BlockSpec((1, tile, tokens.shape[-1]), lambda r, i: (r, i, 0))
     return pl.pallas_call(
         functools.partial(_forward_kernel, skip=encoder.skip),
         grid=(R, L // tile),
         in_specs=[
-            pl.BlockSpec((1, 1, 1, tile), lambda r, i: (r, i, 0, 0)), block, *map(_whole, weights),
+            pl.BlockSpec((1, 1, 1, tile), lambda r, i: (r, i, 0, 0)), block, *map(whole, weights),
         ],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct((R, L, tokens.shape[-1]), tokens.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
         name="history_encoder_forward",
-    )(_by_tile(covered, tile), tokens, *weights)  # fmt: skip
+    )(by_tile(covered, tile), tokens, *weights)  # fmt: skip
 
 
 def of_array(unencoded: Unencoded, d_encoded: Float[Array, "R L D"]) -> Incoming:
@@ -170,7 +191,7 @@ def encode_backward(
     encoder, tokens, covered = unencoded
     R, L, _ = covered.shape
     D, F = encoder.up.shape
-    tile, weights = incoming.tile, _weights(encoder, tokens.dtype)
+    tile, weights = incoming.tile, weights_of(encoder, tokens.dtype)
     cores, rows = cores_and_rows(R)
     block = _token_spec(R, tile, D)
     sums = [(D, F)] * 3 + [(1, D)] * 2
@@ -179,7 +200,7 @@ def encode_backward(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(incoming.prefetched),
             grid=(cores, rows, L // tile, incoming.steps),
-            in_specs=[_token_spec(R, 1, 1, tile), block, *map(_whole, weights), *incoming.specs],
+            in_specs=[_token_spec(R, 1, 1, tile), block, *map(whole, weights), *incoming.specs],
             out_specs=[block, *(pl.BlockSpec((1, *s), lambda c, *_: (c, 0, 0)) for s in sums)],
             scratch_shapes=incoming.scratch,
         ),
@@ -192,7 +213,7 @@ def encode_backward(
         ),
         interpret=interpret,
         name="history_encoder_backward",
-    )(*incoming.prefetched, _by_tile(covered, tile), tokens, *weights, *incoming.arrays)
+    )(*incoming.prefetched, by_tile(covered, tile), tokens, *weights, *incoming.arrays)
     up, gate, out, scale, bias = (x.sum(0) for x in gradients)
     return HistoryEncoder(up, gate, out.T, scale[0], bias[0], encoder.skip), d_tokens
 
@@ -204,16 +225,19 @@ def _token_spec(R: int, *block: int) -> pl.BlockSpec:
     return pl.BlockSpec((1, *block), lambda c, r, i, *_: (c * rows + r, i, *rest))
 
 
-def _weights(encoder: HistoryEncoder, dtype: Any) -> list[Array]:
+def weights_of(encoder: HistoryEncoder, dtype: Any) -> list[Array]:
+    """See `Refs`."""
     products = [w.astype(dtype) for w in (encoder.up, encoder.gate, encoder.out.T)]
     return [*products, *(w[None].astype(jnp.float32) for w in (encoder.scale, encoder.bias))]
 
 
-def _by_tile(covered: Bool[Array, "R L 1"], tile: int) -> Float[Array, "R n 1 t"]:
+def by_tile(covered: Bool[Array, "R L 1"], tile: int) -> Float[Array, "R n 1 t"]:
+    """What is covered, for `where_covered`."""
     return covered.astype(jnp.float32).reshape(len(covered), -1, 1, tile)
 
 
-def _whole(x) -> pl.BlockSpec:
+def whole(x: Any) -> pl.BlockSpec:
+    """An array, whatever the program."""
     return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
 
 

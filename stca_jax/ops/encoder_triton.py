@@ -25,68 +25,17 @@ from stca_jax.ops.attention_kernels import dot
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.encoder_kernels import (
     Parts,
+    Unencoded,
     hidden_gradients,
     hidden_units,
     norm_gradients,
     normalise,
     products,
 )
-from stca_jax.ops.kernels import Unencoded, pad_to
+from stca_jax.ops.kernels import pad_to
+from stca_jax.ops.triton_cuts import Cut, Cuts, cuts_for
 
 _SMALLEST = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """How much a program works on at a time; it changes the speed, never the result.
-
-    Attributes:
-      tokens: Most tokens of a tile; a power of two.
-      hidden: Hidden units of a chunk; a power of two.
-      warps: Warps of a program.
-    """
-
-    tokens: int
-    hidden: int
-    warps: int
-
-
-class Cuts(NamedTuple):
-    """Of the kernels.
-
-    Attributes:
-      forward: Of the forward pass.
-      tokens: Of the tokens' gradients, from stored ones of the encoded tokens.
-      layer: Of the tokens' gradients, where it computes those of the encoded tokens as well.
-      weights: Of the weights' gradients.
-    """
-
-    forward: Cut
-    tokens: Cut
-    layer: Cut
-    weights: Cut
-
-
-# By the least power of two that D is not above: the largest that spill no register, on an A100 as
-# on an H100.  Wider tokens are left to XLA: their products take longer than their hidden units take
-# to be stored and read, and here every tile of tokens would read all of the weights again.
-CUTS = {
-    "bfloat16": {
-        64: Cuts(Cut(64, 32, 4), Cut(64, 32, 4), Cut(64, 32, 4), Cut(64, 32, 8)),
-        128: Cuts(Cut(64, 32, 8), Cut(64, 32, 8), Cut(64, 32, 8), Cut(64, 32, 8)),
-        256: Cuts(Cut(64, 32, 8), Cut(32, 32, 8), Cut(32, 32, 8), Cut(32, 32, 8)),
-    },
-    "float32": {
-        64: Cuts(Cut(32, 16, 8), Cut(32, 16, 4), Cut(32, 16, 8), Cut(32, 16, 8)),
-        128: Cuts(Cut(32, 16, 8), Cut(16, 16, 8), Cut(32, 16, 8), Cut(32, 16, 8)),
-        256: Cuts(Cut(32, 16, 8), Cut(16, 16, 8), Cut(16, 16, 16), Cut(16, 16, 8)),
-    },
-}
-
-
-def cuts_for(width: int, dtype: Any) -> Cuts | None:
-    """For tokens of that width and dtype; None if XLA encodes them."""
-    return CUTS.get(jnp.dtype(dtype).name, {}).get(max(64, pl.next_power_of_2(width)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +73,7 @@ class Layer:
 
     def call(self, kernel: Callable[..., None], cut: Cut, **options: Any) -> Callable[..., Any]:
         """`pl.pallas_call` of a kernel with what is static."""
-        static = _Static(parts_of(self.tokens.shape[-1]), cut.hidden, self.width, self.skip)
+        static = Static(parts_of(self.tokens.shape[-1]), cut.hidden, self.width, self.skip)
         params = plgpu.CompilerParams(num_warps=cut.warps, num_stages=2)
         return pl.pallas_call(
             functools.partial(kernel, static=static, tile=self.tile(cut)),
@@ -138,7 +87,7 @@ class Layer:
         return math.gcd(cut.tokens, self.covered.shape[1])
 
 
-class _Static(NamedTuple):
+class Static(NamedTuple):
     """What is static in a kernel.
 
     Attributes:
@@ -209,7 +158,7 @@ def encode(layer: Layer) -> Float[Array, "R L D"]:
         _forward_kernel,
         cut,
         grid=(shape[0], shape[1] // layer.tile(cut)),
-        in_specs=[*layer.rows, *map(_whole, layer.weights)],
+        in_specs=[*layer.rows, *map(whole, layer.weights)],
         out_specs=_row(encoded),
         out_shape=encoded,
         name="history_encoder_forward",
@@ -239,7 +188,7 @@ def _token_gradients(layer: Layer, incoming: Incoming) -> tuple[Array, Array, Ar
         functools.partial(_token_kernel, incoming=incoming.of_tile),
         cut,
         grid=(R, tiles),
-        in_specs=[*layer.rows, *map(_whole, layer.weights), *incoming.specs],
+        in_specs=[*layer.rows, *map(whole, layer.weights), *incoming.specs],
         out_specs=[
             _row(layer.tokens),
             _row(d_y),
@@ -265,7 +214,7 @@ def _weight_gradients(layer: Layer, d_y: Float[Array, "R L D"], programs: int) -
         _weight_kernel,
         cut,
         grid=(chunks, shares),
-        in_specs=[_whole(x) for x in arrays],
+        in_specs=[whole(x) for x in arrays],
         out_specs=[pl.BlockSpec((None, D, F), lambda c, s: (s, 0, 0))] * 3,
         out_shape=[jax.ShapeDtypeStruct((shares, D, F), jnp.float32)] * 3,
         name="history_encoder_backward_weights",
@@ -278,7 +227,8 @@ def _row(x: Any) -> pl.BlockSpec:
     return pl.BlockSpec((None, *x.shape[1:]), lambda r, i: (r, 0, 0))
 
 
-def _whole(x: Any) -> pl.BlockSpec:
+def whole(x: Any) -> pl.BlockSpec:
+    """An array, whatever the program."""
     return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
 
 
@@ -304,13 +254,13 @@ def _load(ref: Any, index: tuple[Any, ...], mask: Array, parts: list[slice]) -> 
     ]
 
 
-def _chunk(weights: Any, c: Any, static: _Static) -> list[Parts]:
+def _chunk(weights: Any, c: Any, static: Static) -> list[Parts]:
     """A chunk of hidden units of each weight."""
     chunk = pl.ds(c * static.chunk, static.chunk)
     return [[w[p, chunk] for p in static.parts] for w in weights]
 
 
-def _ffn(x: Parts, weights: Any, static: _Static) -> Parts:
+def _ffn(x: Parts, weights: Any, static: Static) -> Parts:
     """float32 y of a tile."""
 
     def step(c: Any, y: Parts) -> Parts:
@@ -322,15 +272,24 @@ def _ffn(x: Parts, weights: Any, static: _Static) -> Parts:
     return lax.fori_loop(0, weights[0].shape[1] // static.chunk, step, y)
 
 
-def _forward_kernel(covered, tokens, up, gate, out, scale, bias, encoded, *, static, tile):
-    rows = pl.ds(pl.program_id(1) * tile, tile)
+def encoded_tile(covered: Any, tokens: Any, weights: Any, rows: Any, static: Static) -> Parts:
+    """Encoded tokens of a row, in their dtype."""
+    *factors, scale, bias = weights
     x = _load(tokens, (rows,), covered[rows], static.parts)
-    normal, _ = normalise(_ffn(x, (up, gate, out), static), static.width)
-    for p, a in zip(static.parts, _scaled(normal, scale, bias, static), strict=True):
-        encoded[rows, p] = a.astype(encoded.dtype)
+    normal, _ = normalise(_ffn(x, factors, static), static.width)
+    return [a.astype(tokens.dtype) for a in _scaled(normal, scale, bias, static)]
 
 
-def _scaled(normal: Parts, scale: Any, bias: Any, static: _Static) -> Parts:
+def _forward_kernel(covered, tokens, *refs, static, tile):
+    *weights, encoded = refs
+    rows = pl.ds(pl.program_id(1) * tile, tile)
+    for p, a in zip(
+        static.parts, encoded_tile(covered, tokens, weights, rows, static), strict=True
+    ):
+        encoded[rows, p] = a
+
+
+def _scaled(normal: Parts, scale: Any, bias: Any, static: Static) -> Parts:
     return [n * scale[:, p] + bias[:, p] for n, p in zip(normal, static.parts, strict=True)]
 
 

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 from jaxtyping import Array, Bool, Float, Int
 
 from stca_jax.ops.encoder import HistoryEncoder, encode_history
+from stca_jax.ops.encoder_kernels import Unencoded
 from stca_jax.ops.implementation import GroupedImplementation, Tokens, TokenWeights
+from stca_jax.ops.lowering import lowered_for
 from stca_jax.ops.tiles import BlockSizes, Tiling, make_tiling, tile_targets, untile_targets
 from stca_jax.ranges import Ranges
 
@@ -37,7 +37,8 @@ class Inputs(NamedTuple):
 
     Attributes:
       query: Scaled queries by target tile.
-      key: Keys by row, padded to whole history tiles.
+      key: Keys by row, padded to whole history tiles; None until tokens are encoded, which they
+        are then.
       value: Values; None if they are the keys.
       start: First token of each target's range, repeated for its heads.
       end: One past its last token.
@@ -46,7 +47,7 @@ class Inputs(NamedTuple):
     """
 
     query: Float[Array, "J G E C"]
-    key: Float[Array, "R G L E"]
+    key: Float[Array, "R G L E"] | None
     value: Float[Array, "R G L E"] | None
     start: Int[Array, "J 1 C"]
     end: Int[Array, "J 1 C"]
@@ -56,21 +57,7 @@ class Inputs(NamedTuple):
     @property
     def history(self) -> tuple[Array, ...]:
         """Keys and values, or the one array that is both."""
-        return (self.key,) if self.value is None else (self.key, self.value)
-
-
-class Unencoded(NamedTuple):
-    """Tokens, and what encodes them.
-
-    Attributes:
-      encoder: Weights of any dtype.
-      tokens: What is not covered may hold anything.
-      covered: Padded with False to whole history tiles.
-    """
-
-    encoder: HistoryEncoder
-    tokens: Float[Array, "R n D"]
-    covered: Bool[Array, "R L 1"]
+        return tuple(x for x in (self.key, self.value) if x is not None)
 
 
 class Outcome(NamedTuple):
@@ -168,6 +155,22 @@ class Kernels(GroupedImplementation):
           d_encoded: Gradients of what `encode` returned; ignored where nothing is covered.
         """
 
+    def layer_forward(
+        self, tiling: Tiling, inputs: Inputs, unencoded: Unencoded, keep: bool
+    ) -> tuple[Array, Array, Float[Array, "R 1 L E"] | None]:
+        """What `forward` returns for tokens that are encoded first, and those for `layer_backward`.
+
+        Args:
+          tiling: How the batch is cut.
+          inputs: Of `forward`, without keys.
+          unencoded: Of the keys, which are the values.
+          keep: Without it, the encoded tokens may be None.
+        """
+        del keep
+        encoded = self.encode(unencoded)[:, None]
+        key = pad_to(encoded, *encoded.shape[:3], inputs.query.shape[2])
+        return *self.forward(tiling, inputs._replace(key=key)), key
+
     def layer_backward(
         self,
         tiling: Tiling,
@@ -179,8 +182,9 @@ class Kernels(GroupedImplementation):
 
         Args:
           tiling: As for `backward`.
-          inputs: As for `backward`; keys and values are one array, what `encode` made.
-          unencoded: Of what it did.
+          inputs: As for `backward`, with the keys that `layer_forward` returned; those that no
+            range has may be anything.
+          unencoded: As for `layer_forward`.
           outcome: As for `backward`.
         """
         d_query, (d_key,) = self.backward(tiling, inputs, outcome)
@@ -204,16 +208,16 @@ class Kernels(GroupedImplementation):
         width, columns, tile = self.padded_sizes(width, A * tiling.targets, tiling.history)
         tiling = dataclasses.replace(tiling, history=tile, tiles_per_row=-(-length // tile))
         covered = pad_to(ranges.covered(length)[..., None], R, tiling.tiles_per_row * tile, 1)
-        key, value = self._keys_and_values(tokens.value, weights, covered)
-        encoder, unencoded = weights.encoder, None
-        if tokens.score is not None:
-            score = _clean(tokens.score, covered).astype(jnp.float32)
-            # Keys that are values too get columns whose weighted sums nobody reads.
-            query, key = _with_score(query, key, score)
-        elif value is None and encoder is not None and self.can_encode(encoder, key.dtype):
-            # Gradients go from the scores to the tokens at once, and not by way of the keys.
-            key, unencoded = lax.stop_gradient(key), Unencoded(encoder, tokens.value, covered)
-        key = pad_to(key, *key.shape[:3], width)
+        key = value = unencoded = None
+        if tokens.score is None and self._encodes_keys(weights, tokens.value.dtype):
+            unencoded = Unencoded(weights.encoder, tokens.value, covered)  # type: ignore[arg-type]
+        else:
+            key, value = self._keys_and_values(tokens.value, weights, covered)
+            if tokens.score is not None:
+                score = _clean(tokens.score, covered).astype(jnp.float32)
+                # Keys that are values too get columns whose weighted sums nobody reads.
+                query, key = _with_score(query, key, score)
+            key = pad_to(key, *key.shape[:3], width)
         if value is not None:
             value = pad_to(value, *value.shape[:3], width)
         stacked = tile_targets(query, tiling).transpose(0, 2, 4, 3, 1)  # [J, G, E, A, m]
@@ -232,6 +236,11 @@ class Kernels(GroupedImplementation):
             return untile_targets(x, tiling, M)
 
         return unstack(output)[..., :E], unstack(log_sum_exp)[..., 0]
+
+    def _encodes_keys(self, weights: TokenWeights, dtype: Any) -> bool:
+        """Whether keys are encoded tokens, and values as well, and they encode them."""
+        encoder, is_token = weights.encoder, weights.w_key is None or weights.w_value is None
+        return is_token and encoder is not None and self.can_encode(encoder, dtype)
 
     def _keys_and_values(
         self, tokens: Float[Array, "R n D"], weights: TokenWeights, covered: Bool[Array, "R L 1"]
@@ -299,15 +308,20 @@ def _bands(ranges: Ranges, tiling: Tiling) -> tuple[Int[Array, " J"], Int[Array,
 def _attend(
     kernels: Kernels, tiling: Tiling, inputs: Inputs, unencoded: Unencoded | None
 ) -> tuple[Array, Array]:
-    """`Kernels.forward`; the gradient of `Inputs.key` goes to `unencoded`, where there is that."""
-    return _forward(kernels, tiling, inputs, unencoded)[0]
+    """`Kernels.forward`, or `layer_forward` if tokens are not encoded yet."""
+    return _forward(kernels, tiling, inputs, unencoded, keep=False)[0]
 
 
 def _forward(
-    kernels: Kernels, tiling: Tiling, inputs: Inputs, unencoded: Unencoded | None
+    kernels: Kernels, tiling: Tiling, inputs: Inputs, unencoded: Unencoded | None, keep: bool = True
 ) -> tuple[Any, Any]:
-    forward = functools.partial(kernels.forward, tiling)
-    output, log_sum_exp = _lowered_for(kernels, forward, inputs)
+    if unencoded is None:
+        forward = functools.partial(kernels.forward, tiling)
+        output, log_sum_exp = _lowered_for(kernels, forward, inputs)
+    else:
+        layer_forward = functools.partial(kernels.layer_forward, tiling, keep=keep)
+        output, log_sum_exp, key = _lowered_for(kernels, layer_forward, inputs, unencoded)
+        inputs = inputs._replace(key=key)
     nonempty = (inputs.end > inputs.start)[:, None]
     shown = jnp.where(nonempty, log_sum_exp, -jnp.inf)
     return (output, shown), (inputs, unencoded, output, log_sum_exp)
@@ -362,33 +376,12 @@ def _gradients(unencoded: Unencoded, d_encoder: HistoryEncoder, d_tokens: Array)
 
 
 def _lowered_for(kernels: Kernels, call: Callable[..., Any], *arguments: Any) -> Any:
-    """`call(*arguments)`; where the kernels cannot run, lowering it raises ValueError.
-
-    Tracing must not raise: it does not know the platform, which may be absent from this machine.
-    """
+    """`call(*arguments)`; where the kernels cannot run, lowering it raises ValueError."""
     if kernels.platform is None:
         return call(*arguments)
-    message = kernels.unavailable("any other")
-    shapes = jax.eval_shape(call, *arguments)
-
-    def refuse(*_: Any) -> Any:
-        return jax.tree.map(
-            lambda x: _unavailable.bind(jnp.zeros(x.shape, x.dtype), message=message), shapes
-        )
-
-    return lax.platform_dependent(*arguments, **{kernels.platform: call}, default=refuse)
+    return lowered_for(kernels.platform, str(kernels.unavailable("any other")), call, *arguments)
 
 
 def compute_capability() -> str:
     """Of this process's GPU, as NVIDIA names it; other makers' are no numbers."""
     return str(getattr(jax.local_devices()[0], "compute_capability", "unknown"))
-
-
-def _refuse(*_: Any, message: str) -> Any:
-    raise ValueError(message)
-
-
-_unavailable = Primitive("unavailable")
-_unavailable.def_abstract_eval(lambda x, *, message: x)
-_unavailable.def_impl(_refuse)
-mlir.register_lowering(_unavailable, _refuse)

@@ -159,7 +159,8 @@ class Generation(abc.ABC):
 
         Args:
           *tiles: Each with the shared memory, and where to.
-          wait: Until they are stored; a program's last writes have to.
+          wait: Until they are stored; before their shared memory is written to, and at the end
+            of a program, there has to be one.
         """
         for value, ref, _ in tiles:
             ref[...] = value.astype(ref.dtype)
@@ -167,7 +168,11 @@ class Generation(abc.ABC):
         for _, ref, target in tiles:
             plgpu.copy_smem_to_gmem(ref, target)
         if wait:
-            plgpu.wait_smem_to_gmem(0)
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all that was written is stored."""
+        plgpu.wait_smem_to_gmem(0)
 
     def commit(self) -> None:
         """What was read of shared memory, or written to it, comes before what follows."""
@@ -303,6 +308,9 @@ class Ampere(Generation):
                 ref[...] = value.astype(ref.dtype)
                 rows = _newest.Layout.SMEM_GMEM_COPY(value.shape, ref.dtype, 2 * self.side(TILE))
                 target[...] = _newest.load(ref, layout=rows)
+
+    def wait(self) -> None:
+        """See `Generation`: there is nothing to wait for."""
 
     def commit(self) -> None:
         """See `Generation`: a program's reads and writes are in order."""

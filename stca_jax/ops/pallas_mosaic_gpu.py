@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.kernels import Inputs, Kernels, Outcome, Unencoded, compute_capability
+from stca_jax.ops.encoder_kernels import Unencoded
+from stca_jax.ops.kernels import Inputs, Kernels, Outcome, compute_capability
 from stca_jax.ops.tiles import BlockSizes, Tiling
 
 _TILE = 64  # rows of the smallest product of the tensor cores
@@ -135,6 +136,16 @@ class MosaicGpuKernels(Kernels):
         d_history = attention.history_gradients(kernel, inputs, outcome)
         return attention.query_gradients(kernel, inputs, outcome), d_history
 
+    def layer_forward(
+        self, tiling: Tiling, inputs: Inputs, unencoded: Unencoded, keep: bool
+    ) -> tuple[Array, Array, Array | None]:
+        """See `Kernels`: with one target tile to a row, tokens are encoded where they are read."""
+        if tiling.target_tiles_per_row > 1 or not self._fits_layer(tiling, inputs):
+            return super().layer_forward(tiling, inputs, unencoded, keep)
+        kernel = self._kernel(tiling, inputs)
+        layer = _imported("encoder_mosaic_gpu").make_layer(unencoded, self._generation)
+        return _imported("attention_mosaic_gpu").layer_forward(kernel, layer, inputs, keep)
+
     def layer_backward(
         self, tiling: Tiling, inputs: Inputs, unencoded: Unencoded, outcome: Outcome
     ) -> tuple[Array, HistoryEncoder, Array]:
@@ -160,15 +171,23 @@ class MosaicGpuKernels(Kernels):
         shares = min(tiling.tiles_per_row, -(-2 * self.gpu.multiprocessors // (J * G)))
         return _imported("attention_mosaic_gpu").kernel_of(tiling, inputs, shares, self._generation)
 
+    def _fits_layer(self, tiling: Tiling, inputs: Inputs) -> bool:
+        """Whether a program has room for weights and sums, beside those of attention."""
+        E, C = inputs.query.shape[2:]
+        weights, tokens, copies = 2 * 3 * E * _TILE, 3 * _TILE * E, _TILE * (_TILE + C)
+        needed = 2 * (weights + tokens + copies + E * C) + 4 * E * C
+        fits = E * C <= _TILE * _TILE and needed <= self.gpu.shared_memory
+        return fits and tiling.history == _TILE
+
     def _check(self, tiling: Tiling, inputs: Inputs) -> None:
-        t, (E, C), dtype = tiling.history, inputs.query.shape[2:], inputs.key.dtype
+        t, (E, C), dtype = tiling.history, inputs.query.shape[2:], inputs.query.dtype
         if not self.interpret and dtype != jnp.bfloat16:
             raise ValueError(
                 f'implementation="mosaic_gpu" takes bfloat16, not {jnp.dtype(dtype).name}, which '
                 'its tensor cores would round. Use implementation="triton"'
             )
         # Queries and gradients of outputs, sums, and two stages of keys and values.
-        needed = 2 * 2 * E * C + 4 * E * C + 2 * 2 * len(inputs.history) * t * E
+        needed = 2 * 2 * E * C + 4 * E * C + 2 * 2 * max(1, len(inputs.history)) * t * E
         gpu = self.gpu
         if E > _WIDEST or max(t, C) > gpu.rows or needed > gpu.shared_memory:
             raise ValueError(

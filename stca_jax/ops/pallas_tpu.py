@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,9 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from stca_jax.ops import attention_tpu, encoder_tpu
-from stca_jax.ops.attention_tpu import Targets, key_specs, target_specs
+from stca_jax.ops.attention_tpu import Targets, band_block, key_specs, target_specs
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.kernels import Inputs, Kernels, Outcome, Unencoded
+from stca_jax.ops.encoder_kernels import Unencoded
+from stca_jax.ops.kernels import Inputs, Kernels, Outcome
 from stca_jax.ops.tiles import BlockSizes, Tiling
 
 # Mosaic gives a kernel 16 MiB of VMEM by default on every generation since v4; the compiler needs
@@ -67,16 +69,60 @@ class MosaicKernels(Kernels):
 
     def forward(self, tiling: Tiling, inputs: Inputs) -> tuple[Array, Array]:
         """See `Kernels`."""
-        J, G, E, C = inputs.query.shape
         _check_vmem(tiling, inputs)
+        kernel = functools.partial(attention_tpu.forward_kernel, tile=tiling.history)
+        output, log_sum_exp = self._attention(
+            kernel, "target_to_history_forward", tiling, inputs, inputs.history,
+            key_specs(tiling, inputs), [], [],
+        )  # fmt: skip
+        return output, log_sum_exp
+
+    def layer_forward(
+        self, tiling: Tiling, inputs: Inputs, unencoded: Unencoded, keep: bool
+    ) -> tuple[Array, Array, Array | None]:
+        """See `Kernels`: with one target tile to a row, tokens are encoded where they are read."""
+        encoder, tokens, covered = unencoded
+        fits = attention_tpu.fits_layer(tiling, inputs, encoder)
+        if tiling.target_tiles_per_row > 1 or not fits:
+            return super().layer_forward(tiling, inputs, unencoded, keep)
+        (R, L, _), D, tile = covered.shape, tokens.shape[-1], tiling.history
+        weights = encoder_tpu.weights_of(encoder, tokens.dtype)
+        kept = [jax.ShapeDtypeStruct((R, 1, L, D), tokens.dtype)] * keep
+        output, log_sum_exp, *key = self._attention(
+            functools.partial(attention_tpu.layer_kernel, tile=tile, skip=encoder.skip),
+            "history_layer_forward", tiling, inputs,
+            (encoder_tpu.by_tile(covered, tile), tokens, *weights),
+            [band_block(tiling, 1, 1, tile), band_block(tiling, tile, D),
+             *map(encoder_tpu.whole, weights)],
+            kept, [band_block(tiling, tile, D, group=True)] * keep,
+        )  # fmt: skip
+        return output, log_sum_exp, key[0] if keep else None
+
+    def _attention(
+        self, kernel: Any, name: str, tiling: Tiling, inputs: Inputs, arrays: Sequence[Array],
+        specs: list[Any], results: list[Any], result_specs: list[Any],
+    ) -> Sequence[Array]:  # fmt: skip
+        """Weighted sums and log-sum-exps of the target tiles, and other results.
+
+        Args:
+          kernel: Of `attention_tpu`.
+          name: In profiles.
+          tiling: How the batch is cut.
+          inputs: Of the target tiles.
+          arrays: Of the history.
+          specs: Their blocks.
+          results: Shapes of other results.
+          result_specs: Their blocks.
+        """
+        J, G, E, C = inputs.query.shape
         spec = target_specs(E, C)
         return pl.pallas_call(
-            functools.partial(attention_tpu.forward_kernel, tile=tiling.history),
+            kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=(J, G, tiling.tiles_per_row),
-                in_specs=[spec.row, spec.row, spec.wide, *key_specs(tiling, inputs)],
-                out_specs=[spec.wide, spec.head_row],
+                in_specs=[spec.row, spec.row, spec.wide, *specs],
+                out_specs=[spec.wide, spec.head_row, *result_specs],
                 scratch_shapes=[
                     pltpu.VMEM((1, C), jnp.float32),
                     pltpu.VMEM((1, C), jnp.float32),
@@ -86,13 +132,14 @@ class MosaicKernels(Kernels):
             out_shape=[
                 jax.ShapeDtypeStruct((J, G, E, C), jnp.float32),
                 jax.ShapeDtypeStruct((J, G, 1, C), jnp.float32),
+                *results,
             ],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary")
             ),
             interpret=self.interpret,
-            name="target_to_history_forward",
-        )(inputs.first, inputs.last, inputs.start, inputs.end, inputs.query, *inputs.history)
+            name=name,
+        )(inputs.first, inputs.last, inputs.start, inputs.end, inputs.query, *arrays)
 
     def backward(
         self, tiling: Tiling, inputs: Inputs, outcome: Outcome
@@ -141,8 +188,7 @@ class MosaicKernels(Kernels):
         self, tiling: Tiling, inputs: Inputs, outcome: Outcome
     ) -> tuple[Array, ...]:
         history = inputs.history
-        R, G, _, E = inputs.key.shape
-        C = inputs.query.shape[-1]
+        R, (_, G, E, C) = tiling.rows, inputs.query.shape
         per_row = tiling.target_tiles_per_row
         spec = target_specs(E, C, lambda r, g, i, j, *_: (r * per_row + j, g))
         block = pl.BlockSpec((1, 1, tiling.history, E), lambda r, g, i, j, *_: (r, g, i, 0))
@@ -169,7 +215,7 @@ class MosaicKernels(Kernels):
 def _check_vmem(tiling: Tiling, inputs: Inputs) -> None:
     E, C = inputs.query.shape[2:]
     wide, lanes = (-(-x // _LANES) * _LANES for x in (E, C))
-    size = inputs.key.dtype.itemsize
+    size = inputs.query.dtype.itemsize
     blocks = 2 * 2 * tiling.history * wide * (size + 4)  # keys, values, their gradients; twice
     tiles = 2 * 4 * E * lanes * 4
     scores = 4 * tiling.history * lanes * 4

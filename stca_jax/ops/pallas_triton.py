@@ -17,14 +17,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from stca_jax.ops import attention_triton, encoder_triton
 from stca_jax.ops.attention_triton import band_specs, share_spec, shares
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.kernels import Inputs, Kernels, Outcome, Unencoded, compute_capability
+from stca_jax.ops.encoder_kernels import Unencoded
+from stca_jax.ops.kernels import Inputs, Kernels, Outcome, compute_capability
 from stca_jax.ops.tiled import LOWEST_PEAK
 from stca_jax.ops.tiles import BlockSizes, Tiling, target_bands
+from stca_jax.ops.triton_cuts import attending_cut, cuts_for
 
 # Sides of the smallest matrix product of the tensor cores that Triton offers.
 _SMALLEST = 16
@@ -39,20 +41,22 @@ class Gpu:
       multiprocessors: How many there are; each is given eight warps.
       columns: Most targets x heads of a tile, if tokens are at most 256 wide: what is summed for
         them has to stay in registers.
+      attending_columns: The same for programs that encode tokens as well.
     """
 
     shared_memory: int
     multiprocessors: int
     columns: int
+    attending_columns: int
 
 
 # By compute capability.  With the default block sizes, powers of two as widths spill no register.
 GPUS = {
-    "8.0": Gpu(shared_memory=166_912, multiprocessors=108, columns=32),  # A100
-    "9.0": Gpu(shared_memory=232_448, multiprocessors=132, columns=64),  # H100, H200
-    "10.0": Gpu(shared_memory=232_448, multiprocessors=148, columns=64),  # B200
+    "8.0": Gpu(166_912, multiprocessors=108, columns=32, attending_columns=16),  # A100
+    "9.0": Gpu(232_448, multiprocessors=132, columns=64, attending_columns=64),  # H100, H200
+    "10.0": Gpu(232_448, multiprocessors=148, columns=32, attending_columns=32),  # B200
 }
-_OTHER_GPU = Gpu(shared_memory=101_376, multiprocessors=108, columns=32)
+_OTHER_GPU = Gpu(101_376, multiprocessors=108, columns=32, attending_columns=16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +122,7 @@ class TritonKernels(Kernels):
 
     def can_encode(self, encoder: HistoryEncoder, dtype: Any) -> bool:
         """See `Kernels`."""
-        return self.encodes and encoder_triton.cuts_for(len(encoder.up), dtype) is not None
+        return self.encodes and cuts_for(len(encoder.up), dtype) is not None
 
     def encode(self, unencoded: Unencoded) -> Array:
         """See `Kernels`."""
@@ -148,9 +152,25 @@ class TritonKernels(Kernels):
             out_shape=[shares(splits, J, G, E, C), shares(splits, J, G, 1, C)],
             name="target_to_history_forward",
         )(inputs.first, inputs.last, inputs.start, inputs.end, inputs.query, *inputs.history)
-        joined = jax.nn.logsumexp(log_sum_exp, axis=0)
-        output = (output * jnp.exp(log_sum_exp - joined)).sum(0)
-        return output, jnp.where(joined > LOWEST_PEAK, joined, 0)
+        return _joined(output, log_sum_exp)
+
+    def layer_forward(
+        self, tiling: Tiling, inputs: Inputs, unencoded: Unencoded, keep: bool
+    ) -> tuple[Array, Array, Array | None]:
+        """See `Kernels`: with one target tile to a row, tokens are encoded where they are read."""
+        columns = inputs.query.shape[-1]
+        cut = attending_cut(len(unencoded.encoder.up), columns, unencoded.tokens.dtype)
+        if tiling.target_tiles_per_row > 1 or cut is None or columns > self.gpu.attending_columns:
+            return super().layer_forward(tiling, inputs, unencoded, keep)
+        if reason := self.unavailable("gpu"):
+            raise ValueError(reason)
+        layer = encoder_triton.make_layer(unencoded, self.interpret)
+        self._check_shared_memory(layer.tile(cut), inputs)
+        programs = self.gpu.multiprocessors * 8 // cut.warps
+        output, log_sum_exp, *kept = attention_triton.layer_forward(
+            inputs, tiling, layer, cut, programs, keep
+        )
+        return *_joined(output, log_sum_exp), kept[0] if keep else None
 
     def backward(
         self, tiling: Tiling, inputs: Inputs, outcome: Outcome
@@ -211,7 +231,7 @@ class TritonKernels(Kernels):
     def _check_shared_memory(self, t: int, inputs: Inputs) -> None:
         """For tiles of t tokens."""
         E, C = inputs.query.shape[2:]
-        size = inputs.key.dtype.itemsize
+        size = inputs.query.dtype.itemsize
         # Hopper's asynchronous products, which need 64 tokens, keep two tiles of each array.
         stages = 2 if t >= 64 and size == 2 else 1
         needed = size * (2 * E * C + stages * 2 * t * E + 3 * t * C) + 16 * C
@@ -227,6 +247,15 @@ class TritonKernels(Kernels):
         width = options["in_specs"][-1].block_shape[-1]
         params = plgpu.CompilerParams(num_warps=_warps(width), num_stages=2)
         return pl.pallas_call(kernel, compiler_params=params, interpret=self.interpret, **options)
+
+
+def _joined(
+    output: Float[Array, "s J G E C"], log_sum_exp: Float[Array, "s J G 1 C"]
+) -> tuple[Array, Array]:
+    """What the programs that share a band found, as `Kernels.forward` returns it."""
+    joined = jax.nn.logsumexp(log_sum_exp, axis=0)
+    output = (output * jnp.exp(log_sum_exp - joined)).sum(0)
+    return output, jnp.where(joined > LOWEST_PEAK, joined, 0)
 
 
 def _warps(width: int) -> int:

@@ -16,7 +16,7 @@ pytest.importorskip("libtpu", reason="pip install -e .[test] has libtpu on Linux
 TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x2"}
 MODULE = "test_compile_tpu"
 # Over the tokens, at most, by width; XLA copies tokens whose lanes are half empty.
-PASSES = {"bfloat16": {64: 15.5, 128: 9.5, 256: 9.5}, "float32": {64: 13.5, 128: 7.5, 256: 7.5}}
+PASSES = {"bfloat16": {64: 14.5, 128: 8.5, 256: 8.5}, "float32": {64: 12.5, 128: 6.5, 256: 7.5}}
 
 
 def devices_of(generation: str):
@@ -93,6 +93,7 @@ def check_layer(generation: str, dtype: str, *widths: str) -> None:
         text = compiled_text(generation, step)
         if text is not None:
             assert compiled_bytes.passes(text, size) < PASSES[dtype][width], width
+            assert ("history_layer_forward" in text) == ((dtype, width) != ("float32", 256))
         if width % 128 == 0:
             assert step.memory_analysis().temp_size_in_bytes < 1.3 * size.bytes, width
 

@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_oracle import assert_matches_oracle, encode
+from attention_oracle import make_case as attention_case
+from attention_oracle import run as run_attention
 from test_attention import ragged_case
 from test_kernels import ANY_KERNELS, KERNELS, SMALL, exact_products  # noqa: F401
 
 from stca_jax.experiments.benchmarks.compiled_bytes import weights
-from stca_jax.ops.attention import IMPLEMENTATIONS
+from stca_jax.ops.attention import IMPLEMENTATIONS, AttentionOptions, history_layer
 from stca_jax.ops.encoder import HistoryEncoder
-from stca_jax.ops.kernels import Unencoded, encode_tokens
+from stca_jax.ops.encoder_kernels import Unencoded
+from stca_jax.ops.kernels import encode_tokens
 from stca_jax.ops.pallas_mosaic_gpu import MosaicGpuKernels
 from stca_jax.ops.pallas_triton import GPUS, TritonKernels
 
@@ -157,6 +160,37 @@ def test_shares_of_the_tokens():
     each = run(KERNELS["triton"], case, "float32")
     for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(each), strict=True):
         assert_close(a, np.asarray(b, np.float64), 1e-5, "shares")
+
+
+@ANY_KERNELS
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tokens_are_encoded_where_they_are_read(kernels, dtype):
+    """With one target tile to a row; most tiles of the second row are in no range.
+
+    Triton encodes 32 tokens at a time here, where a history tile is of 16.
+    """
+    case = attention_case(
+        [[0, 17, 270], [5, 40, 40]], [[300, 290, 271], [60, 41, 40]], 310, D=40, fused=True,
+        skip=True,
+    )  # fmt: skip
+    options = {"implementation": kernels, "order": "absorbed", "block_sizes": SMALL}
+    tolerance = 2e-5 if dtype == "float32" else 0.03
+    assert_matches_oracle(case, dtype=jnp.dtype(dtype), tolerance=tolerance, **options)
+    problem = jax.tree.map(lambda x: jnp.asarray(x, dtype), case.problem)
+
+    def scored(query, tokens, encoder):
+        weights = problem.w_key, problem.w_value, case.ranges
+        return history_layer(query, tokens, encoder, *weights, options=AttentionOptions(**options))
+
+    arguments = problem.query, problem.tokens, problem.encoder
+    output, log_sum_exp = jax.jit(scored)(*arguments)  # which keeps no encoded tokens
+    trained, _ = run_attention(case, jnp.dtype(dtype), **options)
+    np.testing.assert_array_equal(output, trained.output)
+    np.testing.assert_array_equal(log_sum_exp, trained.log_sum_exp)
+    if not isinstance(kernels, str):
+        traced = str(jax.make_jaxpr(scored)(*arguments))
+        assert "history_layer_forward" in traced
+        assert "history_encoder_forward" not in traced
 
 
 def test_wide_tokens_are_encoded_by_xla():
