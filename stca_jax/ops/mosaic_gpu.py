@@ -46,13 +46,11 @@ class Generation(abc.ABC):
         """Sum of a b in float32: b in shared memory, a there or in registers."""
         if not self.multiplies:
             return sum(_multiplied(a, b) for a, b in pairs)  # type: ignore[return-value]
-        return self._product(pairs)
+        return self._sum(None, pairs)
 
     def add(self, sums: Float[Array, "m n"], *pairs: tuple[Any, Any]) -> Float[Array, "m n"]:
         """`sums` and the product."""
-        if not self.multiplies:
-            return sums + self.product(*pairs)
-        return self._add(sums, pairs)
+        return self._sum(sums, pairs) if self.multiplies else sums + self.product(*pairs)
 
     @property
     def multiplies(self) -> bool:
@@ -60,10 +58,8 @@ class Generation(abc.ABC):
         return not self.interpret
 
     @abc.abstractmethod
-    def _product(self, pairs: Sequence[tuple[Any, Any]]) -> Array: ...
-
-    def _add(self, sums: Array, pairs: Sequence[tuple[Any, Any]]) -> Array:
-        return sums + self._product(pairs)
+    def _sum(self, sums: Array | None, pairs: Sequence[tuple[Any, Any]]) -> Array:
+        """The product, and `sums` if there are any."""
 
     def _copies(self, pairs: Sequence[tuple[Any, Any]]) -> list[Any]:
         """Shared memory for the left operands that are in registers."""
@@ -182,21 +178,17 @@ class Generation(abc.ABC):
 class Hopper(Generation):
     """H100 and H200: a product's sums are in registers, and its left operand may be."""
 
-    def _product(self, pairs: Sequence[tuple[Any, Any]]) -> Array:
-        left, right = (_on_device(x) for x in pairs[0])
-
-        def multiply(sums: Any) -> Array:
-            for a, b in pairs:
-                plgpu.wgmma(sums, _on_device(a), _on_device(b))
-            return sums[...]
-
-        return pl.run_scoped(multiply, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
-
-    def _add(self, sums: Array, pairs: Sequence[tuple[Any, Any]]) -> Array:
+    def _sum(self, sums: Array | None, pairs: Sequence[tuple[Any, Any]]) -> Array:
         def multiply(ref: Any) -> None:
             for a, b in pairs:
                 plgpu.wgmma(ref, _on_device(a), _on_device(b))
 
+        def multiplied(ref: Any) -> Array:
+            multiply(ref)
+            return ref[...]
+
+        if sums is None:
+            return pl.run_scoped(multiplied, plgpu.ACC(_shape(pairs), jnp.float32))
         return pl.run_state(multiply)(plgpu.ACC.init(sums))
 
 
@@ -212,13 +204,9 @@ class Blackwell(Generation):
         """See `Generation`: a product of 64 rows takes its columns in two halves."""
         return min(columns, TILE) // 2
 
-    def _product(self, pairs: Sequence[tuple[Any, Any]]) -> Array:
-        return self._add(None, pairs)
-
-    def _add(self, sums: Array | None, pairs: Sequence[tuple[Any, Any]]) -> Array:
-        left, right = (_on_device(x) for x in pairs[0])
-        rows, columns = left.shape[0], right.shape[1]
-        layout = plgpu.Layout.WGMMA if rows == TILE else plgpu.Layout.TCGEN05
+    def _sum(self, sums: Array | None, pairs: Sequence[tuple[Any, Any]]) -> Array:
+        shape = _shape(pairs)
+        layout = plgpu.Layout.WGMMA if shape[0] == TILE else plgpu.Layout.TCGEN05
 
         def multiply(memory: Any, barrier: Any, *copies: Any) -> Array:
             if sums is not None:
@@ -234,7 +222,7 @@ class Blackwell(Generation):
 
         return pl.run_scoped(
             multiply,
-            plgpu.TMEM((rows, columns), jnp.float32),
+            plgpu.TMEM(shape, jnp.float32),
             plgpu.Barrier(orders_tensor_core=True),
             *self._copies(pairs),
         )
@@ -246,17 +234,14 @@ class Ampere(Generation):
     Its products are of JAX 0.12 and later, and unknown to the interpreter, as its copies are.
     """
 
-    def _product(self, pairs: Sequence[tuple[Any, Any]]) -> Array:
-        left, right = (_on_device(x) for x in pairs[0])
-        return self._add(jnp.zeros((left.shape[0], right.shape[1]), jnp.float32), pairs)
-
     def side(self, columns: int) -> int:
         """See `Generation`: so many columns of the left operand are multiplied at a time."""
         return min(columns, TILE // 4)
 
-    def _add(self, sums: Array, pairs: Sequence[tuple[Any, Any]]) -> Array:
+    def _sum(self, sums: Array | None, pairs: Sequence[tuple[Any, Any]]) -> Array:
         def add(*copies: Any) -> Array:
-            total = _newest.layout_cast(sums, _newest.Layout.WGMMA)
+            total = jnp.zeros(_shape(pairs), jnp.float32) if sums is None else sums
+            total = _newest.layout_cast(total, _newest.Layout.WGMMA)
             for left, right in self._in_shared_memory(pairs, copies):
                 step = self.side(left.shape[1])
                 for k in range(0, left.shape[1], step):
@@ -320,6 +305,12 @@ def _taken(spec: Any, step: Any, array: Any) -> Any:
     """The block of a step, in global memory."""
     index = zip(spec.index_map(step), spec.block_shape, strict=True)
     return array.at[tuple(i if n is None else pl.ds(i * n, n) for i, n in index)]
+
+
+def _shape(pairs: Sequence[tuple[Any, Any]]) -> tuple[int, int]:
+    """Of the product."""
+    left, right = (_on_device(x) for x in pairs[0])
+    return left.shape[0], right.shape[1]
 
 
 def _on_device(x: Any) -> Any:
