@@ -41,7 +41,8 @@ class Gpu:
       multiprocessors: How many there are; each is given eight warps.
       columns: Most targets x heads of a tile, if tokens are at most 256 wide: what is summed for
         them has to stay in registers.
-      attending_columns: The same for programs that encode tokens as well.
+      attending_columns: Most of them for programs that encode tokens as well, at d = 64; of tokens
+        twice as wide, half as many.
     """
 
     shared_memory: int
@@ -158,9 +159,10 @@ class TritonKernels(Kernels):
         self, tiling: Tiling, inputs: Inputs, unencoded: Unencoded, keep: bool
     ) -> tuple[Array, Array, Array | None]:
         """See `Kernels`: with one target tile to a row, tokens are encoded where they are read."""
-        columns = inputs.query.shape[-1]
+        E, columns = inputs.query.shape[2:]
         cut = attending_cut(len(unencoded.encoder.up), columns, unencoded.tokens.dtype)
-        if tiling.target_tiles_per_row > 1 or cut is None or columns > self.gpu.attending_columns:
+        fits = columns * max(64, pl.next_power_of_2(E)) <= 64 * self.gpu.attending_columns
+        if tiling.target_tiles_per_row > 1 or cut is None or not fits:
             return super().layer_forward(tiling, inputs, unencoded, keep)
         if reason := self.unavailable("gpu"):
             raise ValueError(reason)

@@ -287,6 +287,8 @@ def check_score(gpu: str) -> None:
     for dtype, width, targets in (
         ("bfloat16", 64, 4), ("bfloat16", 128, 2), ("float32", 64, 4), ("float32", 256, 2),
     ):  # fmt: skip
+        if width > 64 and gpu == "A100":  # its programs do not encode such tokens and attend
+            continue
         size = compiled_bytes.Size(R, 10_240, targets, width, dtype)
         step = compiled_bytes.layer_forward(
             size, kernels, devices_of(gpu)[0], compiler_options=NO_SPILLS
