@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from stca_jax.ops.tiled import NO_SCORE
+from stca_jax.ops.tiled import LOWEST_PEAK, NO_SCORE
 
 
 def split(refs: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
@@ -44,6 +45,15 @@ def softmax_step(
     weight = jnp.exp(score - new_peak)
     rescale = jnp.exp(peak - new_peak)
     return weight, rescale, new_peak, total * rescale + weight.sum(0, keepdims=True)
+
+
+def join_shares(
+    output: Float[Array, "s *n e c"], log_sum_exp: Float[Array, "s *n _ _"]
+) -> tuple[Float[Array, "*n e c"], Float[Array, "*n _ _"]]:
+    """What programs that share a band found, as one: `Kernels.forward`'s, in the layout given."""
+    joined = jax.nn.logsumexp(log_sum_exp, axis=0)
+    output = (output * jnp.exp(log_sum_exp - joined)).sum(0)
+    return output, jnp.where(joined > LOWEST_PEAK, joined, 0)
 
 
 def score_gradients(

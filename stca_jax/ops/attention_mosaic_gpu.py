@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from stca_jax.ops.attention_kernels import split
+from stca_jax.ops.attention_kernels import join_shares, split
 from stca_jax.ops.encoder_mosaic_gpu import Incoming, Layer, encoded_tile
 from stca_jax.ops.kernels import Inputs, Outcome
 from stca_jax.ops.mosaic_gpu import TILE, Generation, Turned, along_columns, along_rows, kernel
@@ -57,8 +57,7 @@ class Kernel(NamedTuple):
 def kernel_of(tiling: Tiling, inputs: Inputs, shares: int, gpu: Generation) -> Kernel:
     """Of these inputs."""
     J, G, E, C = inputs.query.shape
-    arrays = max(1, len(inputs.history))
-    return Kernel(tiling, (J, G, E, C), inputs.query.dtype, arrays, shares, gpu)
+    return Kernel(tiling, (J, G, E, C), inputs.query.dtype, inputs.arrays, shares, gpu)
 
 
 def forward(k: Kernel, inputs: Inputs) -> tuple[Array, Array]:
@@ -119,7 +118,7 @@ def layer_forward(
 
     numbers = [plgpu.SMEM((D,), jnp.float32)] * 2
     output, log_sum_exp, *kept = _attention_kernel(
-        k, body, "history_layer_forward", [*numbers, layer.tile], [layer.array] * keep
+        k, body, "history_layer_forward", numbers, [layer.tile], [layer.array] * keep
     )(inputs.first, inputs.last, inputs.start[:, 0], inputs.end[:, 0], inputs.query,
       layer.covered, layer.tokens, *layer.weights, *layer.norm)  # fmt: skip
     key = kept[0].reshape(layer.lengths[0], 1, -1, D) if keep else None
@@ -127,16 +126,18 @@ def layer_forward(
 
 
 def _attention_kernel(
-    k: Kernel, body: Any, name: str, scratch: Sequence[Any] = (), results: Sequence[Any] = ()
-) -> Any:
+    k: Kernel, body: Any, name: str, read: Sequence[Any] = (), scratch: Sequence[Any] = (),
+    results: Sequence[Any] = (),
+) -> Any:  # fmt: skip
     """Of programs that share bands.
 
     Args:
       k: Static.
       body: Results are weighted sums and log-sum-exps of shares, then `results`; scratch is a
-        target tile's queries and ranges, then `scratch`, then what `_attend` takes.
+        target tile's queries and ranges, `read`, `scratch`, and what `_attend` takes.
       name: See `kernel`.
-      scratch: See `body`; all but the last one are read with the queries.
+      read: Shared memory of what is read with the queries.
+      scratch: See `body`.
       results: See `body`.
     """
     J, G, E, C = k.shape
@@ -144,9 +145,9 @@ def _attention_kernel(
     return kernel(
         body, name, {"share": k.shares, "group": G, "tile": J},
         [*[jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, E), shape)], *results],
-        [k.queries, k.vector(jnp.int32), k.vector(jnp.int32), *scratch,
+        [k.queries, k.vector(jnp.int32), k.vector(jnp.int32), *read, *scratch,
          plgpu.SMEM((C, E), jnp.float32), k.vector(jnp.float32),
-         plgpu.Barrier(num_arrivals=3 + max(0, len(scratch) - 1))],
+         plgpu.Barrier(num_arrivals=3 + len(read))],
         k.gpu,
     )  # fmt: skip
 
@@ -198,9 +199,8 @@ def _joined(
     output: Float[Array, "s J G C E"], log_sum_exp: Float[Array, "s J G C"]
 ) -> tuple[Array, Array]:
     """What the programs that share a band found, as `Kernels.forward` returns it."""
-    joined = jax.nn.logsumexp(log_sum_exp, axis=0)
-    output = (output * jnp.exp(log_sum_exp - joined)[..., None]).sum(0)
-    return output.swapaxes(2, 3), jnp.where(joined > LOWEST_PEAK, joined, 0)[:, :, None]
+    output, log_sum_exp = join_shares(output, log_sum_exp[..., None])
+    return output.swapaxes(2, 3), log_sum_exp.swapaxes(2, 3)
 
 
 def query_gradients(k: Kernel, inputs: Inputs, outcome: Outcome) -> Float[Array, "J G E C"]:

@@ -132,8 +132,7 @@ def forward_kernel(first, last, start, end, query, *refs, tile):
     def read(i: Any) -> tuple[Parts, Parts]:
         return _keys_and_values(history, pl.ds(i * tile, tile), parts)
 
-    band, ranges = _share(first[0], last[0]), (start[...], end[...])
-    _attend(query, band, ranges, read, (output, log_sum_exp))
+    _attend((first, last, start, end, query), read, (output, log_sum_exp))
 
 
 def layer_kernel(first, last, start, end, query, *refs, static, tile):
@@ -148,16 +147,16 @@ def layer_kernel(first, last, start, end, query, *refs, static, tile):
                 ref[rows, p] = x
         return encoded, encoded
 
-    band, ranges = _share(first[0], last[0]), (start[...], end[...])
-    _attend(query, band, ranges, read, results)
+    _attend((first, last, start, end, query), read, results)
 
 
 def _attend(
-    query: Any, band: tuple[Any, Any], ranges: tuple[Any, Any],
-    read: Callable[[Any], tuple[Parts, Parts]], results: Sequence[Any],
-) -> None:  # fmt: skip
+    target: tuple[Any, ...], read: Callable[[Any], tuple[Parts, Parts]], results: Sequence[Any]
+) -> None:
     """Stores weighted sums and log-sum-exps of a target tile, over tiles of keys and values."""
-    queries = [query[p, :] for p in parts_of(query.shape[0])]
+    first, last, start, end, query = target
+    parts = parts_of(query.shape[0])
+    queries, ranges = [query[p, :] for p in parts], (start[...], end[...])
     row = (1, query.shape[1])
 
     def step(i: Any, carry: Any) -> Any:
@@ -170,7 +169,7 @@ def _attend(
         return peak, total, *summed
 
     peak, total, *summed = lax.fori_loop(
-        *band,
+        *_share(first[0], last[0]),
         step,
         (
             jnp.full(row, LOWEST_PEAK, jnp.float32),
@@ -181,13 +180,13 @@ def _attend(
     output, log_sum_exp = results
     nonempty = total > 0
     safe_total = jnp.where(nonempty, total, 1)
-    for p, x in zip(parts_of(query.shape[0]), summed, strict=True):
+    for p, x in zip(parts, summed, strict=True):
         output[p, :] = x / safe_total
     log_sum_exp[...] = jnp.where(nonempty, peak + jnp.log(safe_total), NO_SCORE)
 
 
 def layer_forward(
-    inputs: Inputs, tiling: Tiling, layer: Layer, cut: Cut, programs: int, keep: bool
+    inputs: Inputs, tiling: Tiling, layer: Layer, cut: Cut, splits: int, keep: bool
 ) -> list[Array]:
     """Weighted sums and log-sum-exps of shares, see `forward_kernel`, and the encoded tokens.
 
@@ -196,14 +195,13 @@ def layer_forward(
       tiling: How the batch is cut.
       layer: Encodes the tokens.
       cut: Of its programs.
-      programs: About as many share the tokens.
+      splits: Programs that share a row.
       keep: Store what is encoded.
     """
     J, G, E, C = inputs.query.shape
     R, L, _ = layer.covered.shape
     tile, specs = layer.tile(cut), band_specs(tiling, E, C)
     band = inputs.first * tiling.history // tile, -(-inputs.last * tiling.history // tile)
-    splits = min(L // tile, -(-programs // J))
     rows = [
         pl.BlockSpec((None, *x.shape[1:]), lambda j, g, s: (j, 0, 0))
         for x in (layer.covered, layer.tokens)

@@ -55,6 +55,11 @@ class Inputs(NamedTuple):
     last: Int[Array, " J"]
 
     @property
+    def arrays(self) -> int:
+        """How many keys and values are: one if they are the same."""
+        return 1 if self.value is None else 2
+
+    @property
     def history(self) -> tuple[Array, ...]:
         """Keys and values, or the one array that is both."""
         return tuple(x for x in (self.key, self.value) if x is not None)

@@ -80,8 +80,8 @@ class MosaicGpuKernels(Kernels):
         reason = super().unavailable(platform)
         if reason or self.interpret:
             return reason
-        capability = compute_capability() if jax.default_backend() == "gpu" else "9.0"
-        if capability not in GPUS:
+        is_here = jax.default_backend() == "gpu"
+        if is_here and (capability := compute_capability()) not in GPUS:
             return (
                 'implementation="mosaic_gpu" needs a GPU of compute capability '
                 f"{', '.join(GPUS)}; this one has {capability}. "
@@ -187,7 +187,7 @@ class MosaicGpuKernels(Kernels):
                 'its tensor cores would round. Use implementation="triton"'
             )
         # Queries and gradients of outputs, sums, and two stages of keys and values.
-        needed = 2 * 2 * E * C + 4 * E * C + 2 * 2 * max(1, len(inputs.history)) * t * E
+        needed = 2 * 2 * E * C + 4 * E * C + 2 * 2 * inputs.arrays * t * E
         gpu = self.gpu
         if E > _WIDEST or max(t, C) > gpu.rows or needed > gpu.shared_memory:
             raise ValueError(

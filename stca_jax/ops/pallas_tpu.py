@@ -85,6 +85,7 @@ class MosaicKernels(Kernels):
         fits = attention_tpu.fits_layer(tiling, inputs, encoder)
         if tiling.target_tiles_per_row > 1 or not fits:
             return super().layer_forward(tiling, inputs, unencoded, keep)
+        _check_vmem(tiling, inputs)  # for the backward pass too
         (R, L, _), D, tile = covered.shape, tokens.shape[-1], tiling.history
         weights = encoder_tpu.weights_of(encoder, tokens.dtype)
         kept = [jax.ShapeDtypeStruct((R, 1, L, D), tokens.dtype)] * keep

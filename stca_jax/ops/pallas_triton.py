@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from stca_jax.ops import attention_triton, encoder_triton
+from stca_jax.ops.attention_kernels import join_shares
 from stca_jax.ops.attention_triton import band_specs, share_spec, shares
 from stca_jax.ops.encoder import HistoryEncoder
 from stca_jax.ops.encoder_kernels import Unencoded
 from stca_jax.ops.kernels import Inputs, Kernels, Outcome, compute_capability
-from stca_jax.ops.tiled import LOWEST_PEAK
 from stca_jax.ops.tiles import BlockSizes, Tiling, target_bands
 from stca_jax.ops.triton_cuts import attending_cut, cuts_for
 
@@ -143,7 +143,7 @@ class TritonKernels(Kernels):
             raise ValueError(reason)
         J, G, E, C = inputs.query.shape
         self._check_shared_memory(tiling.history, inputs)
-        splits = self._splits(tiling, inputs)
+        splits = self._splits(tiling.tiles_per_row, _warps(E), inputs)
         specs = band_specs(tiling, E, C)
         output, log_sum_exp = self._call(
             functools.partial(attention_triton.forward_kernel, tile=tiling.history),
@@ -153,26 +153,28 @@ class TritonKernels(Kernels):
             out_shape=[shares(splits, J, G, E, C), shares(splits, J, G, 1, C)],
             name="target_to_history_forward",
         )(inputs.first, inputs.last, inputs.start, inputs.end, inputs.query, *inputs.history)
-        return _joined(output, log_sum_exp)
+        return join_shares(output, log_sum_exp)
 
     def layer_forward(
         self, tiling: Tiling, inputs: Inputs, unencoded: Unencoded, keep: bool
     ) -> tuple[Array, Array, Array | None]:
         """See `Kernels`: with one target tile to a row, tokens are encoded where they are read."""
-        E, columns = inputs.query.shape[2:]
-        cut = attending_cut(len(unencoded.encoder.up), columns, unencoded.tokens.dtype)
-        fits = columns * max(64, pl.next_power_of_2(E)) <= 64 * self.gpu.attending_columns
-        if tiling.target_tiles_per_row > 1 or cut is None or not fits:
+        encoder, tokens, covered = unencoded
+        cut = attending_cut(
+            len(encoder.up), inputs.query.shape[-1], tokens.dtype, self.gpu.attending_columns
+        )
+        if tiling.target_tiles_per_row > 1 or cut is None:
             return super().layer_forward(tiling, inputs, unencoded, keep)
         if reason := self.unavailable("gpu"):
             raise ValueError(reason)
         layer = encoder_triton.make_layer(unencoded, self.interpret)
-        self._check_shared_memory(layer.tile(cut), inputs)
-        programs = self.gpu.multiprocessors * 8 // cut.warps
+        tile = layer.tile(cut)
+        self._check_shared_memory(max(tile, tiling.history), inputs)  # for the backward pass too
+        splits = self._splits(covered.shape[1] // tile, cut.warps, inputs)
         output, log_sum_exp, *kept = attention_triton.layer_forward(
-            inputs, tiling, layer, cut, programs, keep
+            inputs, tiling, layer, cut, splits, keep
         )
-        return *_joined(output, log_sum_exp), kept[0] if keep else None
+        return *join_shares(output, log_sum_exp), kept[0] if keep else None
 
     def backward(
         self, tiling: Tiling, inputs: Inputs, outcome: Outcome
@@ -213,7 +215,7 @@ class TritonKernels(Kernels):
         self, tiling: Tiling, inputs: Inputs, statistics: tuple[Array, ...]
     ) -> Array:
         J, G, E, C = inputs.query.shape
-        splits = self._splits(tiling, inputs)
+        splits = self._splits(tiling.tiles_per_row, _warps(E), inputs)
         d_query = self._call(
             functools.partial(attention_triton.query_kernel, tile=tiling.history),
             grid=(J, G, splits),
@@ -224,11 +226,11 @@ class TritonKernels(Kernels):
         )(inputs.first, inputs.last, inputs.start, inputs.end, *statistics, *inputs.history)
         return d_query.sum(0)
 
-    def _splits(self, tiling: Tiling, inputs: Inputs) -> int:
+    def _splits(self, tiles: int, warps: int, inputs: Inputs) -> int:
         """How many programs share a band: 8 warps per multiprocessor, or one per history tile."""
-        J, G, E, _ = inputs.query.shape
-        programs = self.gpu.multiprocessors * 8 // _warps(E)
-        return min(tiling.tiles_per_row, -(-programs // (J * G)))
+        J, G = inputs.query.shape[:2]
+        programs = self.gpu.multiprocessors * 8 // warps
+        return min(tiles, -(-programs // (J * G)))
 
     def _check_shared_memory(self, t: int, inputs: Inputs) -> None:
         """For tiles of t tokens."""
@@ -249,15 +251,6 @@ class TritonKernels(Kernels):
         width = options["in_specs"][-1].block_shape[-1]
         params = plgpu.CompilerParams(num_warps=_warps(width), num_stages=2)
         return pl.pallas_call(kernel, compiler_params=params, interpret=self.interpret, **options)
-
-
-def _joined(
-    output: Float[Array, "s J G E C"], log_sum_exp: Float[Array, "s J G 1 C"]
-) -> tuple[Array, Array]:
-    """What the programs that share a band found, as `Kernels.forward` returns it."""
-    joined = jax.nn.logsumexp(log_sum_exp, axis=0)
-    output = (output * jnp.exp(log_sum_exp - joined)).sum(0)
-    return output, jnp.where(joined > LOWEST_PEAK, joined, 0)
 
 
 def _warps(width: int) -> int:

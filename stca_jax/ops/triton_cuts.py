@@ -59,7 +59,11 @@ CUTS = {
 
 def cuts_for(width: int, dtype: Any) -> Cuts | None:
     """For tokens of that width and dtype; None if XLA encodes them."""
-    return CUTS.get(jnp.dtype(dtype).name, {}).get(max(64, pl.next_power_of_2(width)))
+    return CUTS.get(jnp.dtype(dtype).name, {}).get(_power(width))
+
+
+def _power(width: int) -> int:
+    return max(64, pl.next_power_of_2(width))
 
 
 # Where the forward pass attends as well, and the most targets x heads of a tile for that.  With
@@ -70,8 +74,11 @@ _ATTENDING = {
 }
 
 
-def attending_cut(width: int, columns: int, dtype: Any) -> Cut | None:
-    """For tokens of that width and dtype, and so many targets x heads; None if it does not pay."""
-    by_width = _ATTENDING.get(jnp.dtype(dtype).name, {})
-    cut, most = by_width.get(max(64, pl.next_power_of_2(width)), (None, 0))
-    return cut if columns <= most else None
+def attending_cut(width: int, columns: int, dtype: Any, of_gpu: int) -> Cut | None:
+    """For tokens of that width and dtype, and so many targets x heads; None if it does not pay.
+
+    `of_gpu` is its `attending_columns`.
+    """
+    power = _power(width)
+    cut, most = _ATTENDING.get(jnp.dtype(dtype).name, {}).get(power, (None, 0))
+    return cut if columns <= min(most, 64 * of_gpu // power) else None

@@ -46,8 +46,9 @@ def test_best_implementation_follows_the_device(gpu):
     assert best_implementation() == "xla"
 
 
-def test_too_large_blocks_name_the_limit():
-    case = make_case([[0]], [[1000]], 1000, D=64)
+@pytest.mark.parametrize("fused", [False, True], ids=["attention", "history_layer"])
+def test_too_large_blocks_name_the_limit(fused):
+    case = make_case([[0]], [[1000]], 1000, D=64, fused=fused)
     with pytest.raises(ValueError, match=r"need about \d+ KiB .* a program has 163 KiB\. Pass"):
         run(
             case, implementation=TritonKernels(interpret=True), order="absorbed",
